@@ -1,0 +1,101 @@
+# Every target sets up what it needs: .venv for the example, .build/pyX.Y for the tests.
+
+ifndef PYTHON
+PYTHON := $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+endif
+ifeq ($(PYTHON),)
+$(error Python 3.11 or later is needed: install it, or name it: make PYTHON=/path/to/python)
+endif
+
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV := .build/py$(VERSION)
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml LICENSE README.md $(shell find asgi_db adapters -name __pycache__ -prune -o -print)
+HOST ?= 127.0.0.1
+PORT ?= 8000
+ARGS ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
+export COVERAGE_FILE = $(CURDIR)/.build/coverage/data
+# The tests refuse to run against the source tree: what they test is the installed wheel.
+PYTEST = ASGI_DB_TEST_INSTALLED=1 $(BIN)/python -P -m
+
+.PHONY: help demo serve test test-pythons suite check format coverage build servers clean
+.NOTPARALLEL:
+
+help:
+	@echo "make demo          run the example application, send it requests, print what happened"
+	@echo "make serve         leave the example application running (HOST=$(HOST) PORT=$(PORT))"
+	@echo "make test          check, then the whole suite with coverage, on the built wheel"
+	@echo "make test-pythons  the suite on the other supported versions of Python found here"
+	@echo "make suite         the suite alone; ARGS='-k name' goes to pytest"
+	@echo "make check         ruff, mypy, pyright"
+	@echo "make format        ruff format, and the fixes which ruff can make itself"
+	@echo "make coverage      the suite with coverage, and a report in .build/coverage/html"
+	@echo "make build         sdist and wheel in dist/"
+	@echo "make clean         remove everything that was built"
+
+demo: .venv/ready
+	.venv/bin/python examples/demo.py
+
+serve: .venv/ready
+	.venv/bin/uvicorn --app-dir examples --host $(HOST) --port $(PORT) shop:app
+
+test: servers check coverage
+
+test-pythons:
+	@$(PYTHON) -m scripts.pythons
+
+suite: $(VENV)/installed servers
+	$(PYTEST) pytest $(ARGS)
+
+check: $(VENV)/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/tools
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+
+coverage: $(VENV)/installed servers
+	@rm -rf .build/coverage && mkdir .build/coverage
+	$(PYTEST) coverage run -m pytest $(ARGS)
+	@$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage html --quiet --fail-under=0 --directory .build/coverage/html
+	$(BIN)/coverage report
+
+build: dist/built
+
+servers:
+	@$(PYTHON) -m scripts.prepare servers
+
+clean:
+	rm -rf .build .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/ready: pyproject.toml
+	@$(PYTHON) -m scripts.prepare venv .venv
+	.venv/bin/python -m pip install --quiet --editable '.[all]' --group demo
+	@touch $@
+
+$(VENV)/created:
+	@$(PYTHON) -m scripts.prepare venv $(VENV)
+	@touch $@
+
+$(VENV)/tools: pyproject.toml $(VENV)/created
+	$(BIN)/python -m pip install --quiet --group test --group check --group build
+	@touch $@
+
+dist/built: $(SOURCES) | $(VENV)/tools
+	@rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist . >.build/build.log 2>&1 || { cat .build/build.log; exit 1; }
+	@touch $@
+
+$(VENV)/installed: dist/built $(VENV)/tools
+	$(BIN)/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
+	@$(BIN)/python -m pip install --quiet "$$(echo dist/*.whl)[all]"
+	@touch $@

@@ -1,0 +1,45 @@
+"""asgi-db for FastAPI: the session as a dependency.
+
+    @app.post("/orders")
+    async def create_order(session: CurrentSessionTransaction) -> None: ...
+
+None of these needs an exit, so none can come too late: the middleware ends the transaction.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeAlias
+
+from fastapi import Depends
+from fastapi.requests import HTTPConnection
+
+from asgi_db import DBSession, plain, read_only, session_of, transactional
+
+__all__ = [
+    "CurrentSession",
+    "CurrentSessionReadOnly",
+    "CurrentSessionTransaction",
+    "get_db",
+    "get_db_read_only",
+    "get_db_transaction",
+]
+
+
+async def get_db(connection: HTTPConnection) -> DBSession:
+    """Return the session, in the `plain` mode: the handler commits by hand."""
+    return session_of(connection.scope, plain)
+
+
+async def get_db_transaction(connection: HTTPConnection) -> DBSession:
+    """Return the session, in the `transactional` mode: committed before the status line."""
+    return session_of(connection.scope, transactional)
+
+
+async def get_db_read_only(connection: HTTPConnection) -> DBSession:
+    """Return the session, in the `read_only` mode: no transaction, each read stands alone."""
+    return session_of(connection.scope, read_only)
+
+
+CurrentSession: TypeAlias = Annotated[DBSession, Depends(get_db)]
+CurrentSessionTransaction: TypeAlias = Annotated[DBSession, Depends(get_db_transaction)]
+CurrentSessionReadOnly: TypeAlias = Annotated[DBSession, Depends(get_db_read_only)]

@@ -1,0 +1,98 @@
+"""asgi-db for Litestar: one plugin.
+
+app = Litestar([create_order], plugins=[DatabasePlugin(database)])
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from litestar import Litestar
+from litestar.config.app import AppConfig
+from litestar.di import Provide
+from litestar.middleware import DefineMiddleware
+from litestar.plugins import InitPlugin
+from litestar.types import Scope
+from litestar.utils.scope.state import ScopeState
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from asgi_db import (
+    Database,
+    DBSession,
+    DBSessionMiddleware,
+    plain,
+    read_only,
+    session_of,
+    transactional,
+)
+from asgi_db.modes import ModeDefault
+
+__all__ = ["DatabasePlugin"]
+
+
+class DatabasePlugin(InitPlugin):
+    """Installs the engine in the app's lifespan, the middleware, and the providers.
+
+    Handlers take `db_session`, `db_session_transaction` or `db_session_read_only`, and
+    `db_engine`; `request.state.db` works too. With another `key=` they begin with that
+    instead of `db`.
+    """
+
+    def __init__(
+        self, database: Database | None = None, *, mode: ModeDefault = plain, key: str = "db"
+    ) -> None:
+        """Prepare the plugin.
+
+        Args:
+            database: where the sessions come from; `Database()` if None.
+            mode: the mode of handlers that set none.
+            key: the name in `request.state` and the beginning of the providers' names.
+        """
+        self.database = database if database is not None else Database()
+        self._mode: ModeDefault = mode
+        self._key = key
+
+    def on_app_init(self, app_config: AppConfig) -> AppConfig:
+        """Add to the application's configuration; Litestar calls this."""
+        key = self._key
+
+        async def provide_session(scope: Scope) -> DBSession:
+            return session_of(scope, plain, key=key)
+
+        async def provide_transaction(scope: Scope) -> DBSession:
+            return session_of(scope, transactional, key=key)
+
+        async def provide_read_only(scope: Scope) -> DBSession:
+            return session_of(scope, read_only, key=key)
+
+        async def provide_engine() -> AsyncEngine:
+            return self.database.engine
+
+        app_config.dependencies = {
+            f"{key}_session": Provide(provide_session),
+            f"{key}_session_transaction": Provide(provide_transaction),
+            f"{key}_session_read_only": Provide(provide_read_only),
+            f"{key}_engine": Provide(provide_engine),
+            **app_config.dependencies,
+        }
+        app_config.middleware.insert(
+            0,
+            DefineMiddleware(DBSessionMiddleware, database=self.database, mode=self._mode, key=key),
+        )
+        app_config.lifespan.insert(0, self._lifespan)
+        return app_config
+
+    @asynccontextmanager
+    async def _lifespan(self, app: Litestar) -> AsyncIterator[None]:
+        async with self.database:
+            yield
+
+
+def reopen_response(scope: Scope) -> None:
+    """Tell Litestar that the response which it noted as begun was not sent.
+
+    The note is Litestar's own (`ScopeState` calls itself internal), and there is no public way
+    to it; `test_litestar.py` breaks when it changes.
+    """
+    ScopeState.from_scope(scope).response_started = False

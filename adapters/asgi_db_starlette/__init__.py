@@ -1,0 +1,105 @@
+"""asgi-db for Starlette.
+
+`request.state.db` needs nothing from here; `get_session(request)` is the same, typed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.middleware.errors import ServerErrorMiddleware
+from starlette.middleware.exceptions import ExceptionMiddleware
+from starlette.requests import HTTPConnection
+
+from asgi_db import Database, DBSession, session_of
+from asgi_db.types import Receive, Scope, Send
+
+__all__ = ["get_session", "lifespan"]
+
+App = TypeVar("App", bound=Starlette)
+
+
+def get_session(connection: HTTPConnection, *, key: str = "db") -> DBSession:
+    """Return the session of a request or WebSocket.
+
+    Args:
+        key: the key of the middleware.
+
+    Raises:
+        MissingMiddlewareError: no middleware has placed a session.
+    """
+    return session_of(connection.scope, key=key)
+
+
+def lifespan(
+    database: Database,
+    app_lifespan: Callable[[App], AbstractAsyncContextManager[Any]] | None = None,
+) -> Callable[[App], AbstractAsyncContextManager[Any]]:
+    """Make a lifespan which starts and disposes the database around the application's own.
+
+    Only for an application without `DBSessionMiddleware`, which does the same by itself; for
+    instance a worker that uses `database.session()` alone.
+
+        app = Starlette(lifespan=lifespan(database, my_lifespan))
+
+    Args:
+        database: what to start and dispose.
+        app_lifespan: the application's own; it may use the database.
+    """
+
+    @asynccontextmanager
+    async def composed(app: App) -> AsyncIterator[Any]:
+        async with database:
+            if app_lifespan is None:
+                yield None
+            else:
+                async with app_lifespan(app) as state:
+                    yield state
+
+    return composed
+
+
+async def answer_error(
+    error: Exception, commit_error: Exception, scope: Scope, receive: Receive, send: Send
+) -> None:
+    """Answer a failed COMMIT with the application's own exception handlers.
+
+    Starlette's middleware for errors is run once more, around an application that raises: so
+    each handler is found and called exactly as for an error of the endpoint.
+
+    Raises:
+        Exception: only the server's error page was left for it; Starlette raises in that case.
+    """
+    raised = _raised_by_application(error, commit_error)
+
+    async def fail(scope: Scope, receive: Receive, send: Send) -> None:
+        raise raised
+
+    exception_handlers, status_handlers = scope["starlette.exception_handlers"]
+    handlers = {**exception_handlers, **status_handlers}
+    app = scope["app"]
+    server_error = app.exception_handlers.get(500) or app.exception_handlers.get(Exception)
+    answering = ServerErrorMiddleware(
+        ExceptionMiddleware(fail, handlers), handler=server_error, debug=app.debug
+    )
+    await answering(scope, receive, send)
+
+
+def _raised_by_application(error: Exception, commit_error: Exception) -> Exception:
+    """Find what the application would have raised, had the response not begun.
+
+    A dependency may have turned the commit error into one of its own. Starlette wraps what it
+    refuses to handle once a response has begun; `test_starlette.py` watches its words.
+    """
+    refused = "Caught handled exception, but response already started."
+    while type(error) is RuntimeError and str(error) == refused and error.__cause__ is not None:
+        error = error.__cause__  # type: ignore[assignment]
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(error, ExceptionGroup):
+        if seen is commit_error:
+            return error
+        seen = seen.__cause__ or seen.__context__
+    return commit_error

@@ -1,0 +1,373 @@
+"""The `Database`: owns the engine, the sessions and their life."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import anyio
+from sqlalchemy import URL, Connection, Engine, MetaData, text
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from asgi_db.cancellation import run_to_completion
+from asgi_db.engine import (
+    Connections,
+    prepare_sqlite,
+    variant_options,
+    verify_before_use,
+    watch,
+)
+from asgi_db.errors import ConfigurationError
+from asgi_db.modes import Mode, Transactional, plain, transactional
+from asgi_db.session import DBSession
+from asgi_db.settings import (
+    PoolName,
+    PoolProfile,
+    create_database_url,
+    database_url_from_env,
+    engine_options_from_env,
+    parse_database_url,
+    pool_profile,
+)
+from asgi_db.unit_of_work import UnitOfWork
+
+logger = logging.getLogger("asgi_db")
+
+DEFAULT_FILE = "app.db"
+"""The SQLite file that serves where nothing else is said."""
+
+DISPOSE_TIMEOUT = 10.0
+"""Seconds that `dispose` waits for connections which are out, before it terminates them."""
+
+
+class Database:
+    """Owns the engine, the session factory and their life; the one object that a user makes.
+
+        database = Database("postgresql+asyncpg://app@localhost/shop")
+
+    The engine is made in the event loop that uses it: by `async with database`, by the
+    middleware at the application's startup, or else at first use.
+    """
+
+    def __init__(
+        self,
+        url: str | URL | None = None,
+        *,
+        engine: AsyncEngine | None = None,
+        pool: PoolName | PoolProfile = "medium",
+        engine_options: Mapping[str, Any] | None = None,
+        session_options: Mapping[str, Any] | None = None,
+        pooler: Literal["transaction"] | None = None,
+        wait_for: float = 0.0,
+    ) -> None:
+        """Check the settings; nothing is opened yet.
+
+        Args:
+            url: where the database is. Without it `DATABASE_URL` or `DATABASE_TYPE` and its
+                companions say so, and without these an SQLite file in the working directory
+                serves.
+            engine: an engine of your own instead; it is used as it is, and never disposed.
+            pool: the pool profile, "low", "medium" or "high", or a `PoolProfile` of your own.
+            engine_options: for SQLAlchemy's `create_async_engine`; they override the profile.
+            session_options: for SQLAlchemy's `AsyncSession`, over `autoflush=False` and
+                `expire_on_commit=False`.
+            pooler: "transaction" behind PgBouncer in transaction pooling: asyncpg then keeps no
+                prepared statements.
+            wait_for: seconds in which a database that is not there yet may come up at startup.
+
+        Raises:
+            ConfigurationError: a setting cannot work; the message says which, and the remedy.
+        """
+        if engine is not None and (url is not None or engine_options is not None or pooler):
+            raise ConfigurationError(
+                "engine= comes ready made: leave out url=, engine_options= and pooler=, or leave"
+                " out engine=."
+            )
+        if pooler not in (None, "transaction"):
+            raise ConfigurationError(f"pooler={pooler!r} is unknown: use 'transaction', or None.")
+        if not wait_for >= 0:
+            raise ConfigurationError(f"wait_for={wait_for!r} must be seconds, 0 or more.")
+        self._given_engine = engine
+        self._profile = pool if isinstance(pool, PoolProfile) else pool_profile(pool)
+        self._engine_options = dict(engine_options or {})
+        if engine is not None:
+            self.url = engine.url
+        elif url is not None:
+            self.url = parse_database_url(url)
+        else:
+            self.url = database_url_from_env(os.environ) or _embedded()
+            self._engine_options = {**engine_options_from_env(os.environ), **self._engine_options}
+        self._session_options = {
+            "autoflush": False,
+            "expire_on_commit": False,
+            **(session_options or {}),
+        }
+        self._pooler = pooler
+        self._wait_for = wait_for
+        self._engines: dict[asyncio.AbstractEventLoop, _OwnEngine] = {}
+        self._variants: dict[tuple[Engine, Mode], Engine] = {}
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] = os.environ, **options: Any) -> Self:
+        """Make a database from environment variables alone.
+
+        Reads `DATABASE_URL`, or `DATABASE_TYPE`, `_USER`, `_PASSWORD`, `_HOST`, `_PORT`,
+        `_SCHEMA` (the name of the database) and `_CHARSET`; and `DATABASE_ECHO`, `_POOL_ECHO`.
+
+        Args:
+            environ: where to read.
+            options: for `Database` itself.
+
+        Raises:
+            ConfigurationError: neither is set, or a variable has a value that cannot work.
+        """
+        url = database_url_from_env(environ)
+        if url is None:
+            raise ConfigurationError("Set DATABASE_URL, or DATABASE_TYPE and its companions.")
+        given = options.pop("engine_options", None) or {}
+        engine_options = {**engine_options_from_env(environ), **given}
+        return cls(url, engine_options=engine_options, **options)
+
+    def __repr__(self) -> str:
+        return f"<Database {self.url!r}>"  # SQLAlchemy's URL hides the password in its repr
+
+    # -- the engine and its life ---------------------------------------------------------------
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """The engine of the running event loop; made at first use.
+
+        Raises:
+            RuntimeError: there is no running event loop.
+        """
+        if self._given_engine is not None:
+            return self._given_engine
+        loop = asyncio.get_running_loop()
+        if loop not in self._engines:
+            self._forget_closed_loops()
+            self._engines[loop] = _OwnEngine(self.url, self._make_engine)
+        return self._engines[loop].engine
+
+    async def start(self) -> None:
+        """Make the engine, and wait for the database where `wait_for=` says so.
+
+        Raises:
+            SQLAlchemyError: the database did not come up within `wait_for` seconds.
+        """
+        _ = self.engine
+        deadline = time.monotonic() + self._wait_for
+        delay = 0.1
+        while self._wait_for:
+            try:
+                return await self.ping()
+            except (SQLAlchemyError, OSError) as error:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise
+                logger.warning(
+                    "%r is not there yet (%s); trying for %.1f s more",
+                    self,
+                    type(error).__name__,
+                    left,
+                )
+                await anyio.sleep(min(delay, left))
+                delay = min(delay * 2, 2.0)
+
+    async def dispose(self) -> None:
+        """Close every connection, also those which are still out after a while.
+
+        The database can be used again afterwards. An engine of your own is left alone.
+        """
+        own = self._engines.pop(asyncio.get_running_loop(), None)
+        if own is not None:
+            self._forget_variants(own)
+            await run_to_completion(own.dispose())
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.start()
+        except BaseException:
+            await self.dispose()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        _: type[BaseException] | None,
+        __: BaseException | None,
+        ___: TracebackType | None,
+    ) -> None:
+        await self.dispose()
+
+    async def ping(self) -> None:
+        """Ask the database for a sign of life.
+
+        Raises:
+            SQLAlchemyError: it gave none, or no connection was free within `pool_timeout`.
+        """
+        async with self.engine.connect() as connection:
+            await connection.execute(text("SELECT 1"))
+
+    async def create_tables(self, metadata: MetaData) -> None:
+        """Create the tables which do not exist yet."""
+        async with self.engine.begin() as connection:
+            await connection.run_sync(metadata.create_all)
+
+    async def drop_tables(self, metadata: MetaData) -> None:
+        """Drop the tables which exist."""
+        async with self.engine.begin() as connection:
+            await connection.run_sync(metadata.drop_all)
+
+    # -- sessions outside requests -------------------------------------------------------------
+
+    @asynccontextmanager
+    async def session(self, mode: Mode = plain) -> AsyncIterator[DBSession]:
+        """Open a session for a script, a job or a test.
+
+            async with database.session() as session:
+                session.add(order)
+                await session.commit()
+
+        Args:
+            mode: how its unit of work ends with the block; `plain` rolls back what is not
+                committed by hand.
+        """
+        block = f"`async with database.{'transaction' if mode.commits else 'session'}()`"
+        unit = self.unit_of_work(default_mode=lambda: mode, describe=lambda: block)
+        try:
+            yield unit.session
+        except BaseException:
+            await unit.end(success=False)
+            raise
+        else:
+            await unit.end(success=True)
+        finally:
+            unit.close()
+
+    @asynccontextmanager
+    async def transaction(self, mode: Transactional = transactional) -> AsyncIterator[DBSession]:
+        """Open a session which commits at the end of the block, or rolls back if it raises.
+
+            async with database.transaction() as session:
+                session.add(order)
+
+        Args:
+            mode: `transactional`, or `transactional(isolation=…)`.
+        """
+        async with self.session(mode) as session:
+            yield session
+
+    # -- for the unit of work ------------------------------------------------------------------
+
+    def unit_of_work(
+        self,
+        *,
+        default_mode: Callable[[], Mode],
+        describe: Callable[[], str],
+        route_mode: Callable[[], Mode | None] = lambda: None,
+    ) -> UnitOfWork:
+        """Prepare a unit of work; see `UnitOfWork`."""
+        return UnitOfWork(self, default_mode=default_mode, describe=describe, route_mode=route_mode)
+
+    def make_session(self, unit: UnitOfWork) -> DBSession:
+        """Make the session of a unit of work; nothing is opened."""
+        return DBSession(self.engine, unit_of_work=unit, **self._session_options)
+
+    def bind_for(self, bind: Engine | Connection, mode: Mode) -> Engine | Connection:
+        """Return the variant of an engine on which transactions begin as the mode says."""
+        if isinstance(bind, Connection):
+            return bind
+        variant = self._variants.get((bind, mode))
+        if variant is None:
+            options = variant_options(bind.dialect.name, mode)
+            watch(bind)
+            variant = self._variants[bind, mode] = bind.execution_options(**options)
+        return variant
+
+    def _make_engine(self, url: URL) -> AsyncEngine:
+        options = self._profile.engine_options()
+        if url.get_backend_name() == "sqlite":
+            options["execution_options"] = variant_options("sqlite", plain)
+        elif url.get_backend_name() == "postgresql" and self._pooler == "transaction":
+            options["connect_args"] = {
+                "statement_cache_size": 0,
+                "prepared_statement_cache_size": 0,
+            }
+        for name, value in self._engine_options.items():
+            both = isinstance(value, Mapping) and isinstance(options.get(name), Mapping)
+            options[name] = {**options[name], **value} if both else value
+        engine = create_async_engine(url, **options)
+        watch(engine.sync_engine)
+        if self._profile.verify and not options.get("pool_pre_ping"):
+            verify_before_use(engine.sync_engine)
+        return engine
+
+    def _forget_variants(self, own: _OwnEngine) -> None:
+        base = own.engine.sync_engine
+        self._variants = {key: v for key, v in self._variants.items() if key[0] is not base}
+
+    def _forget_closed_loops(self) -> None:
+        """Drop the engines of loops that ended without `dispose`: their connections are dead."""
+        for loop in [loop for loop in self._engines if loop.is_closed()]:
+            own = self._engines.pop(loop)
+            self._forget_variants(own)
+            own.terminate()
+
+
+class _OwnEngine:
+    """An engine that the database has made, with what must go when it goes."""
+
+    def __init__(self, url: URL, make: Callable[[URL], AsyncEngine]) -> None:
+        in_memory = url.get_backend_name() == "sqlite" and url.database == ":memory:"
+        if in_memory:
+            # Each connection to SQLite's own `:memory:` is a database of its own. A private file
+            # is one database for all of them, with transactions that do not see each other.
+            folder = tempfile.mkdtemp(prefix="asgi-db-")
+            self._remove_folder = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            url = url.set(database=os.path.join(folder, "memory.db"))
+        self.engine = make(url)
+        self._in_memory = in_memory
+        self._connections = Connections(self.engine.sync_engine)
+        if url.get_backend_name() == "sqlite":
+            prepare_sqlite(self.engine.sync_engine, durable=not in_memory)
+
+    async def dispose(self) -> None:
+        """Close every connection; those that are out get `DISPOSE_TIMEOUT` to come back."""
+        with anyio.move_on_after(DISPOSE_TIMEOUT):
+            while self._connections.out:
+                await anyio.sleep(0.01)
+        with anyio.move_on_after(DISPOSE_TIMEOUT):
+            await self.engine.dispose()
+        self.terminate()
+
+    def terminate(self) -> None:
+        """Cut off whatever is still open."""
+        terminated = self._connections.terminate()
+        if terminated:
+            logger.warning(
+                "%d connections were terminated: they were not returned to the pool in %.0f s, or"
+                " their event loop was closed without `await database.dispose()`.",
+                terminated,
+                DISPOSE_TIMEOUT,
+            )
+        if self._in_memory:
+            self._remove_folder()
+
+
+def _embedded() -> URL:
+    logger.warning(
+        "No database is configured: using the SQLite file %s. Set DATABASE_URL, or pass a URL to"
+        " Database(...).",
+        os.path.abspath(DEFAULT_FILE),
+    )
+    return create_database_url("sqlite", database=DEFAULT_FILE)

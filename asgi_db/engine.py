@@ -1,0 +1,261 @@
+"""The engine's care: how transactions begin in each mode, what may be sent, who is checked out.
+
+One engine and one pool serve all modes. For each mode there is a variant of the engine
+(`Engine.execution_options()`, which shares the pool); the events below read its options.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import DBAPIError, InvalidatePoolError
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from asgi_db.errors import ConfigurationError, ReadOnlyError
+from asgi_db.modes import Mode
+from asgi_db.unit_of_work import UNIT_OPTION
+
+if TYPE_CHECKING:
+    from asgi_db.unit_of_work import UnitOfWork
+
+BEGIN_OPTION = "asgi_db_begin"
+"""Execution option: the statements with which a transaction begins."""
+
+MODE_OPTION = "asgi_db_mode"
+"""Execution option: the mode, where it restricts what may be sent."""
+
+VERIFY_AFTER_IDLE = 1.0
+"""Seconds of idleness after which a pooled connection is pinged before it is used."""
+
+SQLITE_BUSY_TIMEOUT = 30.0
+"""Seconds that SQLite waits for another connection's lock."""
+
+
+# -- how a transaction begins ------------------------------------------------------------------
+
+
+def variant_options(dialect: str, mode: Mode) -> dict[str, Any]:
+    """Return the execution options with which the engine serves this mode.
+
+    Raises:
+        ConfigurationError: the mode asks for what this database does not have.
+    """
+    if mode.deferrable and dialect != "postgresql":
+        raise ConfigurationError(
+            f"deferrable=True exists only on PostgreSQL, and this database is {dialect}: leave it"
+            " out of transactional(...)."
+        )
+    options = _BEGIN[dialect](mode) if dialect in _BEGIN else _begin_standard(mode)
+    if mode.read_only:
+        options[MODE_OPTION] = mode
+    return options
+
+
+def _begin_standard(mode: Mode) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if mode.autocommit:
+        options["isolation_level"] = "AUTOCOMMIT"
+    elif mode.snapshot:
+        options["isolation_level"] = "REPEATABLE READ"
+    elif mode.isolation is not None:
+        options["isolation_level"] = mode.isolation
+    return options
+
+
+def _begin_postgresql(mode: Mode) -> dict[str, Any]:
+    options = _begin_standard(mode)
+    if mode.isolation == "READ UNCOMMITTED":  # PostgreSQL treats it as READ COMMITTED
+        options["isolation_level"] = "READ COMMITTED"
+    if mode.read_only and not mode.autocommit:
+        options["postgresql_readonly"] = True
+    if mode.deferrable:
+        options["postgresql_deferrable"] = True
+    return options
+
+
+def _begin_mysql(mode: Mode) -> dict[str, Any]:
+    options = _begin_standard(mode)
+    if mode.snapshot:
+        options[BEGIN_OPTION] = ("START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY",)
+    elif mode.read_only and not mode.autocommit:
+        options[BEGIN_OPTION] = ("START TRANSACTION READ ONLY",)
+    return options
+
+
+def _begin_sqlite(mode: Mode) -> dict[str, Any]:
+    """SQLite has one isolation level, SERIALIZABLE, which fulfils the others too.
+
+    A transaction that will write takes the lock at its begin: one that only finds out later
+    cannot wait for the lock, and fails with "database is locked".
+    """
+    if mode.autocommit:
+        return {BEGIN_OPTION: ()}
+    immediate = mode.commits and not mode.read_only
+    return {BEGIN_OPTION: ("BEGIN IMMEDIATE" if immediate else "BEGIN",)}
+
+
+_BEGIN = {
+    "postgresql": _begin_postgresql,
+    "mysql": _begin_mysql,
+    "mariadb": _begin_mysql,
+    "sqlite": _begin_sqlite,
+}
+
+
+def _begin(connection: Connection) -> None:
+    for statement in connection.get_execution_options().get(BEGIN_OPTION, ()):
+        connection.exec_driver_sql(statement)
+
+
+# -- what is sent, and what comes of it --------------------------------------------------------
+
+_WRITING = "INSERT|UPDATE|DELETE|MERGE|REPLACE"
+_WRITE = re.compile(
+    rf"\s*(?:(?:/\*.*?\*/|--[^\n]*\n)\s*)*(?:(?:{_WRITING}|TRUNCATE|CREATE|ALTER|DROP|LOAD|GRANT|REVOKE)\b"
+    rf"|WITH\b.*?(?:\bAS\s*(?:NOT\s+)?(?:MATERIALIZED\s*)?\(\s*|\)\s*)(?:{_WRITING})\b)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+@lru_cache(maxsize=1024)
+def writes(statement: str) -> bool:
+    """Say whether this SQL changes data or tables, by its leading keywords.
+
+    A function with side effects cannot be seen from here; in `read_only(snapshot=True)` and
+    `transactional(read_only=True)` PostgreSQL and MySQL refuse those themselves.
+    """
+    return _WRITE.match(statement) is not None
+
+
+def _before_cursor_execute(
+    connection: Connection, _cursor: Any, statement: str, _params: Any, context: Any, _many: bool
+) -> None:
+    options = connection.get_execution_options()
+    mode: Mode | None = options.get(MODE_OPTION)
+    unit: UnitOfWork | None = options.get(UNIT_OPTION)
+    if writes(statement):
+        if mode is not None:
+            raise ReadOnlyError(
+                f"{_where(unit)}this statement writes, but the mode is {mode.name} and only reads:"
+                f" {statement[:60]!r}. Put @transactional on the route, or ask for the"
+                " transactional session."
+            )
+        if unit is not None:
+            unit.has_writes = True
+    elif mode is not None and mode.autocommit and context.execution_options.get("stream_results"):
+        raise ReadOnlyError(
+            f"{_where(unit)}a server-side cursor lives in a transaction, and the read_only mode has"
+            " none: use read_only(snapshot=True), or fetch the rows at once."
+        )
+
+
+def _where(unit: UnitOfWork | None) -> str:
+    return "" if unit is None else f"{unit.describe()}: "
+
+
+def _handle_error(context: ExceptionContext) -> None:
+    """Note the failure of statements that bypass the session: `(await session.connection())…`."""
+    connection, error = context.connection, context.sqlalchemy_exception
+    if connection is not None and isinstance(error, DBAPIError):
+        unit: UnitOfWork | None = connection.get_execution_options().get(UNIT_OPTION)
+        if unit is not None and not connection.in_nested_transaction():
+            unit.failure = error
+
+
+def watch(engine: Engine) -> None:
+    """Let the modes take effect on this engine and its variants; harmless to other users of it."""
+    event.listen(engine, "begin", _begin)
+    event.listen(engine, "before_cursor_execute", _before_cursor_execute)
+    event.listen(engine, "handle_error", _handle_error)
+
+
+# -- the pool ----------------------------------------------------------------------------------
+
+
+class Connections:
+    """The open connections of an engine, and those of them which are out of the pool.
+
+    Attributes:
+        out: the connections which are checked out at this moment.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.out: set[ConnectionPoolEntry] = set()
+        self._open: dict[ConnectionPoolEntry, DBAPIConnection] = {}
+        self._engine = engine
+        event.listen(engine, "connect", self._connect)
+        event.listen(engine, "close", self._close)
+        event.listen(engine, "checkout", self._checkout)
+        event.listen(engine, "checkin", self._checkin)
+
+    def _connect(self, connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
+        self._open[entry] = connection
+
+    def _close(self, _connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
+        self._open.pop(entry, None)
+
+    def _checkout(self, _: DBAPIConnection, entry: ConnectionPoolEntry, _proxy: Any) -> None:
+        self.out.add(entry)
+
+    def _checkin(self, _: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
+        self.out.discard(entry)
+
+    def terminate(self) -> int:
+        """Close what is open without a word to the server; return how many."""
+        connections = list(self._open.values())
+        self._open.clear()
+        self.out.clear()
+        for connection in connections:
+            # On a closed event loop the driver cannot even do that; then the socket goes with it.
+            with contextlib.suppress(RuntimeError):
+                self._engine.dialect.do_terminate(connection)
+        return len(connections)
+
+
+def verify_before_use(engine: Engine) -> None:
+    """Ping a connection before it is used, but only if it has been idle for a while.
+
+    SQLAlchemy's `pool_pre_ping` pings each time, which triples the round trips of a short read.
+    """
+    returned = "asgi_db_returned"
+
+    def note_return(_connection: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
+        entry.info[returned] = time.monotonic()
+
+    def ping(connection: DBAPIConnection, entry: ConnectionPoolEntry, _proxy: Any) -> None:
+        since = entry.info.pop(returned, None)
+        if since is not None and time.monotonic() - since > VERIFY_AFTER_IDLE:
+            try:
+                engine.dialect.do_ping(connection)
+            except Exception as error:  # whatever it is: the pool replaces this and all older ones
+                raise InvalidatePoolError(str(error)) from error
+
+    event.listen(engine, "checkin", note_return)
+    event.listen(engine, "checkout", ping)
+
+
+def prepare_sqlite(engine: Engine, *, durable: bool) -> None:
+    """Set up SQLite's connections: explicit BEGIN, foreign keys, WAL and a busy timeout.
+
+    The driver's own transaction control starts none for a SELECT, which loses updates.
+    Source: https://docs.sqlalchemy.org/en/21/dialects/sqlite.html#pysqlite-serializable
+    """
+
+    def connect(connection: Any, _entry: ConnectionPoolEntry) -> None:
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        cursor.execute(f"PRAGMA busy_timeout = {SQLITE_BUSY_TIMEOUT * 1000:.0f}")
+        cursor.execute("PRAGMA foreign_keys = ON")
+        cursor.execute("PRAGMA journal_mode = WAL")
+        if not durable:
+            cursor.execute("PRAGMA synchronous = OFF")
+        cursor.close()
+
+    event.listen(engine, "connect", connect)

@@ -1,0 +1,114 @@
+"""What each framework writes into the ASGI scope, and what its adapter is needed for.
+
+The core imports no framework. It reads the scope, where each leaves its mark after routing:
+
+| framework          | the endpoint             | the error handlers               |
+| ------------------ | ------------------------ | -------------------------------- |
+| Starlette, FastAPI | `scope["endpoint"]`      | `"starlette.exception_handlers"` |
+| Litestar           | `scope["route_handler"]` | inside the app `"litestar_app"`  |
+
+Only where a failed COMMIT has to reach the application's exception handlers is the adapter
+loaded; whoever wrote these marks has its framework loaded already.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
+
+from asgi_db.modes import MODE_ATTRIBUTE, Mode
+from asgi_db.types import Receive, Scope, Send
+
+
+def mode_of_route(scope: Scope, key: str) -> Mode | None:
+    """Return the mode that the route of this request sets, or None.
+
+    The decorator on the function or method is stronger than the one on its class, and that is
+    stronger than Litestar's `opt={key: mode}`.
+
+    Raises:
+        TypeError: `opt[key]` holds something that is not a mode.
+    """
+    for place in _marked_places(scope):
+        mode = getattr(place, MODE_ATTRIBUTE, None)
+        if mode is not None:
+            return mode  # type: ignore[no-any-return]
+    option = _litestar_option(scope, key)
+    if option is not None and not isinstance(option, Mode):
+        raise TypeError(
+            f"{describe_route(scope)}: opt[{key!r}] is {option!r}; it takes a mode: plain,"
+            " transactional or read_only."
+        )
+    return option
+
+
+def _marked_places(scope: Scope) -> Iterator[Any]:
+    """The objects on which this request's decorator may be, the nearest to the code first."""
+    endpoint = scope.get("endpoint")
+    while isinstance(endpoint, functools.partial):
+        endpoint = endpoint.func  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    if endpoint is not None:
+        if inspect.isclass(endpoint):  # Starlette's HTTPEndpoint: one method for each HTTP method
+            method = scope.get("method", "").lower()
+            yield getattr(endpoint, method, None)
+            if method == "head":
+                yield getattr(endpoint, "get", None)
+        yield endpoint
+    handler = scope.get("route_handler")
+    if handler is not None:
+        yield getattr(handler, "fn", None)
+        yield getattr(handler, "owner", None)
+
+
+def _litestar_option(scope: Scope, key: str) -> Any:
+    handler = scope.get("route_handler")
+    return None if handler is None else handler.opt.get(key)
+
+
+def describe_route(scope: Scope) -> str:
+    """Name the route of this request for a log line or an error: `POST /orders (create_order)`."""
+    handler = scope.get("route_handler")
+    endpoint = scope.get("endpoint") if handler is None else getattr(handler, "fn", handler)
+    while isinstance(endpoint, functools.partial):
+        endpoint = endpoint.func  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    path = (
+        scope.get("path_template")  # Litestar
+        or getattr(scope.get("route"), "path", None)  # FastAPI
+        or scope.get("path", "")
+    )
+    where = f"{scope.get('method', scope['type'].upper())} {path}"
+    name = getattr(endpoint, "__qualname__", None) or type(endpoint).__name__
+    return where if endpoint is None else f"{where} ({name})"
+
+
+def reopen_response(scope: Scope) -> None:
+    """Tell the framework that the response which it has just begun was not sent.
+
+    Litestar notes a response as begun before it calls `send`, and would then refuse to answer
+    the error that `send` raises. Starlette keeps that note where nobody can reach it: there the
+    error is answered afterwards, by `answer_error`.
+    """
+    if "litestar_app" in scope:
+        import_module("asgi_db_litestar").reopen_response(scope)
+
+
+async def answer_error(
+    error: BaseException, commit_error: Exception, scope: Scope, receive: Receive, send: Send
+) -> None:
+    """Answer a failed COMMIT as the application answers what its endpoints raise.
+
+    Args:
+        error: what came out of the application after `send` had raised the commit error.
+        commit_error: why the unit of work could not be committed.
+
+    Raises:
+        Exception: no handler of the application takes the error.
+    """
+    if "starlette.exception_handlers" in scope:
+        adapter = import_module("asgi_db_starlette")
+        await adapter.answer_error(error, commit_error, scope, receive, send)
+    else:
+        raise commit_error

@@ -1,0 +1,222 @@
+"""The middleware: from the ASGI scope to COMMIT, top to bottom.
+
+A request's unit of work ends when its response begins, and before the status line leaves:
+
+    await send({"type": "http.response.start", …})    the application has its answer
+        COMMIT or ROLLBACK, and the connection is back in the pool
+        the status line leaves only now; a failed COMMIT is raised here instead
+
+What the session does after that, in a stream or a background task, is a new unit, which ends
+before the next piece of the body, or with the ASGI call.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from asgi_db.database import Database
+from asgi_db.errors import MissingMiddlewareError
+from asgi_db.frameworks import answer_error, describe_route, mode_of_route, reopen_response
+from asgi_db.lifespan import serve_lifespan
+from asgi_db.modes import Mode, ModeDefault, plain, should_commit
+from asgi_db.session import DBSession
+from asgi_db.types import ASGIApp, Message, Receive, Scope, Send
+from asgi_db.unit_of_work import UnitOfWork
+
+logger = logging.getLogger("asgi_db")
+
+
+def unit_key(key: str) -> str:
+    """The key of the scope under which the unit of work stands."""
+    return f"asgi_db.unit_of_work.{key}"
+
+
+class DBSessionMiddleware:
+    """Places a session in `request.state.db`, and ends its work before the response begins.
+
+        app.add_middleware(DBSessionMiddleware, database=database)
+
+    Works as Starlette, FastAPI or Litestar middleware and around any ASGI application. Makes
+    the engine at the application's startup and disposes it at its shutdown.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        database: Database | None = None,
+        *,
+        mode: ModeDefault = plain,
+        key: str = "db",
+    ) -> None:
+        """Wrap an application.
+
+        Args:
+            app: the ASGI application.
+            database: where the sessions come from; `Database()` if None.
+            mode: the mode of routes that set none: a mode, or a callable of the scope such as
+                `by_method`.
+            key: the name in `request.state`. A second database is a second middleware with a
+                key of its own.
+
+        Raises:
+            ConfigurationError: no database was given, and the environment's settings cannot work.
+        """
+        self.app = app
+        self.database = database if database is not None else Database()
+        self.mode = mode
+        self.key = key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI connection."""
+        if scope["type"] == "lifespan":
+            await serve_lifespan(self.app, self.database, self.key, scope, receive, send)
+        elif scope["type"] not in ("http", "websocket") or self._is_placed(scope):
+            await self.app(scope, receive, send)
+        else:
+            unit = self._place_session(scope)
+            try:
+                if scope["type"] == "http":
+                    await Exchange(self.app, unit, scope, receive, send).run()
+                else:
+                    await Socket(self.app, unit, scope, receive, send).run()
+            finally:
+                unit.close()
+
+    def _is_placed(self, scope: Scope) -> bool:
+        """Whether the same middleware stands further out already; installed twice, it acts once."""
+        unit: UnitOfWork | None = scope.get(unit_key(self.key))
+        return unit is not None and unit.database is self.database
+
+    def _place_session(self, scope: Scope) -> UnitOfWork:
+        unit = self.database.unit_of_work(
+            default_mode=lambda: self.mode if isinstance(self.mode, Mode) else self.mode(scope),
+            route_mode=lambda: mode_of_route(scope, self.key),
+            describe=lambda: describe_route(scope),
+        )
+        scope[unit_key(self.key)] = unit
+        scope.setdefault("state", {})[self.key] = unit.session
+        return unit
+
+
+def session_of(scope: Scope, mode: Mode | None = None, *, key: str = "db") -> DBSession:
+    """Return the session of this connection; what the adapters are made of.
+
+    Args:
+        scope: the scope of the request or WebSocket.
+        mode: the mode that the caller stands for, if any.
+        key: the key of the middleware.
+
+    Raises:
+        MissingMiddlewareError: no middleware has placed a session.
+        ModeConflictError: a statement has already run in a weaker mode.
+    """
+    unit: UnitOfWork | None = scope.get(unit_key(key))
+    if unit is None:
+        raise MissingMiddlewareError(key)
+    if mode is not None:
+        unit.ask(mode)
+    return unit.session
+
+
+class Exchange:
+    """One HTTP request and its response."""
+
+    def __init__(
+        self, app: ASGIApp, unit: UnitOfWork, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        self._app = app
+        self._unit = unit
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._outer_exception = sys.exc_info()[1]
+        self._started = False
+        self._commit_error: Exception | None = None
+        """Why the response that the application began was refused, until it begins another."""
+
+    async def run(self) -> None:
+        """Run the application, then end what its last event has left open."""
+        try:
+            await self._app(self._scope, self._receive, self._send_after_commit)
+        except BaseException as error:
+            await self._unit.end(success=False)
+            if self._commit_error is None or not isinstance(error, Exception):
+                raise
+            await self._answer(error, self._commit_error)
+        else:
+            await self._unit.end(success=self._started and not self._unit.was_cut_off)
+            if self._commit_error is not None:
+                await self._answer(self._commit_error, self._commit_error)
+
+    async def _send_after_commit(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            await self._end_unit(message["status"])
+            self._started = True
+            self._commit_error = None
+        elif self._commit_error is not None:
+            raise self._commit_error
+        elif self._unit.in_use:
+            await self._unit.end(success=self._exception_being_handled() is None)
+        await self._send(message)
+
+    async def _end_unit(self, status: int) -> None:
+        if not self._unit.in_use:
+            return
+        success = should_commit(self._unit.mode, status, self._exception_being_handled())
+        try:
+            await self._unit.end(success=success)
+        except Exception as error:
+            self._commit_error = error
+            logger.error("%s: the response %d was not sent", self._unit.describe(), status)
+            reopen_response(self._scope)
+            raise
+
+    async def _answer(self, error: Exception, commit_error: Exception) -> None:
+        try:
+            await answer_error(
+                error, commit_error, self._scope, self._receive, self._send_after_commit
+            )
+        finally:
+            await self._unit.end(success=False)
+
+    def _exception_being_handled(self) -> BaseException | None:
+        """The exception of which the application is making a response, if it is."""
+        error = sys.exc_info()[1]
+        return None if error is self._outer_exception else error
+
+
+class Socket:
+    """One WebSocket: a unit ends before each event, so that waiting holds nothing."""
+
+    def __init__(
+        self, app: ASGIApp, unit: UnitOfWork, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        self._app = app
+        self._unit = unit
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._outer_exception = sys.exc_info()[1]
+
+    async def run(self) -> None:
+        """Run the application, then end what its last event has left open."""
+        try:
+            await self._app(self._scope, self._receive_between_units, self._send_after_commit)
+        except BaseException:
+            await self._unit.end(success=False)
+            raise
+        else:
+            await self._unit.end(success=not self._unit.was_cut_off)
+
+    async def _receive_between_units(self) -> Message:
+        await self._end_unit()
+        return await self._receive()
+
+    async def _send_after_commit(self, message: Message) -> None:
+        await self._end_unit()
+        await self._send(message)
+
+    async def _end_unit(self) -> None:
+        if self._unit.in_use:
+            await self._unit.end(success=sys.exc_info()[1] is self._outer_exception)

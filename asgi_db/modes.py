@@ -1,0 +1,201 @@
+"""The modes: how a request's unit of work begins and ends.
+
+A mode is a small immutable value which is also the decorator that sets it on a route:
+
+    @app.post("/orders")
+    @transactional
+    async def create_order(request: Request) -> None: ...
+
+    @app.post("/transfers")
+    @transactional(isolation="SERIALIZABLE")
+    async def transfer(request: Request) -> None: ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, get_args, overload
+
+from asgi_db.types import Scope
+
+Isolation: TypeAlias = Literal[
+    "READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"
+]
+CommitRule: TypeAlias = Callable[[int], bool]
+ModeDefault: TypeAlias = "Mode | Callable[[Scope], Mode]"
+
+Target = TypeVar("Target", bound=Callable[..., Any])
+
+MODE_ATTRIBUTE = "__asgi_db_mode__"
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """How a unit of work begins and ends. Use `plain`, `transactional` or `read_only`.
+
+    Attributes:
+        isolation: isolation level of the transaction; the server's default if None.
+        read_only: the database refuses writes.
+        deferrable: wait for a snapshot that needs no locks (PostgreSQL, with SERIALIZABLE).
+        snapshot: several statements see one consistent view.
+        commit_on: replaces the rule "any status below 400 commits".
+    """
+
+    name: ClassVar[str] = "mode"
+    strength: ClassVar[int] = 0
+
+    isolation: Isolation | None = None
+    read_only: bool = False
+    deferrable: bool = False
+    snapshot: bool = False
+    commit_on: CommitRule | None = None
+
+    def __post_init__(self) -> None:
+        if self.isolation is not None and self.isolation not in get_args(Isolation):
+            levels = ", ".join(get_args(Isolation))
+            raise ValueError(f"isolation={self.isolation!r} is unknown; use one of {levels}.")
+        if self.deferrable and not (self.isolation == "SERIALIZABLE" and self.read_only):
+            raise ValueError(
+                "deferrable=True has an effect only together with isolation='SERIALIZABLE' and"
+                " read_only=True (see PostgreSQL's SET TRANSACTION): add both, or leave it out."
+            )
+
+    @property
+    def commits(self) -> bool:
+        """Whether the unit is committed when the request succeeds."""
+        return False
+
+    @property
+    def autocommit(self) -> bool:
+        """Whether each statement stands alone, outside any transaction."""
+        return False
+
+    def _mark(self, target: Target) -> Target:
+        try:
+            setattr(target, MODE_ATTRIBUTE, self)
+        except AttributeError:
+            raise TypeError(
+                f"@{self.name} cannot mark {target!r}: put it below the route decorator, directly"
+                " on the function."
+            ) from None
+        return target
+
+
+@dataclass(frozen=True, slots=True)
+class Plain(Mode):
+    """BEGIN at the first statement; rolled back unless the handler committed."""
+
+    name: ClassVar[str] = "plain"
+    strength: ClassVar[int] = 1
+
+    def __call__(self, target: Target) -> Target:
+        """Set this mode on a route."""
+        return self._mark(target)
+
+
+@dataclass(frozen=True, slots=True)
+class Transactional(Mode):
+    """BEGIN at the first statement; COMMIT before the status line, or ROLLBACK."""
+
+    name: ClassVar[str] = "transactional"
+    strength: ClassVar[int] = 2
+
+    @property
+    def commits(self) -> bool:
+        return True
+
+    @overload
+    def __call__(self, target: Target, /) -> Target: ...
+
+    @overload
+    def __call__(
+        self,
+        *,
+        isolation: Isolation | None = None,
+        read_only: bool = False,
+        deferrable: bool = False,
+        commit_on: CommitRule | None = None,
+    ) -> Transactional: ...
+
+    def __call__(self, target: Target | None = None, /, **options: Any) -> Target | Transactional:
+        """Set this mode on a route, or make a variant of it.
+
+        Args:
+            isolation: isolation level of the transaction; the server's default if None.
+            read_only: the database refuses writes in this transaction.
+            deferrable: wait for a snapshot that needs no locks; PostgreSQL, with
+                `isolation="SERIALIZABLE", read_only=True`.
+            commit_on: `(status) -> bool`, replaces the rule "any status below 400 commits".
+
+        Raises:
+            ValueError: an option has a value that cannot work.
+        """
+        return replace(self, **options) if target is None else self._mark(target)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOnly(Mode):
+    """No transaction: each statement stands alone, and no connection is held in between."""
+
+    name: ClassVar[str] = "read_only"
+    strength: ClassVar[int] = 0
+
+    read_only: bool = True
+
+    @property
+    def autocommit(self) -> bool:
+        return not self.snapshot
+
+    @overload
+    def __call__(self, target: Target, /) -> Target: ...
+
+    @overload
+    def __call__(self, *, snapshot: bool = False) -> ReadOnly: ...
+
+    def __call__(self, target: Target | None = None, /, **options: Any) -> Target | ReadOnly:
+        """Set this mode on a route, or make a variant of it.
+
+        Args:
+            snapshot: several statements see one consistent view, and server-side cursors work;
+                the connection is held from the first statement to the end of the unit.
+        """
+        return replace(self, **options) if target is None else self._mark(target)
+
+
+plain = Plain()
+transactional = Transactional()
+read_only = ReadOnly()
+
+_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
+
+
+def by_method(scope: Scope) -> Mode:
+    """A default mode for the middleware: safe methods `read_only`, the rest `transactional`.
+
+    Source of what is safe: RFC 9110, section 9.2.1. A WebSocket has no method, hence
+    `transactional`.
+    """
+    return read_only if scope.get("method") in _SAFE_METHODS else transactional
+
+
+def should_commit(mode: Mode, status: int, error: BaseException | None) -> bool:
+    """Say whether a response lets the unit of work commit.
+
+    | the application                                         | outcome  |
+    | ------------------------------------------------------- | -------- |
+    | answers with a status below 400                         | COMMIT   |
+    | answers with a status of 400 or above                   | ROLLBACK |
+    | raised, and a handler made a response of it             | ROLLBACK |
+    | raised a redirect (a handler made a 3xx response of it) | COMMIT   |
+
+    `commit_on=` replaces the two rules of the status, not those of the exception.
+
+    Args:
+        mode: the mode of the unit of work.
+        status: the status of the response.
+        error: the exception from which an exception handler made the response, if any.
+    """
+    if error is not None and not 300 <= status < 400:
+        return False
+    return mode.commit_on(status) if mode.commit_on is not None else status < 400

@@ -1,0 +1,124 @@
+"""The session that handlers get, and its synchronous half, which keeps it inside its unit of work.
+
+Every operation of an `AsyncSession`, a lazy load and `run_sync` included, passes through the
+public methods of the SQLAlchemy `Session` underneath. That is the one place where this module
+stands: it asks the unit of work before each operation and tells it afterwards.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
+
+if TYPE_CHECKING:
+    from asgi_db.unit_of_work import UnitOfWork
+
+
+class UnitSession(Session):
+    """The synchronous half of `DBSession`."""
+
+    def __init__(self, *args: Any, unit_of_work: UnitOfWork, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.unit_of_work = unit_of_work
+
+    def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
+        """Choose the engine by the mode; SQLAlchemy asks here before it takes a connection."""
+        return self.unit_of_work.bind(super().get_bind(*args, **kwargs))
+
+    def give_back(self) -> None:
+        """Roll back and return the connection, and leave what was loaded usable.
+
+        `Session.rollback()` expires every object, and `Session.close()` detaches them all.
+        """
+        while (transaction := self.get_nested_transaction() or self.get_transaction()) is not None:
+            transaction.close()  # no public method of the session ends a transaction like this
+
+    def give_back_between_statements(self) -> None:
+        """Return the connection unless the handler holds a transaction block of its own."""
+        transaction = self.get_transaction()
+        if (
+            transaction is not None
+            and transaction.origin is SessionTransactionOrigin.AUTOBEGIN
+            and not self.in_nested_transaction()
+        ):
+            self.give_back()
+
+
+def _inside_the_unit(name: str) -> Callable[..., Any]:
+    operation = getattr(Session, name)
+
+    @functools.wraps(operation)
+    def guarded(self: UnitSession, *args: Any, **kwargs: Any) -> Any:
+        with self.unit_of_work.operation(name):
+            return operation(self, *args, **kwargs)
+
+    return guarded
+
+
+# Every public method of `Session` that may talk to the database (tests hold this list against
+# the installed SQLAlchemy). `close`, `reset` and `invalidate` stay as they are: they only let go.
+OPERATIONS = (
+    "begin",
+    "begin_nested",
+    "commit",
+    "connection",
+    "delete",
+    "delete_all",
+    "execute",
+    "flush",
+    "get",
+    "get_one",
+    "merge",
+    "merge_all",
+    "refresh",
+    "rollback",
+    "scalar",
+    "scalars",
+)
+for _name in OPERATIONS:
+    setattr(UnitSession, _name, _inside_the_unit(_name))
+
+
+@event.listens_for(UnitSession, "before_flush")
+def _before_flush(session: UnitSession, *_: Any) -> None:
+    session.unit_of_work.check_flush()
+
+
+@event.listens_for(UnitSession, "before_commit")
+def _before_commit(session: UnitSession) -> None:
+    if not session.in_nested_transaction():
+        session.unit_of_work.check_commit()
+
+
+@event.listens_for(UnitSession, "after_begin")
+def _after_begin(session: UnitSession, _: SessionTransaction, connection: Connection) -> None:
+    session.unit_of_work.transaction_began(connection)
+
+
+@event.listens_for(UnitSession, "after_transaction_end")
+def _after_transaction_end(session: UnitSession, transaction: SessionTransaction) -> None:
+    if transaction.parent is None:
+        session.unit_of_work.transaction_ended()
+
+
+class DBSession(AsyncSession):
+    """SQLAlchemy's `AsyncSession`, inside the unit of work of a request or a block."""
+
+    sync_session_class = UnitSession
+    sync_session: UnitSession
+
+    async def release(self) -> None:
+        """Give the connection back to the pool now, for instance around a slow outgoing call.
+
+        The transaction ends; objects that were loaded stay usable, and the next statement
+        begins anew on whichever connection is free.
+
+        Raises:
+            UncommittedWorkError: the transaction holds writes; commit or roll back first.
+        """
+        await self.sync_session.unit_of_work.release()

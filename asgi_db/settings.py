@@ -1,0 +1,430 @@
+"""Settings: database URLs, environment variables and pool profiles.
+
+Everything here is decided before a connection exists, and every mistake is a `ConfigurationError`.
+Its message never repeats a value that could hold a password: a URL with an unescaped character puts
+part of the password where the host, the port or the database should be, and `repr(url)` shows it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from ipaddress import IPv6Address
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias
+
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from asgi_db.errors import ConfigurationError
+
+DatabaseType: TypeAlias = Literal["postgresql", "mysql", "mariadb", "sqlite"]
+"""The databases that asgi-db works with."""
+
+PoolName: TypeAlias = Literal["low", "medium", "high"]
+"""The names of the ready-made pool profiles."""
+
+_DRIVERS: Mapping[str, str] = {
+    "postgresql": "asyncpg",
+    "mysql": "asyncmy",
+    "mariadb": "asyncmy",
+    "sqlite": "aiosqlite",
+}
+_INSTALL = {
+    "asyncpg": "asgi-db[postgresql]",
+    "asyncmy": "asgi-db[mysql]",
+    "aiosqlite": "aiosqlite",
+}
+_MYSQL = ("mysql", "mariadb")
+_MEMORY = ":memory:"
+_TYPES = ", ".join(f'"{name}"' for name in _DRIVERS)
+_SCHEMES = ", ".join(f"{name}://" for name in _DRIVERS)
+_URL_PATTERN = "postgresql://user:password@host:5432/database"
+_ESCAPES = "with @ : / ? # % in user and password written as %40 %3A %2F %3F %23 %25"
+
+_ENVIRONMENT = {
+    "type": "DATABASE_TYPE",
+    "user": "DATABASE_USER",
+    "password": "DATABASE_PASSWORD",
+    "host": "DATABASE_HOST",
+    "port": "DATABASE_PORT",
+    "database": "DATABASE_SCHEMA",
+    "charset": "DATABASE_CHARSET",
+}
+_SWITCHES: Mapping[str, bool | Literal["debug"]] = {
+    "true": True,
+    "1": True,
+    "yes": True,
+    "on": True,
+    "false": False,
+    "0": False,
+    "no": False,
+    "off": False,
+    "debug": "debug",
+}
+
+
+def create_database_url(
+    type: DatabaseType,
+    *,
+    user: str | None = None,
+    password: str | None = None,
+    host: str | None = None,
+    port: int | None = None,
+    database: str | None = None,
+    charset: str = "utf8mb4",
+    unittest: bool = False,
+) -> URL:
+    """Build the URL of a database, with the asynchronous driver for its type.
+
+    Values are taken as they are: nothing needs to be percent-encoded. The URL's `str` and `repr`
+    hide the password.
+
+    Args:
+        host: name or address of the server; default `localhost`.
+        port: 1 to 65535; by default it is left out, so that the driver takes its own.
+        database: name of the database; for SQLite the file, by default a database in memory.
+        charset: character set of a MySQL or MariaDB connection; ignored for the others.
+        unittest: name the database for tests instead, `<database>_test`, or for SQLite
+            `shop_test.db` for `shop.db`; a database in memory stays one.
+
+    Raises:
+        ConfigurationError: a parameter is missing, does not fit the type or is out of range.
+    """
+    return _Parts(type, user, password, host, port, database, charset, {}, unittest).url()
+
+
+@dataclass(frozen=True, repr=False)
+class _Parts:
+    """The parts of a URL, and what a message calls them: parameters, or environment variables."""
+
+    type: str
+    user: str | None
+    password: str | None
+    host: str | None
+    port: int | None
+    database: str | None
+    charset: str
+    names: Mapping[str, str]
+    unittest: bool = False
+
+    def url(self) -> URL:
+        if self.type not in _DRIVERS:
+            raise self._error("type", f"must be one of {_TYPES}")
+        return self._sqlite_url() if self.type == "sqlite" else self._server_url()
+
+    def _sqlite_url(self) -> URL:
+        for part in ("user", "password", "host", "port"):
+            if getattr(self, part) is not None:
+                raise self._error(part, "has no meaning for SQLite, which is a file: leave it out")
+        file = self.database or _MEMORY
+        folder, name = os.path.split(file)
+        if name in ("", ".", ".."):
+            raise self._error("database", "must be the name of a file for SQLite, not of a folder")
+        if self.unittest and file != _MEMORY:
+            stem, suffix = os.path.splitext(name)
+            file = os.path.join(folder, f"{stem}_test{suffix}")
+        return URL.create("sqlite+aiosqlite", database=file)
+
+    def _server_url(self) -> URL:
+        if self.password is not None and not self.user:
+            raise self._error("password", f"is set without a user: set {self._name('user')} too")
+        if self.host and not _is_host(self.host):
+            remedy = f"and the port goes into {self._name('port')}"
+            raise self._error("host", f"must be a host name or an IP address alone, {remedy}")
+        if self.port is not None and not _is_port(self.port):
+            raise self._error("port", "must be a whole number from 1 to 65535")
+        return URL.create(
+            f"{self.type}+{_DRIVERS[self.type]}",
+            username=self.user or None,
+            password=self.password,
+            host=self.host or "localhost",
+            port=self.port,
+            database=self._server_database(),
+            query={"charset": self._mysql_charset()} if self.type in _MYSQL else {},
+        )
+
+    def _server_database(self) -> str:
+        if not self.database:
+            raise self._error("database", f"is missing: {self.type} needs the name of a database")
+        name = f"{self.database}_test" if self.unittest else self.database
+        # PostgreSQL cuts a longer name off, without an error: "<63 bytes>_test" is no test database
+        # but the real one.
+        size, limit = (
+            (len(name), "64 characters")
+            if self.type in _MYSQL
+            else (len(name.encode("utf-8", "surrogatepass")), "63 bytes")
+        )
+        if size > int(limit.split()[0]):
+            test = ' with "_test"' if self.unittest else ""
+            raise self._error("database", f"is too long{test}: {self.type} allows {limit}")
+        return name
+
+    def _mysql_charset(self) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9_]+", self.charset):
+            raise self._error("charset", 'must be the name of a character set, such as "utf8mb4"')
+        return self.charset
+
+    def _name(self, part: str) -> str:
+        return self.names.get(part, f"`{part}`")
+
+    def _error(self, part: str, problem: str) -> ConfigurationError:
+        return ConfigurationError(f"{self._name(part)} {problem}.")
+
+
+def _is_host(host: str) -> bool:
+    # SQLAlchemy renders the host unescaped, so "/" or "@" in it would change the URL's meaning.
+    if ":" not in host:
+        return re.fullmatch(r"[\w.-]+", host) is not None
+    try:
+        return re.fullmatch(r"[\w.:%-]+", host) is not None and bool(IPv6Address(host))
+    except ValueError:
+        return False
+
+
+def _is_port(port: object) -> bool:
+    return isinstance(port, int) and not isinstance(port, bool) and 1 <= port <= 65535
+
+
+def parse_database_url(url: str | URL) -> URL:
+    """Read a database URL, and fill in the asynchronous driver where it names none.
+
+    `postgres://`, `postgresql://`, `mysql://`, `mariadb://` and `sqlite://` are enough. MySQL and
+    MariaDB get `charset=utf8mb4` unless the URL names another character set; libpq's `sslmode=`
+    becomes `ssl=`, as asyncpg calls it; a password in the query moves to the place where SQLAlchemy
+    hides it.
+
+    Raises:
+        ConfigurationError: the URL cannot be parsed, or its database or driver is not supported or
+            the driver not installed.
+    """
+    return _parse(url, "The database URL")
+
+
+def _parse(url: str | URL, label: str) -> URL:
+    parsed = _hide_credentials(_read(url, label))
+    backend, _, driver = parsed.drivername.partition("+")
+    backend = "postgresql" if backend == "postgres" else backend
+    if backend not in _DRIVERS:
+        raise ConfigurationError(
+            f'{label} names the unknown database "{backend}": write one of {_SCHEMES}.'
+        )
+    supported = _DRIVERS[backend]
+    if driver not in ("", supported):
+        raise ConfigurationError(
+            f'{label} names the driver "{driver}", which asgi-db does not support: write '
+            f"{backend}+{supported}:// or just {backend}://."
+        )
+    _check_place(parsed, backend, label)
+    if find_spec(supported) is None:
+        raise ConfigurationError(
+            f"{label} needs the driver {supported}, which is not installed: "
+            f"run `pip install {_INSTALL[supported]}`."
+        )
+    return _with_defaults(parsed.set(drivername=f"{backend}+{supported}"), backend)
+
+
+def _read(url: object, label: str) -> URL:
+    if isinstance(url, URL):
+        return url
+    if not isinstance(url, str):
+        raise ConfigurationError(
+            f"{label} must be a string or a sqlalchemy.URL, not {type(url).__name__}."
+        )
+    parsed = _make_url(url)
+    if parsed is None:
+        raise ConfigurationError(
+            f"{label} cannot be parsed: write it like {_URL_PATTERN}, {_ESCAPES}."
+        )
+    _check_escapes(url, parsed, label)
+    return parsed
+
+
+def _make_url(url: str) -> URL | None:
+    # The caller raises, outside the `except`: SQLAlchemy's error may quote a part of the password,
+    # and would stay reachable as the `__context__` of ours even with `from None`.
+    try:
+        return make_url(url)
+    except (ArgumentError, ValueError):
+        return None
+
+
+def _check_escapes(url: str, parsed: URL, label: str) -> None:
+    # SQLAlchemy ends the password at the first "@". With a second one the rest of the password
+    # would be the host, and be shown in every log line that names the database.
+    expected = 0 if parsed.username is None else 1
+    if not parsed.drivername.startswith("sqlite") and url.count("@") > expected:
+        raise ConfigurationError(
+            f'{label} has an "@" too many: write it like {_URL_PATTERN}, {_ESCAPES}.'
+        )
+
+
+def _hide_credentials(url: URL) -> URL:
+    # Both drivers take `?user=…&password=…`, but SQLAlchemy's repr shows the query as it is.
+    query = url.normalized_query
+    return url.set(
+        username=query["user"][-1] if "user" in query else None,
+        password=query["password"][-1] if "password" in query else None,
+    ).difference_update_query(["user", "password"])
+
+
+def _check_place(url: URL, backend: str, label: str) -> None:
+    if backend != "sqlite":
+        if url.port is not None and not _is_port(url.port):
+            raise ConfigurationError(f"{label} has a port that is not from 1 to 65535: correct it.")
+    elif any(part is not None for part in (url.username, url.password, url.host, url.port)):
+        raise ConfigurationError(
+            f"{label} names a host or a user, which SQLite has not: write three slashes before a "
+            "relative path, sqlite:///shop.db, and four before an absolute one, "
+            "sqlite:////srv/shop.db."
+        )
+
+
+def _with_defaults(url: URL, backend: str) -> URL:
+    if backend == "sqlite":
+        return url.set(database=url.database or _MEMORY)
+    if backend in _MYSQL:
+        return url if "charset" in url.query else url.update_query_dict({"charset": "utf8mb4"})
+    if "sslmode" not in url.query:
+        return url
+    # Hosting services hand out libpq's name; asyncpg knows the same modes under its own.
+    mode = url.query["sslmode"]
+    return url.difference_update_query(["sslmode"]).update_query_dict({"ssl": mode})
+
+
+def database_url_from_env(environ: Mapping[str, str]) -> URL | None:
+    """Read the database URL from environment variables; None where there are none.
+
+    `DATABASE_URL` wins. Without it the URL is built from `DATABASE_TYPE`, `DATABASE_USER`,
+    `DATABASE_PASSWORD`, `DATABASE_HOST`, `DATABASE_PORT`, `DATABASE_SCHEMA` (the name of the
+    database) and `DATABASE_CHARSET`. An empty variable counts as one that is not set.
+
+    Raises:
+        ConfigurationError: a variable is wrong or missing; the message names it.
+    """
+    if url := environ.get("DATABASE_URL", "").strip():
+        return _parse(url, "DATABASE_URL")
+    given = {part: environ[name] for part, name in _ENVIRONMENT.items() if environ.get(name)}
+    if not given:
+        return None
+    if "type" not in given:
+        raise ConfigurationError(
+            f"DATABASE_TYPE is missing beside {_ENVIRONMENT[next(iter(given))]}: "
+            f"set it to one of {_TYPES}."
+        )
+    built = _Parts(
+        given["type"].strip().lower(),
+        given.get("user"),
+        given.get("password"),
+        given.get("host"),
+        _env_port(given.get("port")),
+        given.get("database"),
+        given.get("charset", "utf8mb4"),
+        _ENVIRONMENT,
+    ).url()
+    return _parse(built, "DATABASE_TYPE")
+
+
+def _env_port(port: str | None) -> int | None:
+    if port is None:
+        return None
+    # A number that is none becomes 0, which is out of range, and is reported as such.
+    return int(port) if re.fullmatch(r"[0-9]{1,5}", port.strip()) else 0
+
+
+def engine_options_from_env(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Read `DATABASE_ECHO` and `DATABASE_POOL_ECHO` as the engine options `echo` and `echo_pool`.
+
+    Both take true, false, 1, 0, yes, no, on, off or debug, in any case. Only what is set is in the
+    result.
+
+    Raises:
+        ConfigurationError: a variable has another value; the message names it.
+    """
+    options: dict[str, Any] = {}
+    for name, option in (("DATABASE_ECHO", "echo"), ("DATABASE_POOL_ECHO", "echo_pool")):
+        if value := environ.get(name, "").strip().lower():
+            if value not in _SWITCHES:
+                raise ConfigurationError(f"{name} must be one of {', '.join(_SWITCHES)}.")
+            options[option] = _SWITCHES[value]
+    return options
+
+
+@dataclass(frozen=True)
+class PoolProfile:
+    """How many connections one process keeps, how long it waits for one, how far it trusts them.
+
+    The names are SQLAlchemy's, except `verify`. The defaults are those of the profile "medium".
+
+    Attributes:
+        pool_size: connections that are kept open. Number, default 10. Raise it when requests wait
+            for a connection while the database is idle; all processes together must stay below the
+            server's `max_connections`.
+        max_overflow: connections opened beyond `pool_size` in a peak, and closed when they come
+            back. Number, default 20; -1 for no limit. Lower it when the server runs out of
+            connections; 0 makes the pool fixed in size.
+        pool_timeout: how long a request waits for a connection before it fails. Seconds, default
+            30. Lower it so that an overloaded service answers early; keep it below the timeout of
+            the proxy.
+        pool_recycle: age at which a connection is replaced, when it is taken next. Seconds, default
+            3600; -1 for never. Keep it below the idle timeout of server and firewall (MySQL:
+            `wait_timeout`).
+        verify: ping a connection that has been idle for longer than a second before it is used.
+            Default True. Switch it off where a request that meets a connection which the server has
+            closed may fail.
+        pool_use_lifo: take the connection which came back last, so that the others can grow idle
+            and be closed by the server. Default False. Switch it on, together with `verify`, for a
+            large pool whose load comes in waves.
+    """
+
+    pool_size: int = 10
+    max_overflow: int = 20
+    pool_timeout: float = 30
+    pool_recycle: int = 3600
+    verify: bool = True
+    pool_use_lifo: bool = False
+
+    def engine_options(self) -> dict[str, Any]:
+        """Return the profile as keyword arguments of `create_async_engine`.
+
+        `verify` is not one of them: `pool_pre_ping` would ping at every checkout, so `Database`
+        does it.
+        """
+        return {
+            "pool_size": self.pool_size,
+            "max_overflow": self.max_overflow,
+            "pool_timeout": self.pool_timeout,
+            "pool_recycle": self.pool_recycle,
+            "pool_use_lifo": self.pool_use_lifo,
+        }
+
+
+POOL_PROFILES: Mapping[PoolName, PoolProfile] = MappingProxyType(
+    {
+        "low": PoolProfile(5, 10, 60, 7200, verify=False),
+        "medium": PoolProfile(),
+        "high": PoolProfile(20, 40, 15, 1800, pool_use_lifo=True),
+    }
+)
+"""The ready-made profiles: for a small service, for most services, and for a busy one."""
+
+
+def pool_profile(name: PoolName) -> PoolProfile:
+    """Return the ready-made pool profile of that name.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    if name not in POOL_PROFILES:
+        names = ", ".join(f'"{known}"' for known in POOL_PROFILES)
+        raise ConfigurationError(f"`pool` must be one of {names}.")
+    return POOL_PROFILES[name]
+
+
+def uuid4_str() -> str:
+    """Return a random UUID as a string of 36 characters, for databases with no UUID type."""
+    return str(uuid.uuid4())

@@ -1,0 +1,346 @@
+"""The unit of work: one span between two ASGI events in which one transaction may be open.
+
+A session lives through many units, one after the other:
+
+    IDLE ──first statement──▶ ACTIVE ──COMMIT or ROLLBACK──▶ ENDING ──▶ IDLE ──…──▶ CLOSED
+
+`IDLE` holds nothing. `ACTIVE` has fixed the mode and may hold a connection. `ENDING` is the
+COMMIT or ROLLBACK itself, which runs to its end even if the request is cancelled. `CLOSED` is
+final: the request is over, and the session refuses to work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import anyio
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from asgi_db.cancellation import run_to_completion
+from asgi_db.errors import (
+    ConcurrentUseError,
+    FailedTransactionError,
+    ModeConflictError,
+    ReadOnlyError,
+    SessionExpiredError,
+    UncommittedWorkError,
+)
+from asgi_db.modes import Mode
+from asgi_db.session import DBSession, UnitSession
+
+if TYPE_CHECKING:
+    from asgi_db.database import Database
+
+logger = logging.getLogger("asgi_db")
+
+UNIT_OPTION = "asgi_db_unit_of_work"
+"""The execution option by which an event of the engine finds the unit of its connection."""
+
+CLEANUP_TIMEOUT = 5.0
+"""Seconds that a ROLLBACK may take before its connection is terminated instead."""
+
+
+class State(enum.Enum):
+    """Where a unit of work stands; see the top of this file."""
+
+    IDLE = enum.auto()
+    ACTIVE = enum.auto()
+    ENDING = enum.auto()
+    CLOSED = enum.auto()
+
+
+TRANSITIONS = {
+    State.IDLE: {State.ACTIVE, State.ENDING, State.CLOSED},
+    State.ACTIVE: {State.IDLE, State.ENDING},
+    State.ENDING: {State.IDLE},
+    State.CLOSED: set[State](),
+}
+
+
+class UnitOfWork:
+    """Begins, ends and watches over what one session does.
+
+    Attributes:
+        session: the session that handlers get.
+        failure: why the open transaction cannot be committed any more, if it cannot.
+        has_writes: whether the open transaction holds writes.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        default_mode: Callable[[], Mode],
+        route_mode: Callable[[], Mode | None],
+        describe: Callable[[], str],
+    ) -> None:
+        """Prepare a unit; nothing is opened before the first statement.
+
+        Args:
+            database: where engine and session come from.
+            default_mode: the mode if nothing stronger says otherwise.
+            route_mode: the mode that the route itself sets; wins over everything.
+            describe: names the request or block, for messages.
+        """
+        self.database = database
+        self.describe = describe
+        self.failure: BaseException | None = None
+        self.has_writes = False
+        self._default_mode = default_mode
+        self._route_mode = route_mode
+        self._asked: Mode | None = None
+        self._active_mode: Mode | None = None
+        self._state = State.IDLE
+        self._operations: list[str] = []
+        self._task: asyncio.Task[object] | None = None
+        self._connections: list[Connection] = []
+        self.session: DBSession = database.make_session(self)
+
+    def __repr__(self) -> str:
+        return f"<UnitOfWork {self._state.name} {self.mode.name} {self.describe()}>"
+
+    # -- the mode ------------------------------------------------------------------------------
+
+    @property
+    def mode(self) -> Mode:
+        """The mode in force: fixed by the first statement, until the unit ends.
+
+        Strongest first: the route, the dependency that the handler takes, the default.
+        """
+        return self._active_mode or self._route_mode() or self._asked or self._default_mode()
+
+    def ask(self, mode: Mode) -> None:
+        """Take note of the mode that a dependency stands for; the strongest asked for wins.
+
+        Raises:
+            ModeConflictError: a statement has already run in a weaker mode.
+        """
+        if self._asked is not None and self._asked.strength >= mode.strength:
+            return
+        begun = self._active_mode
+        if begun is not None and begun.strength < mode.strength and self._route_mode() is None:
+            raise ModeConflictError(mode.name, begun.name, self.describe())
+        if begun is None or begun.strength <= mode.strength:
+            self._asked = mode
+
+    # -- what the session asks and tells -------------------------------------------------------
+
+    def operation(self, name: str) -> Operation:
+        """The span of one operation of the session: one task at a time."""
+        return Operation(self, name)
+
+    def bind(self, bind: Engine | Connection) -> Engine | Connection:
+        """Return the engine on which the mode's transactions begin as they should."""
+        if self._state is State.IDLE:
+            self._active_mode = self.mode
+            self._move(State.ACTIVE)
+        return self.database.bind_for(bind, self.mode)
+
+    def check_flush(self) -> None:
+        """Refuse a flush in a mode that only reads."""
+        if self.mode.read_only:
+            raise ReadOnlyError(
+                f"{self.describe()}: there are new or changed objects to flush, but the mode is"
+                f" {self.mode.name} and only reads. Put @transactional on the route, or ask for"
+                " the transactional session."
+            )
+
+    def check_commit(self) -> None:
+        """Refuse to commit what the database has given up already."""
+        if self.failure is not None:
+            raise FailedTransactionError from self.failure
+
+    def transaction_began(self, connection: Connection) -> None:
+        """Note the connection, and mark it so that the events of the engine find this unit."""
+        if connection not in self._connections:
+            self._connections.append(connection)
+            connection.execution_options(**{UNIT_OPTION: self})
+
+    def transaction_ended(self) -> None:
+        """Forget the transaction that the session has ended, by itself or by the handler."""
+        self.failure = None
+        self.has_writes = False
+        self._connections.clear()
+        if self._state is State.ACTIVE and not self.mode.autocommit:
+            self._become_idle()
+
+    # -- how it ends ---------------------------------------------------------------------------
+
+    @property
+    def in_use(self) -> bool:
+        """Whether there is anything to end."""
+        return self._state is State.ACTIVE or self.session.in_transaction()
+
+    @property
+    def was_cut_off(self) -> bool:
+        """Whether a statement of the open transaction was cancelled in the middle."""
+        return isinstance(self.failure, asyncio.CancelledError)
+
+    async def end(self, *, success: bool) -> None:
+        """End the unit: COMMIT where it succeeded and its mode commits, else ROLLBACK.
+
+        Costs nothing if no statement has run.
+
+        Raises:
+            SQLAlchemyError: the commit failed; the transaction has been rolled back.
+            ConcurrentUseError: it was to succeed while another task used the session.
+        """
+        straggler = self._other_task()
+        error = None if straggler is None else self._concurrent_use("commit")
+        if success and not self.mode.commits and (self.has_writes or self.session.new):
+            logger.warning(
+                "%s: uncommitted work was rolled back at the end of the %s unit: commit it with"
+                " `await session.commit()`, or put @transactional on the route.",
+                self.describe(),
+                self.mode.name,
+            )
+        if straggler is not None or self.session.in_transaction():
+            commit = success and straggler is None and self.mode.commits
+            self._move(State.ENDING)
+            try:
+                await run_to_completion(self._commit() if commit else self._roll_back(straggler))
+            finally:
+                self._become_idle()
+        elif self._state is State.ACTIVE:
+            self._become_idle()
+        if success and error is not None:
+            raise error
+
+    async def release(self) -> None:
+        """Give the connection back before the unit's end; see `DBSession.release`."""
+        if self._other_task() is not None:
+            raise self._concurrent_use("release")
+        if self.has_writes:
+            raise UncommittedWorkError(self.describe())
+        await self.end(success=False)
+
+    def close(self) -> None:
+        """Let the session go for good: whoever still uses it gets an error."""
+        self._move(State.CLOSED)
+
+    async def _commit(self) -> None:
+        with self.operation("commit"):
+            try:
+                await self.session.commit()
+            except BaseException as error:
+                logger.error("%s: COMMIT failed: %s", self.describe(), _first_line(error))
+                await self._roll_back()
+                raise
+
+    async def _roll_back(self, straggler: asyncio.Task[object] | None = None) -> None:
+        """Roll back; where that fails or takes too long, terminate the connection."""
+        connections = list(self._connections)
+        try:
+            with anyio.fail_after(CLEANUP_TIMEOUT):
+                if straggler is not None:
+                    # To end a session in the middle of another task's statement breaks it.
+                    straggler.cancel()
+                    await asyncio.wait((straggler,))
+                with self.operation("rollback"):
+                    if self.has_writes or self.failure is not None:
+                        await self.session.rollback()
+                    else:
+                        await self.session.run_sync(UnitSession.give_back)
+        except Exception as error:
+            logger.error("%s: ROLLBACK failed: %s", self.describe(), _first_line(error))
+            self._operations.clear()
+            await self.session.run_sync(lambda _: _terminate(connections))
+            await self.session.close()
+
+    # -- one task at a time --------------------------------------------------------------------
+
+    def enter(self, operation: str) -> None:
+        """Begin an operation of the session.
+
+        Raises:
+            SessionExpiredError: the request is over.
+            ConcurrentUseError: another task is in the middle of an operation.
+        """
+        if self._state is State.CLOSED:
+            raise SessionExpiredError(operation, self.describe())
+        if self._other_task() is not None:
+            raise self._concurrent_use(operation)
+        self._task = asyncio.current_task()
+        self._operations.append(operation)
+
+    def leave(self, error: BaseException | None) -> None:
+        """End an operation; in autocommit the connection goes back at once."""
+        session = self.session.sync_session
+        if _is_failure(error) and not session.in_nested_transaction():
+            self.failure = error
+        try:
+            outermost = len(self._operations) == 1 and self._state is State.ACTIVE
+            if outermost and self.mode.autocommit and isinstance(error, Exception | None):
+                if self._operations[0] not in _KEEPS_CONNECTION:
+                    session.give_back_between_statements()
+        finally:
+            if self._operations:  # not so if the connection had to be terminated under it
+                self._operations.pop()
+
+    def _other_task(self) -> asyncio.Task[object] | None:
+        return self._task if self._operations and self._task is not asyncio.current_task() else None
+
+    def _concurrent_use(self, operation: str) -> ConcurrentUseError:
+        return ConcurrentUseError(operation, self._operations[-1], self.describe())
+
+    # -- the state -----------------------------------------------------------------------------
+
+    def _become_idle(self) -> None:
+        self._active_mode = None
+        self._move(State.IDLE)
+
+    def _move(self, to: State) -> None:
+        if to not in TRANSITIONS[self._state]:
+            raise RuntimeError(f"a unit of work cannot move from {self._state.name} to {to.name}")
+        self._state = to
+
+
+class Operation:
+    """One operation of a session, from call to return; they nest."""
+
+    __slots__ = ("_name", "_unit")
+
+    def __init__(self, unit: UnitOfWork, name: str) -> None:
+        self._unit = unit
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._unit.enter(self._name)
+
+    def __exit__(
+        self,
+        _: type[BaseException] | None,
+        error: BaseException | None,
+        __: TracebackType | None,
+    ) -> None:
+        self._unit.leave(error)
+
+
+_KEEPS_CONNECTION = frozenset({"connection", "begin", "begin_nested"})
+"""Operations whose very result is the open connection or transaction."""
+
+
+def _is_failure(error: BaseException | None) -> bool:
+    """Whether the error means that a statement failed or was cut off, not that a row is missing."""
+    return isinstance(error, DBAPIError | PoolTimeoutError) or not isinstance(
+        error, Exception | None
+    )
+
+
+def _terminate(connections: list[Connection]) -> None:
+    for connection in connections:
+        if not connection.closed:
+            connection.invalidate()
+            connection.close()
+
+
+def _first_line(error: BaseException) -> str:
+    """The error for a log line: SQLAlchemy's further lines hold the statement's parameters."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

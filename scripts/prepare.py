@@ -1,0 +1,82 @@
+"""What `make` needs first: a virtual environment, and the database servers of the tests.
+
+Standard library only: it runs on a machine where nothing has been installed yet.
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+
+from tests.programs import SERVERS
+
+# Run as root. A fresh machine has no package lists; another `make` may hold the lock. Of PostgreSQL
+# only the programs are wanted: no cluster is to be made, and so no service to be started.
+INSTALL = """
+set -e
+export DEBIAN_FRONTEND=noninteractive
+case " $* " in *" postgresql "*)
+    no_cluster=/etc/postgresql-common/createcluster.d/asgi-db-$$.conf
+    mkdir -p "$(dirname "$no_cluster")"
+    echo "create_main_cluster = false" >"$no_cluster"
+    trap 'rm -f "$no_cluster"' EXIT
+esac
+apt-get update -qq || true
+apt-get install -qq --yes --no-install-recommends -o DPkg::Lock::Timeout=300 "$@"
+"""
+
+
+def main(arguments: list[str]) -> None:
+    match arguments:
+        case ["venv", directory]:
+            make_environment(directory)
+        case ["servers"]:
+            install_servers()
+        case _:
+            sys.exit("usage: python -m scripts.prepare (venv DIRECTORY | servers)")
+
+
+def make_environment(directory: str) -> None:
+    """A virtual environment with a current pip (the system's may not know dependency groups)."""
+    if importlib.util.find_spec("ensurepip") is None:  # Debian ships it in a package of its own
+        package = f"python{sys.version_info.major}.{sys.version_info.minor}-venv"
+        if not install([package]):
+            sys.exit(f"Python's venv is missing: run `apt-get install {package}` as root.")
+    print(f"making the environment {directory}", flush=True)
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--clear", "--upgrade-deps", directory], check=True
+    )
+
+
+def install_servers() -> None:
+    """Installs the servers which are neither here nor replaced by a URL."""
+    wanted = [server for server in SERVERS if server.missing and not server.url]
+    if wanted:
+        install([package for server in wanted for package in server.packages])
+    if advice := [server.advice for server in wanted if server.missing]:
+        sys.exit("\n".join(advice))
+
+
+def install(packages: list[str]) -> bool:
+    """Installs system packages where this user may; False where it may not or where it failed."""
+    command = ["sh", "-c", INSTALL, "install", *packages]
+    if os.geteuid() != 0:
+        command = ["sudo", "--non-interactive", *command]
+        if not shutil.which("sudo") or not _quietly("sudo", "--non-interactive", "true"):
+            return False
+    if not shutil.which("apt-get"):
+        return False
+    print(f"installing {' '.join(packages)}", flush=True)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        print(done.stdout, file=sys.stderr)
+    return done.returncode == 0
+
+
+def _quietly(*command: str) -> bool:
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

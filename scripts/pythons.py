@@ -1,0 +1,41 @@
+"""Runs the suite on every supported version of Python found here, other than the running one."""
+
+import glob
+import os
+import subprocess
+import sys
+
+SUPPORTED = ["3.11", "3.12", "3.13"]
+
+
+def main() -> None:
+    running = f"{sys.version_info.major}.{sys.version_info.minor}"
+    others = [version for version in SUPPORTED if version != running]
+    found = {version: find(version) for version in others}
+    missing = [version for version, python in found.items() if python is None]
+    if missing:
+        print(f"not found, so not tested: Python {', '.join(missing)}", flush=True)
+    for version, python in found.items():
+        if python is not None:
+            print(f"testing with Python {version}: {python}", flush=True)
+            subprocess.run(["make", "suite", f"PYTHON={python}"], check=True)
+
+
+def find(version: str) -> str | None:
+    """An interpreter of this version that really works (a pyenv shim on PATH may not)."""
+    pyenv = os.environ.get("PYENV_ROOT", os.path.expanduser("~/.pyenv"))
+    installed = sorted(glob.glob(f"{pyenv}/versions/{version}.*/bin/python{version}"))
+    for python in [f"python{version}", *reversed(installed)]:
+        try:
+            subprocess.run([python, "-c", "import ssl, sqlite3"], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            continue
+        return python
+    return None
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)

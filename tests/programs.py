@@ -1,0 +1,68 @@
+"""The database servers which the tests start: their programs, packages, and replacements.
+
+Standard library only, because `scripts/prepare.py` uses it before anything is installed.
+"""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+# Debian keeps servers where an ordinary user's PATH does not look.
+_MORE_FOLDERS = ["/usr/sbin", "/usr/local/sbin", "/usr/libexec"]
+
+
+@dataclass(frozen=True)
+class Server:
+    """A kind of database server."""
+
+    name: str
+    programs: list[str]
+    packages: list[str]
+    variable: str
+    """The environment variable with the URL of a server to use instead of a private one."""
+    example: str
+
+    @property
+    def url(self) -> str | None:
+        """The URL of the server to use instead of a private one."""
+        return os.environ.get(self.variable)
+
+    @property
+    def missing(self) -> list[str]:
+        """The programs that are not on this machine."""
+        return [program for program in self.programs if find(program) is None]
+
+    @property
+    def advice(self) -> str:
+        """What to do where programs are missing."""
+        return (
+            f"{self.name} is missing ({', '.join(self.missing)}): "
+            f"run `apt-get install {' '.join(self.packages)}` as root, or set {self.variable} "
+            f"to a server on which the tests may create databases, such as {self.example}"
+        )
+
+
+def find(program: str) -> str | None:
+    """The path of a program; of several versions of PostgreSQL the newest."""
+    versions = [p for p in Path("/usr/lib/postgresql").glob("*/bin") if p.parent.name.isdigit()]
+    newest_first = sorted(versions, key=lambda path: int(path.parent.name), reverse=True)
+    folders = [os.environ.get("PATH", os.defpath), *map(str, newest_first), *_MORE_FOLDERS]
+    return shutil.which(program, path=os.pathsep.join(folders))
+
+
+POSTGRESQL = Server(
+    name="PostgreSQL",
+    programs=["initdb", "postgres"],
+    packages=["postgresql"],
+    variable="ASGI_DB_TEST_POSTGRESQL_URL",
+    example="postgresql+asyncpg://user:password@localhost/postgres",
+)
+MARIADB = Server(
+    name="MariaDB",
+    programs=["mariadbd", "mariadb-install-db", "my_print_defaults"],
+    packages=["mariadb-server-core", "mariadb-client-core"],
+    variable="ASGI_DB_TEST_MYSQL_URL",
+    example="mysql+asyncmy://user:password@localhost/mysql",
+)
+SERVERS = [POSTGRESQL, MARIADB]

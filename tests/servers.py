@@ -1,0 +1,385 @@
+"""Private database servers for one test session, and what they themselves say about their clients.
+
+Nothing here uses the library: these are the independent witnesses of the tests. A server is
+started in a temporary folder on a free port, or replaced by the one that the environment variable
+`ASGI_DB_TEST_POSTGRESQL_URL` or `ASGI_DB_TEST_MYSQL_URL` names, where the tests may then create
+and drop databases.
+"""
+
+import asyncio
+import os
+import pwd
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+from uuid import uuid4
+
+import asyncpg
+from sqlalchemy.engine import URL, make_url
+
+from tests.programs import MARIADB, POSTGRESQL, Server, find
+
+T = TypeVar("T")
+Row = tuple[Any, ...]
+
+_DRIVERS = {
+    "postgresql": "postgresql+asyncpg",
+    "mysql": "mysql+asyncmy",
+    "mariadb": "mysql+asyncmy",
+}
+
+# Started beside each server: it ends the server and removes its folder if the test session dies.
+_KEEPER = """
+read -r _ && exit
+kill -s "$1" "$2"
+for _ in 1 2 3 4 5 6 7 8 9 10; do kill -0 "$2" 2>/dev/null || break; sleep 0.3; done
+rm -rf "$3"
+"""
+
+# InnoDB shows its transactions from a cache for as long as it is read more often than every 0.1 s.
+_INNODB_CACHE = 0.11
+_innodb_read_at = 0.0
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Runs a coroutine to its end on a thread of its own, whatever loop the caller is in."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()
+
+
+class Outside(Protocol):
+    """A connection of the test's own, in autocommit."""
+
+    async def execute(self, sql: str) -> list[Row]:
+        """Runs one statement and returns its rows."""
+        ...
+
+
+class _PostgreSQL:
+    def __init__(self, connection: "asyncpg.Connection[asyncpg.Record]") -> None:
+        self.connection = connection
+
+    async def execute(self, sql: str) -> list[Row]:
+        return [tuple(row) for row in await self.connection.fetch(sql)]
+
+
+class _MySQL:
+    def __init__(self, connection: Any) -> None:
+        self.connection = connection
+
+    async def execute(self, sql: str) -> list[Row]:
+        async with self.connection.cursor() as cursor:
+            await cursor.execute(sql)
+            return [tuple(row) for row in await cursor.fetchall()]
+
+
+class _SQLite:
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.connection = connection
+
+    async def execute(self, sql: str) -> list[Row]:
+        return self.connection.execute(sql).fetchall()
+
+
+@asynccontextmanager
+async def outside(url: str) -> AsyncGenerator[Outside, None]:
+    """Another connection to the database, straight through the driver."""
+    parsed = make_url(url)
+    match parsed.get_backend_name():
+        case "postgresql":
+            postgresql = await asyncpg.connect(_plain(parsed.set(drivername="postgresql")))
+            try:
+                yield _PostgreSQL(postgresql)
+            finally:
+                await postgresql.close()
+        case "mysql":
+            mysql: Any = await import_module("asyncmy").connect(
+                host=parsed.host,
+                port=parsed.port or 3306,
+                user=parsed.username,
+                password=str(parsed.password or ""),
+                database=parsed.database,
+                charset="utf8mb4",
+                autocommit=True,
+            )
+            try:
+                yield _MySQL(mysql)
+            finally:
+                await mysql.ensure_closed()
+        case "sqlite":
+            sqlite = sqlite3.connect(str(parsed.database), isolation_level=None)
+            try:
+                yield _SQLite(sqlite)
+            finally:
+                sqlite.close()
+        case backend:
+            raise ValueError(f"no tests on {backend}")
+
+
+@dataclass(frozen=True)
+class ServerConnection:
+    """One client of a database, as its server sees it."""
+
+    id: int
+    state: str
+    """`idle`, `active`, `idle in transaction` or `idle in transaction (aborted)`."""
+    query: str
+
+
+async def server_connections(url: str) -> list[ServerConnection]:
+    """The clients that the server itself sees on this database; SQLite has no server, so none."""
+    global _innodb_read_at
+    match make_url(url).get_backend_name():
+        case "postgresql":
+            sql = """
+                SELECT pid, state, query FROM pg_stat_activity
+                WHERE datname = current_database() AND pid <> pg_backend_pid()
+                AND backend_type = 'client backend' ORDER BY pid
+            """
+        case "mysql":
+            await asyncio.sleep(_innodb_read_at + _INNODB_CACHE - time.monotonic())
+            _innodb_read_at = time.monotonic()
+            sql = """
+                SELECT p.id, CASE WHEN p.command <> 'Sleep' THEN 'active'
+                WHEN t.trx_id IS NULL THEN 'idle' ELSE 'idle in transaction' END, p.info
+                FROM information_schema.processlist p
+                LEFT JOIN information_schema.innodb_trx t ON t.trx_mysql_thread_id = p.id
+                WHERE p.db = database() AND p.id <> connection_id() ORDER BY p.id
+            """
+        case _:
+            return []
+    async with outside(url) as probe:
+        rows = await probe.execute(sql)
+    return [ServerConnection(id, state or "starting", query or "") for id, state, query in rows]
+
+
+async def assert_idle(url: str, within: float = 5) -> None:
+    """Waits until no client is in a statement or a transaction, and fails with those that stay."""
+    await _assert_none(url, within, "busy", lambda client: client.state != "idle")
+
+
+async def assert_disconnected(url: str, within: float = 5) -> None:
+    """Waits until no client is connected to this database, and fails with those that stay."""
+    await _assert_none(url, within, "connected", lambda client: True)
+
+
+async def _assert_none(
+    url: str, within: float, what: str, chosen: Callable[[ServerConnection], bool]
+) -> None:
+    deadline = time.monotonic() + within
+    while rows := [client for client in await server_connections(url) if chosen(client)]:
+        if time.monotonic() > deadline:
+            raise AssertionError(f"still {what} after {within} s: {rows}")
+        await asyncio.sleep(0.02)
+
+
+@dataclass(frozen=True)
+class DatabaseServer:
+    """A running server, and databases on it which live as long as a test."""
+
+    url: str
+
+    @contextmanager
+    def fresh_database(self) -> Generator[str, None, None]:
+        """The URL of an empty database, dropped at the end even if clients are still connected."""
+        url = make_url(self.url).set(database=f"test_{uuid4().hex[:12]}")
+        run(self._execute(f"CREATE DATABASE {url.database}"))
+        try:
+            yield _plain(url)
+        finally:
+            run(self._drop(url))
+
+    async def _execute(self, sql: str) -> None:
+        async with outside(self.url) as connection:
+            await connection.execute(sql)
+
+    async def _drop(self, url: URL) -> None:
+        if url.get_backend_name() == "postgresql":
+            await self._execute(f"DROP DATABASE {url.database} WITH (FORCE)")
+            return
+        for client in await server_connections(_plain(url)):
+            with suppress(import_module("asyncmy").errors.OperationalError):  # it has just gone
+                await self._execute(f"KILL {client.id}")
+        await self._execute(f"DROP DATABASE {url.database}")
+
+
+@contextmanager
+def postgresql() -> Generator[DatabaseServer, None, None]:
+    """A private PostgreSQL server, or the one of `ASGI_DB_TEST_POSTGRESQL_URL`."""
+    if POSTGRESQL.url:
+        yield DatabaseServer(_with_driver(POSTGRESQL.url))
+        return
+    initdb, postgres = _programs(POSTGRESQL, "initdb", "postgres")
+    with _folder() as folder:
+        user = _unique_user()
+        settings = {
+            "fsync": "off",
+            "listen_addresses": "127.0.0.1",
+            "max_connections": "300",
+            "shared_buffers": "32MB",
+            "unix_socket_directories": "",
+        }
+        options = [f"-c{name}={value}" for name, value in settings.items()]
+        data = f"--pgdata={folder}/data"
+        _setup(
+            [initdb, data, f"--username={user}", "--encoding=UTF8", "--locale=C", "--no-sync"],
+            folder,
+        )
+        with _running(
+            lambda port: [postgres, "-D", f"{folder}/data", f"--port={port}", *options],
+            lambda port: f"postgresql+asyncpg://{user}:password@127.0.0.1:{port}/postgres",
+            folder,
+            signal.SIGQUIT,  # an immediate shutdown, its child processes included
+        ) as server:
+            yield server
+
+
+@contextmanager
+def mariadb() -> Generator[DatabaseServer, None, None]:
+    """A private MariaDB server, or the one of `ASGI_DB_TEST_MYSQL_URL`."""
+    if MARIADB.url:
+        yield DatabaseServer(_with_driver(MARIADB.url))
+        return
+    install, mariadbd = _programs(MARIADB, "mariadb-install-db", "mariadbd")
+    with _folder() as folder:
+        user = _unique_user()
+        (folder / "init.sql").write_text(
+            f"CREATE USER {user}@'%' IDENTIFIED BY 'password';\n"
+            f"GRANT ALL ON *.* TO {user}@'%' WITH GRANT OPTION;\n"
+        )
+        data = ["--no-defaults", f"--datadir={folder}/data", "--innodb-log-file-size=16M"]
+        _setup(
+            [install, *data, "--skip-test-db", "--auth-root-authentication-method=normal"], folder
+        )
+        with _running(
+            lambda port: [
+                mariadbd,
+                *data,
+                f"--port={port}",
+                "--bind-address=127.0.0.1",
+                f"--socket={folder}/socket",
+                f"--pid-file={folder}/pid",
+                f"--init-file={folder}/init.sql",
+                "--innodb-buffer-pool-size=32M",
+                "--innodb-flush-log-at-trx-commit=0",
+                "--max-connections=500",
+                "--skip-name-resolve",
+            ],
+            lambda port: f"mysql+asyncmy://{user}:password@127.0.0.1:{port}/mysql",
+            folder,
+            signal.SIGKILL,  # its data is thrown away
+        ) as server:
+            yield server
+
+
+@contextmanager
+def _running(
+    command: Callable[[int], list[str]],
+    url: Callable[[int], str],
+    folder: Path,
+    stop_signal: signal.Signals,
+) -> Generator[DatabaseServer, None, None]:
+    """Starts a server on a free port, waits until it answers, and stops it at the end."""
+    for _ in range(3):  # another process may take the port first
+        port = _free_port()
+        process = _start(command(port), folder)
+        keeper = subprocess.Popen(
+            ["sh", "-c", _KEEPER, "keeper", stop_signal.name[3:], str(process.pid), str(folder)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+        try:
+            if run(_answers(process, url(port))):
+                yield DatabaseServer(url(port))
+                return
+        finally:
+            process.send_signal(stop_signal)
+            process.wait()
+            keeper.communicate(b"done\n")
+    raise RuntimeError(f"{command(0)[0]} does not start:\n{(folder / 'log').read_text()[-3000:]}")
+
+
+def _start(command: list[str], folder: Path) -> "subprocess.Popen[bytes]":
+    """Starts a program in the folder, with its output in a log there, as a user who is not root."""
+    user = group = others = None
+    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
+        nobody = pwd.getpwnam("nobody")
+        user, group, others = nobody.pw_uid, nobody.pw_gid, list[int]()
+        os.chown(folder, user, group)
+    with (folder / "log").open("ab") as log:
+        return subprocess.Popen(
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # Ctrl-C is for the test session, which then stops the server
+            user=user,
+            group=group,
+            extra_groups=others,
+        )
+
+
+def _setup(command: list[str], folder: Path) -> None:
+    if _start(command, folder).wait() != 0:
+        raise RuntimeError(f"{command[0]} failed:\n{(folder / 'log').read_text()[-3000:]}")
+
+
+async def _answers(process: "subprocess.Popen[bytes]", url: str) -> bool:
+    """Waits until the server accepts a connection; False if it has ended instead."""
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        with suppress(OSError, asyncpg.PostgresError, import_module("asyncmy").errors.Error):
+            async with outside(url) as connection:
+                await connection.execute("SELECT 1")
+                return True
+        await asyncio.sleep(0.05)
+    return False
+
+
+@contextmanager
+def _folder() -> Generator[Path, None, None]:
+    """A temporary folder with a short path (sockets) which other users can enter, below /tmp."""
+    folder = Path(tempfile.mkdtemp(prefix="asgi-db-", dir="/tmp"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def _programs(server: Server, *names: str) -> list[str]:
+    if server.missing:
+        raise RuntimeError(server.advice)
+    return [find(name) or name for name in names]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _unique_user() -> str:
+    """A user which no other server knows: whoever logs in has reached the right server."""
+    return f"tester_{uuid4().hex[:8]}"
+
+
+def _with_driver(url: str) -> str:
+    parsed = make_url(url)
+    return _plain(parsed.set(drivername=_DRIVERS[parsed.get_backend_name()]))
+
+
+def _plain(url: URL) -> str:
+    return url.render_as_string(hide_password=False)
