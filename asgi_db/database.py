@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -22,6 +22,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from asgi_db.cancellation import run_to_completion
 from asgi_db.engine import (
     Connections,
+    base_options,
+    prepare_mysql,
     prepare_sqlite,
     variant_options,
     verify_before_use,
@@ -107,7 +109,7 @@ class Database:
         else:
             self.url = database_url_from_env(os.environ) or _embedded()
             self._engine_options = {**engine_options_from_env(os.environ), **self._engine_options}
-        self._session_options = {
+        self._session_options: dict[str, Any] = {
             "autoflush": False,
             "expire_on_commit": False,
             **(session_options or {}),
@@ -134,8 +136,8 @@ class Database:
         url = database_url_from_env(environ)
         if url is None:
             raise ConfigurationError("Set DATABASE_URL, or DATABASE_TYPE and its companions.")
-        given = options.pop("engine_options", None) or {}
-        engine_options = {**engine_options_from_env(environ), **given}
+        engine_options = engine_options_from_env(environ)
+        engine_options.update(options.pop("engine_options", None) or {})
         return cls(url, engine_options=engine_options, **options)
 
     def __repr__(self) -> str:
@@ -231,7 +233,7 @@ class Database:
     # -- sessions outside requests -------------------------------------------------------------
 
     @asynccontextmanager
-    async def session(self, mode: Mode = plain) -> AsyncIterator[DBSession]:
+    async def session(self, mode: Mode = plain) -> AsyncGenerator[DBSession]:
         """Open a session for a script, a job or a test.
 
             async with database.session() as session:
@@ -255,7 +257,7 @@ class Database:
             unit.close()
 
     @asynccontextmanager
-    async def transaction(self, mode: Transactional = transactional) -> AsyncIterator[DBSession]:
+    async def transaction(self, mode: Transactional = transactional) -> AsyncGenerator[DBSession]:
         """Open a session which commits at the end of the block, or rolls back if it raises.
 
             async with database.transaction() as session:
@@ -289,16 +291,15 @@ class Database:
             return bind
         variant = self._variants.get((bind, mode))
         if variant is None:
-            options = variant_options(bind.dialect.name, mode)
             watch(bind)
-            variant = self._variants[bind, mode] = bind.execution_options(**options)
+            variant = bind.execution_options(**variant_options(bind, mode))
+            self._variants[bind, mode] = variant
         return variant
 
     def _make_engine(self, url: URL) -> AsyncEngine:
         options = self._profile.engine_options()
-        if url.get_backend_name() == "sqlite":
-            options["execution_options"] = variant_options("sqlite", plain)
-        elif url.get_backend_name() == "postgresql" and self._pooler == "transaction":
+        options.update(base_options(url.get_backend_name()))
+        if url.get_backend_name() == "postgresql" and self._pooler == "transaction":
             options["connect_args"] = {
                 "statement_cache_size": 0,
                 "prepared_statement_cache_size": 0,
@@ -338,14 +339,16 @@ class _OwnEngine:
         self.engine = make(url)
         self._in_memory = in_memory
         self._connections = Connections(self.engine.sync_engine)
-        if url.get_backend_name() == "sqlite":
+        backend = url.get_backend_name()
+        if backend in ("mysql", "mariadb"):
+            prepare_mysql(self.engine.sync_engine)
+        elif backend == "sqlite":
             prepare_sqlite(self.engine.sync_engine, durable=not in_memory)
 
     async def dispose(self) -> None:
         """Close every connection; those that are out get `DISPOSE_TIMEOUT` to come back."""
         with anyio.move_on_after(DISPOSE_TIMEOUT):
-            while self._connections.out:
-                await anyio.sleep(0.01)
+            await self._connections.all_returned()
         with anyio.move_on_after(DISPOSE_TIMEOUT):
             await self.engine.dispose()
         self.terminate()

@@ -12,11 +12,12 @@ import time
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import anyio
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DBAPIError, InvalidatePoolError
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 
 from asgi_db.errors import ConfigurationError, ReadOnlyError
 from asgi_db.modes import Mode
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
 
 BEGIN_OPTION = "asgi_db_begin"
 """Execution option: the statements with which a transaction begins."""
+
+AUTOCOMMIT_OPTION = "asgi_db_autocommit"
+"""Execution option: whether a MySQL connection is to be in autocommit.
+
+To change it costs a round trip there, so a connection stays as it was last used, and each begin
+makes sure. SQLAlchemy's own `isolation_level="AUTOCOMMIT"` changes it twice per request.
+"""
 
 MODE_OPTION = "asgi_db_mode"
 """Execution option: the mode, where it restricts what may be sent."""
@@ -41,18 +49,34 @@ SQLITE_BUSY_TIMEOUT = 30.0
 # -- how a transaction begins ------------------------------------------------------------------
 
 
-def variant_options(dialect: str, mode: Mode) -> dict[str, Any]:
-    """Return the execution options with which the engine serves this mode.
+def base_options(dialect: str) -> dict[str, Any]:
+    """Return the arguments of `create_async_engine` which the modes need on this database."""
+    if dialect == "sqlite":
+        return {"execution_options": {BEGIN_OPTION: ("BEGIN",)}}
+    if dialect in ("mysql", "mariadb"):
+        return {
+            "execution_options": {AUTOCOMMIT_OPTION: False},
+            "skip_autocommit_rollback": True,
+            "pool_reset_on_return": None,  # `prepare_mysql` does it
+        }
+    return {}
+
+
+def variant_options(engine: Engine, mode: Mode) -> dict[str, Any]:
+    """Return the execution options with which an engine serves this mode.
 
     Raises:
         ConfigurationError: the mode asks for what this database does not have.
     """
+    dialect = engine.dialect.name
     if mode.deferrable and dialect != "postgresql":
         raise ConfigurationError(
             f"deferrable=True exists only on PostgreSQL, and this database is {dialect}: leave it"
             " out of transactional(...)."
         )
-    options = _BEGIN[dialect](mode) if dialect in _BEGIN else _begin_standard(mode)
+    options = _BEGIN.get(dialect, _begin_standard)(mode)
+    if mode.autocommit and AUTOCOMMIT_OPTION in engine.get_execution_options():
+        options = {AUTOCOMMIT_OPTION: True}
     if mode.read_only:
         options[MODE_OPTION] = mode
     return options
@@ -81,12 +105,17 @@ def _begin_postgresql(mode: Mode) -> dict[str, Any]:
 
 
 def _begin_mysql(mode: Mode) -> dict[str, Any]:
-    options = _begin_standard(mode)
+    """`SET TRANSACTION` holds for the next transaction alone, so nothing has to be set back."""
+    if mode.autocommit:
+        return _begin_standard(mode)
+    isolation = "REPEATABLE READ" if mode.snapshot else mode.isolation
+    characteristics = [f"ISOLATION LEVEL {isolation}"] if isolation is not None else []
+    if mode.read_only:
+        characteristics.append("READ ONLY")
+    begin = [f"SET TRANSACTION {', '.join(characteristics)}"] if characteristics else []
     if mode.snapshot:
-        options[BEGIN_OPTION] = ("START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY",)
-    elif mode.read_only and not mode.autocommit:
-        options[BEGIN_OPTION] = ("START TRANSACTION READ ONLY",)
-    return options
+        begin.append("START TRANSACTION WITH CONSISTENT SNAPSHOT")
+    return {BEGIN_OPTION: begin}
 
 
 def _begin_sqlite(mode: Mode) -> dict[str, Any]:
@@ -110,7 +139,12 @@ _BEGIN = {
 
 
 def _begin(connection: Connection) -> None:
-    for statement in connection.get_execution_options().get(BEGIN_OPTION, ()):
+    options = connection.get_execution_options()
+    if AUTOCOMMIT_OPTION in options:
+        asked = options.get("isolation_level") == "AUTOCOMMIT"  # by a user of the engine itself
+        driver: Any = connection.connection.dbapi_connection
+        driver.autocommit(asked or options[AUTOCOMMIT_OPTION])  # nothing is sent if it is so
+    for statement in options.get(BEGIN_OPTION, ()):
         connection.exec_driver_sql(statement)
 
 
@@ -118,20 +152,23 @@ def _begin(connection: Connection) -> None:
 
 _WRITING = "INSERT|UPDATE|DELETE|MERGE|REPLACE"
 _WRITE = re.compile(
-    rf"\s*(?:(?:/\*.*?\*/|--[^\n]*\n)\s*)*(?:(?:{_WRITING}|TRUNCATE|CREATE|ALTER|DROP|LOAD|GRANT|REVOKE)\b"
-    rf"|WITH\b.*?(?:\bAS\s*(?:NOT\s+)?(?:MATERIALIZED\s*)?\(\s*|\)\s*)(?:{_WRITING})\b)",
+    rf"\s*(?:(?:{_WRITING}|TRUNCATE|CREATE|ALTER|DROP|RENAME|LOAD|GRANT|REVOKE)\b"
+    r"|WITH\b.*?(?:\bAS\s*(?:NOT\s+)?(?:MATERIALIZED\s*)?\(|\))"
+    rf"\s*(?:{_WRITING})\b)",
     re.IGNORECASE | re.DOTALL,
 )
+_NOT_CODE = re.compile(r"""'[^']*'|"[^"]*"|/\*.*?\*/|--[^\n]*|\#[^\n]*""", re.DOTALL)
+"""Literals, quoted names and comments (`#` begins one in MySQL only)."""
 
 
 @lru_cache(maxsize=1024)
 def writes(statement: str) -> bool:
-    """Say whether this SQL changes data or tables, by its leading keywords.
+    """Say whether this SQL changes data or tables, by its keywords.
 
     A function with side effects cannot be seen from here; in `read_only(snapshot=True)` and
     `transactional(read_only=True)` PostgreSQL and MySQL refuse those themselves.
     """
-    return _WRITE.match(statement) is not None
+    return _WRITE.match(_NOT_CODE.sub(" ", statement)) is not None
 
 
 def _before_cursor_execute(
@@ -190,6 +227,7 @@ class Connections:
         self.out: set[ConnectionPoolEntry] = set()
         self._open: dict[ConnectionPoolEntry, DBAPIConnection] = {}
         self._engine = engine
+        self._returned = anyio.Event()
         event.listen(engine, "connect", self._connect)
         event.listen(engine, "close", self._close)
         event.listen(engine, "checkout", self._checkout)
@@ -206,6 +244,13 @@ class Connections:
 
     def _checkin(self, _: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
         self.out.discard(entry)
+        self._returned.set()
+
+    async def all_returned(self) -> None:
+        """Wait until every connection is back in the pool."""
+        while self.out:
+            self._returned = anyio.Event()
+            await self._returned.wait()
 
     def terminate(self) -> int:
         """Close what is open without a word to the server; return how many."""
@@ -239,6 +284,20 @@ def verify_before_use(engine: Engine) -> None:
 
     event.listen(engine, "checkin", note_return)
     event.listen(engine, "checkout", ping)
+
+
+def prepare_mysql(engine: Engine) -> None:
+    """Roll back on return to the pool only what is open; SQLAlchemy does so after each COMMIT too.
+
+    The server says in each answer whether a transaction is open.
+    """
+
+    def reset(connection: DBAPIConnection, _: ConnectionPoolEntry, state: PoolResetState) -> None:
+        driver: Any = engine.dialect.get_driver_connection(connection)
+        if state.asyncio_safe and not state.terminate_only and driver.get_transaction_status():
+            connection.rollback()
+
+    event.listen(engine, "reset", reset)
 
 
 def prepare_sqlite(engine: Engine, *, durable: bool) -> None:

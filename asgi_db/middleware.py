@@ -12,7 +12,6 @@ before the next piece of the body, or with the ASGI call.
 
 from __future__ import annotations
 
-import logging
 import sys
 
 from asgi_db.database import Database
@@ -23,8 +22,6 @@ from asgi_db.modes import Mode, ModeDefault, plain, should_commit
 from asgi_db.session import DBSession
 from asgi_db.types import ASGIApp, Message, Receive, Scope, Send
 from asgi_db.unit_of_work import UnitOfWork
-
-logger = logging.getLogger("asgi_db")
 
 
 def unit_key(key: str) -> str:
@@ -165,10 +162,9 @@ class Exchange:
             return
         success = should_commit(self._unit.mode, status, self._exception_being_handled())
         try:
-            await self._unit.end(success=success)
+            await self._unit.end(success=success, answer=f"the response {status}")
         except Exception as error:
             self._commit_error = error
-            logger.error("%s: the response %d was not sent", self._unit.describe(), status)
             reopen_response(self._scope)
             raise
 

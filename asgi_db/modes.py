@@ -118,7 +118,7 @@ class Transactional(Mode):
         commit_on: CommitRule | None = None,
     ) -> Transactional: ...
 
-    def __call__(self, target: Target | None = None, /, **options: Any) -> Target | Transactional:
+    def __call__(self, *target: Any, **options: Any) -> Any:
         """Set this mode on a route, or make a variant of it.
 
         Args:
@@ -131,7 +131,7 @@ class Transactional(Mode):
         Raises:
             ValueError: an option has a value that cannot work.
         """
-        return replace(self, **options) if target is None else self._mark(target)
+        return self._mark(*target, **options) if target else replace(self, **options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,14 +153,14 @@ class ReadOnly(Mode):
     @overload
     def __call__(self, *, snapshot: bool = False) -> ReadOnly: ...
 
-    def __call__(self, target: Target | None = None, /, **options: Any) -> Target | ReadOnly:
+    def __call__(self, *target: Any, **options: Any) -> Any:
         """Set this mode on a route, or make a variant of it.
 
         Args:
             snapshot: several statements see one consistent view, and server-side cursors work;
                 the connection is held from the first statement to the end of the unit.
         """
-        return replace(self, **options) if target is None else self._mark(target)
+        return self._mark(*target, **options) if target else replace(self, **options)
 
 
 plain = Plain()

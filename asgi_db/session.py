@@ -110,7 +110,10 @@ class DBSession(AsyncSession):
     """SQLAlchemy's `AsyncSession`, inside the unit of work of a request or a block."""
 
     sync_session_class = UnitSession
-    sync_session: UnitSession
+
+    def __init__(self, *args: Any, unit_of_work: UnitOfWork, **kwargs: Any) -> None:
+        super().__init__(*args, unit_of_work=unit_of_work, **kwargs)
+        self._unit_of_work = unit_of_work
 
     async def release(self) -> None:
         """Give the connection back to the pool now, for instance around a slow outgoing call.
@@ -121,4 +124,4 @@ class DBSession(AsyncSession):
         Raises:
             UncommittedWorkError: the transaction holds writes; commit or roll back first.
         """
-        await self.sync_session.unit_of_work.release()
+        await self._unit_of_work.release()

@@ -16,7 +16,7 @@ import enum
 import logging
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import anyio
 from sqlalchemy import Connection, Engine
@@ -102,6 +102,7 @@ class UnitOfWork:
         self._task: asyncio.Task[object] | None = None
         self._connections: list[Connection] = []
         self.session: DBSession = database.make_session(self)
+        self._sync_session = cast(UnitSession, self.session.sync_session)
 
     def __repr__(self) -> str:
         return f"<UnitOfWork {self._state.name} {self.mode.name} {self.describe()}>"
@@ -183,10 +184,14 @@ class UnitOfWork:
         """Whether a statement of the open transaction was cancelled in the middle."""
         return isinstance(self.failure, asyncio.CancelledError)
 
-    async def end(self, *, success: bool) -> None:
+    async def end(self, *, success: bool, answer: str = "") -> None:
         """End the unit: COMMIT where it succeeded and its mode commits, else ROLLBACK.
 
         Costs nothing if no statement has run.
+
+        Args:
+            success: whether what the unit belongs to has succeeded.
+            answer: what waits for the COMMIT, for the log line of one that fails.
 
         Raises:
             SQLAlchemyError: the commit failed; the transaction has been rolled back.
@@ -205,7 +210,9 @@ class UnitOfWork:
             commit = success and straggler is None and self.mode.commits
             self._move(State.ENDING)
             try:
-                await run_to_completion(self._commit() if commit else self._roll_back(straggler))
+                await run_to_completion(
+                    self._commit(answer) if commit else self._roll_back(straggler)
+                )
             finally:
                 self._become_idle()
         elif self._state is State.ACTIVE:
@@ -225,12 +232,13 @@ class UnitOfWork:
         """Let the session go for good: whoever still uses it gets an error."""
         self._move(State.CLOSED)
 
-    async def _commit(self) -> None:
+    async def _commit(self, answer: str) -> None:
         with self.operation("commit"):
             try:
                 await self.session.commit()
             except BaseException as error:
-                logger.error("%s: COMMIT failed: %s", self.describe(), _first_line(error))
+                unsent = f", and {answer} was not sent" if answer else ""
+                logger.error("%s: COMMIT failed%s: %s", self.describe(), unsent, _first_line(error))
                 await self._roll_back()
                 raise
 
@@ -247,7 +255,7 @@ class UnitOfWork:
                     if self.has_writes or self.failure is not None:
                         await self.session.rollback()
                     else:
-                        await self.session.run_sync(UnitSession.give_back)
+                        await self.session.run_sync(lambda _: self._sync_session.give_back())
         except Exception as error:
             logger.error("%s: ROLLBACK failed: %s", self.describe(), _first_line(error))
             self._operations.clear()
@@ -272,7 +280,7 @@ class UnitOfWork:
 
     def leave(self, error: BaseException | None) -> None:
         """End an operation; in autocommit the connection goes back at once."""
-        session = self.session.sync_session
+        session = self._sync_session
         if _is_failure(error) and not session.in_nested_transaction():
             self.failure = error
         try:

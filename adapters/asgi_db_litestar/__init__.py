@@ -5,7 +5,7 @@ app = Litestar([create_order], plugins=[DatabasePlugin(database)])
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 from litestar import Litestar
@@ -80,11 +80,11 @@ class DatabasePlugin(InitPlugin):
             0,
             DefineMiddleware(DBSessionMiddleware, database=self.database, mode=self._mode, key=key),
         )
-        app_config.lifespan.insert(0, self._lifespan)
+        app_config.lifespan = [self._lifespan, *app_config.lifespan]  # pyright: ignore[reportUnknownMemberType]
         return app_config
 
     @asynccontextmanager
-    async def _lifespan(self, app: Litestar) -> AsyncIterator[None]:
+    async def _lifespan(self, app: Litestar) -> AsyncGenerator[None]:
         async with self.database:
             yield
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, TypeVar
 
@@ -51,7 +51,7 @@ def lifespan(
     """
 
     @asynccontextmanager
-    async def composed(app: App) -> AsyncIterator[Any]:
+    async def composed(app: App) -> AsyncGenerator[Any]:
         async with database:
             if app_lifespan is None:
                 yield None
