@@ -76,7 +76,7 @@ def variant_options(engine: Engine, mode: Mode) -> dict[str, Any]:
         )
     options = _BEGIN.get(dialect, _begin_standard)(mode)
     if mode.autocommit and AUTOCOMMIT_OPTION in engine.get_execution_options():
-        options = {AUTOCOMMIT_OPTION: True}
+        options = dict[str, Any]({AUTOCOMMIT_OPTION: True})
     if mode.read_only:
         options[MODE_OPTION] = mode
     return options

@@ -96,19 +96,25 @@ def reopen_response(scope: Scope) -> None:
 
 
 async def answer_error(
-    error: BaseException, commit_error: Exception, scope: Scope, receive: Receive, send: Send
+    error: BaseException,
+    commit_error: Exception,
+    enclosing_app: object,
+    scope: Scope,
+    receive: Receive,
+    send: Send,
 ) -> None:
     """Answer a failed COMMIT as the application answers what its endpoints raise.
 
     Args:
         error: what came out of the application after `send` had raised the commit error.
         commit_error: why the unit of work could not be committed.
+        enclosing_app: the Starlette application that the middleware is part of, if it is.
 
     Raises:
         Exception: no handler of the application takes the error.
     """
     if "starlette.exception_handlers" in scope:
         adapter = import_module("asgi_db_starlette")
-        await adapter.answer_error(error, commit_error, scope, receive, send)
+        await adapter.answer_error(error, commit_error, enclosing_app, scope, receive, send)
     else:
         raise commit_error

@@ -128,6 +128,7 @@ class Exchange:
         self._receive = receive
         self._send = send
         self._outer_exception = sys.exc_info()[1]
+        self._enclosing_app = scope.get("app")
         self._started = False
         self._commit_error: Exception | None = None
         """Why the response that the application began was refused, until it begins another."""
@@ -153,12 +154,12 @@ class Exchange:
             self._commit_error = None
         elif self._commit_error is not None:
             raise self._commit_error
-        elif self._unit.in_use:
+        else:
             await self._unit.end(success=self._exception_being_handled() is None)
         await self._send(message)
 
     async def _end_unit(self, status: int) -> None:
-        if not self._unit.in_use:
+        if not self._unit.in_use:  # then even to find out its mode would be too much
             return
         success = should_commit(self._unit.mode, status, self._exception_being_handled())
         try:
@@ -171,7 +172,12 @@ class Exchange:
     async def _answer(self, error: Exception, commit_error: Exception) -> None:
         try:
             await answer_error(
-                error, commit_error, self._scope, self._receive, self._send_after_commit
+                error,
+                commit_error,
+                self._enclosing_app,
+                self._scope,
+                self._receive,
+                self._send_after_commit,
             )
         finally:
             await self._unit.end(success=False)
@@ -214,5 +220,4 @@ class Socket:
         await self._send(message)
 
     async def _end_unit(self) -> None:
-        if self._unit.in_use:
-            await self._unit.end(success=sys.exc_info()[1] is self._outer_exception)
+        await self._unit.end(success=sys.exc_info()[1] is self._outer_exception)

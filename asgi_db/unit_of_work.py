@@ -128,8 +128,7 @@ class UnitOfWork:
         begun = self._active_mode
         if begun is not None and begun.strength < mode.strength and self._route_mode() is None:
             raise ModeConflictError(mode.name, begun.name, self.describe())
-        if begun is None or begun.strength <= mode.strength:
-            self._asked = mode
+        self._asked = mode
 
     # -- what the session asks and tells -------------------------------------------------------
 
@@ -177,7 +176,9 @@ class UnitOfWork:
     @property
     def in_use(self) -> bool:
         """Whether there is anything to end."""
-        return self._state is State.ACTIVE or self.session.in_transaction()
+        return (
+            self._state is State.ACTIVE or bool(self._operations) or self.session.in_transaction()
+        )
 
     @property
     def was_cut_off(self) -> bool:
@@ -197,6 +198,8 @@ class UnitOfWork:
             SQLAlchemyError: the commit failed; the transaction has been rolled back.
             ConcurrentUseError: it was to succeed while another task used the session.
         """
+        if not self.in_use:
+            return
         straggler = self._other_task()
         error = None if straggler is None else self._concurrent_use("commit")
         if success and not self.mode.commits and (self.has_writes or self.session.new):
@@ -215,7 +218,7 @@ class UnitOfWork:
                 )
             finally:
                 self._become_idle()
-        elif self._state is State.ACTIVE:
+        else:
             self._become_idle()
         if success and error is not None:
             raise error
@@ -239,6 +242,7 @@ class UnitOfWork:
             except BaseException as error:
                 unsent = f", and {answer} was not sent" if answer else ""
                 logger.error("%s: COMMIT failed%s: %s", self.describe(), unsent, _first_line(error))
+                self.failure = error
                 await self._roll_back()
                 raise
 
@@ -259,7 +263,8 @@ class UnitOfWork:
         except Exception as error:
             logger.error("%s: ROLLBACK failed: %s", self.describe(), _first_line(error))
             self._operations.clear()
-            await self.session.run_sync(lambda _: _terminate(connections))
+            with anyio.move_on_after(CLEANUP_TIMEOUT):
+                await self.session.run_sync(lambda _: _terminate(connections))
             await self.session.close()
 
     # -- one task at a time --------------------------------------------------------------------

@@ -15,7 +15,7 @@ from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import HTTPConnection
 
 from asgi_db import Database, DBSession, session_of
-from asgi_db.types import Receive, Scope, Send
+from asgi_db.types import ASGIApp, Receive, Scope, Send
 
 __all__ = ["get_session", "lifespan"]
 
@@ -63,15 +63,21 @@ def lifespan(
 
 
 async def answer_error(
-    error: Exception, commit_error: Exception, scope: Scope, receive: Receive, send: Send
+    error: Exception,
+    commit_error: Exception,
+    enclosing_app: object,
+    scope: Scope,
+    receive: Receive,
+    send: Send,
 ) -> None:
     """Answer a failed COMMIT with the application's own exception handlers.
 
     Starlette's middleware for errors is run once more, around an application that raises: so
-    each handler is found and called exactly as for an error of the endpoint.
+    each handler is found and called exactly as for an error of the endpoint. The page for
+    server errors is left to the enclosing application, where there is one.
 
     Raises:
-        Exception: only the server's error page was left for it; Starlette raises in that case.
+        Exception: no handler takes the error; also after the page for server errors was sent.
     """
     raised = _raised_by_application(error, commit_error)
 
@@ -79,12 +85,11 @@ async def answer_error(
         raise raised
 
     exception_handlers, status_handlers = scope["starlette.exception_handlers"]
-    handlers = {**exception_handlers, **status_handlers}
-    app = scope["app"]
-    server_error = app.exception_handlers.get(500) or app.exception_handlers.get(Exception)
-    answering = ServerErrorMiddleware(
-        ExceptionMiddleware(fail, handlers), handler=server_error, debug=app.debug
-    )
+    answering: ASGIApp = ExceptionMiddleware(fail, {**exception_handlers, **status_handlers})
+    app = scope.get("app")
+    if app is not None and app is not enclosing_app:
+        handler = app.exception_handlers.get(500) or app.exception_handlers.get(Exception)
+        answering = ServerErrorMiddleware(answering, handler=handler, debug=app.debug)
     await answering(scope, receive, send)
 
 
