@@ -13,7 +13,6 @@ loaded; whoever wrote these marks has its framework loaded already.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Iterator
 from importlib import import_module
@@ -47,20 +46,33 @@ def mode_of_route(scope: Scope, key: str) -> Mode | None:
 
 def _marked_places(scope: Scope) -> Iterator[Any]:
     """The objects on which this request's decorator may be, the nearest to the code first."""
-    endpoint = scope.get("endpoint")
-    while isinstance(endpoint, functools.partial):
-        endpoint = endpoint.func  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    if endpoint is not None:
-        if inspect.isclass(endpoint):  # Starlette's HTTPEndpoint: one method for each HTTP method
-            method = scope.get("method", "").lower()
-            yield getattr(endpoint, method, None)
-            if method == "head":
-                yield getattr(endpoint, "get", None)
-        yield endpoint
+    endpoint = _endpoint(scope)
+    if inspect.isclass(endpoint):  # Starlette's HTTPEndpoint: one method for each HTTP method
+        method = scope.get("method", "").lower()
+        yield getattr(endpoint, method, None)
+        if method == "head":
+            yield getattr(endpoint, "get", None)
+    yield from _layers(endpoint)
+
+
+def _endpoint(scope: Scope) -> Any:
     handler = scope.get("route_handler")
-    if handler is not None:
-        yield getattr(handler, "fn", None)
-        yield getattr(handler, "owner", None)
+    return scope.get("endpoint") if handler is None else getattr(handler, "fn", None)
+
+
+def _layers(endpoint: Any) -> Iterator[Any]:
+    """An endpoint, what it wraps, and last the class of which it is a method."""
+    layer, owner = endpoint, None
+    while layer is not None:
+        yield layer
+        owner = getattr(layer, "__self__", owner)  # a method of one of Litestar's controllers
+        layer = (
+            getattr(layer, "func", None)  # functools.partial; Litestar's `sync_to_thread=True`
+            # Litestar's `websocket_listener` has no public way to its function; the test of
+            # listeners in `test_litestar.py` breaks when this changes.
+            or getattr(layer, "_fn", None)
+        )
+    yield owner
 
 
 def _litestar_option(scope: Scope, key: str) -> Any:
@@ -70,10 +82,7 @@ def _litestar_option(scope: Scope, key: str) -> Any:
 
 def describe_route(scope: Scope) -> str:
     """Name the route of this request for a log line or an error: `POST /orders (create_order)`."""
-    handler = scope.get("route_handler")
-    endpoint = scope.get("endpoint") if handler is None else getattr(handler, "fn", handler)
-    while isinstance(endpoint, functools.partial):
-        endpoint = endpoint.func  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    *_, endpoint, _ = (None, *_layers(_endpoint(scope)))  # the innermost function has the name
     path = (
         scope.get("path_template")  # Litestar
         or getattr(scope.get("route"), "path", None)  # FastAPI

@@ -12,6 +12,7 @@ before the next piece of the body, or with the ASGI call.
 
 from __future__ import annotations
 
+import asyncio
 import sys
 
 from asgi_db.database import Database
@@ -129,6 +130,8 @@ class Exchange:
         self._send = send
         self._outer_exception = sys.exc_info()[1]
         self._enclosing_app = scope.get("app")
+        self._task = asyncio.current_task()
+        self._exception_at_receive: BaseException | None = None
         self._started = False
         self._commit_error: Exception | None = None
         """Why the response that the application began was refused, until it begins another."""
@@ -136,7 +139,7 @@ class Exchange:
     async def run(self) -> None:
         """Run the application, then end what its last event has left open."""
         try:
-            await self._app(self._scope, self._receive, self._send_after_commit)
+            await self._app(self._scope, self._receive_noting, self._send_after_commit)
         except BaseException as error:
             await self._unit.end(success=False)
             if self._commit_error is None or not isinstance(error, Exception):
@@ -146,6 +149,10 @@ class Exchange:
             await self._unit.end(success=self._started and not self._unit.was_cut_off)
             if self._commit_error is not None:
                 await self._answer(self._commit_error, self._commit_error)
+
+    async def _receive_noting(self) -> Message:
+        self._exception_at_receive = sys.exc_info()[1]
+        return await self._receive()
 
     async def _send_after_commit(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -183,8 +190,14 @@ class Exchange:
             await self._unit.end(success=False)
 
     def _exception_being_handled(self) -> BaseException | None:
-        """The exception of which the application is making a response, if it is."""
+        """The exception of which the application is making a response, if it is.
+
+        A stream may be sent from a task of its own, which has no exception; the application's
+        task then waits in `receive` for the client to go (Starlette's `StreamingResponse`).
+        """
         error = sys.exc_info()[1]
+        if error is None and asyncio.current_task() is not self._task:
+            error = self._exception_at_receive
         return None if error is self._outer_exception else error
 
 

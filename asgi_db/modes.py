@@ -13,9 +13,12 @@ A mode is a small immutable value which is also the decorator that sets it on a 
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, get_args, overload
+from typing import Any, ClassVar, Literal, Self, TypeAlias, TypeVar, get_args, overload
 
 from asgi_db.types import Scope
 
@@ -44,6 +47,7 @@ class Mode:
 
     name: ClassVar[str] = "mode"
     strength: ClassVar[int] = 0
+    options: ClassVar[tuple[str, ...]] = ()
 
     isolation: Isolation | None = None
     read_only: bool = False
@@ -72,14 +76,26 @@ class Mode:
         return False
 
     def _mark(self, target: Target) -> Target:
-        try:
-            setattr(target, MODE_ATTRIBUTE, self)
-        except AttributeError:
+        with contextlib.suppress(AttributeError):  # a bound method, for one, takes no attribute
+            if _can_be_an_endpoint(target):
+                setattr(target, MODE_ATTRIBUTE, self)
+                return target
+        raise TypeError(
+            f"@{self.name} cannot mark {target!r}: put it below the route decorator, directly on"
+            " the function or class."
+        )
+
+    def _variant(self, options: dict[str, Any]) -> Self:
+        unknown = ", ".join(options.keys() - self.options)
+        if unknown:
             raise TypeError(
-                f"@{self.name} cannot mark {target!r}: put it below the route decorator, directly"
-                " on the function."
-            ) from None
-        return target
+                f"{self.name}() has no option {unknown}; it takes {', '.join(self.options)}."
+            )
+        return replace(self, **options)
+
+
+def _can_be_an_endpoint(target: object) -> bool:
+    return isinstance(target, type | functools.partial) or inspect.isroutine(target)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +116,7 @@ class Transactional(Mode):
 
     name: ClassVar[str] = "transactional"
     strength: ClassVar[int] = 2
+    options: ClassVar[tuple[str, ...]] = ("isolation", "read_only", "deferrable", "commit_on")
 
     @property
     def commits(self) -> bool:
@@ -131,7 +148,7 @@ class Transactional(Mode):
         Raises:
             ValueError: an option has a value that cannot work.
         """
-        return self._mark(*target, **options) if target else replace(self, **options)
+        return self._mark(*target, **options) if target else self._variant(options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +157,7 @@ class ReadOnly(Mode):
 
     name: ClassVar[str] = "read_only"
     strength: ClassVar[int] = 0
+    options: ClassVar[tuple[str, ...]] = ("snapshot",)
 
     read_only: bool = True
 
@@ -160,7 +178,7 @@ class ReadOnly(Mode):
             snapshot: several statements see one consistent view, and server-side cursors work;
                 the connection is held from the first statement to the end of the unit.
         """
-        return self._mark(*target, **options) if target else replace(self, **options)
+        return self._mark(*target, **options) if target else self._variant(options)
 
 
 plain = Plain()
