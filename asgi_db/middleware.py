@@ -73,11 +73,9 @@ class DBSessionMiddleware:
             await self.app(scope, receive, send)
         else:
             unit = self._place_session(scope)
+            call = Exchange if scope["type"] == "http" else Socket
             try:
-                if scope["type"] == "http":
-                    await Exchange(self.app, unit, scope, receive, send).run()
-                else:
-                    await Socket(self.app, unit, scope, receive, send).run()
+                await call(self.app, unit, scope, receive, send).run()
             finally:
                 unit.close()
 
@@ -117,8 +115,8 @@ def session_of(scope: Scope, mode: Mode | None = None, *, key: str = "db") -> DB
     return unit.session
 
 
-class Exchange:
-    """One HTTP request and its response."""
+class Call:
+    """One call of the application, with the unit of work that goes along with it."""
 
     def __init__(
         self, app: ASGIApp, unit: UnitOfWork, scope: Scope, receive: Receive, send: Send
@@ -128,66 +126,9 @@ class Exchange:
         self._scope = scope
         self._receive = receive
         self._send = send
-        self._outer_exception = sys.exc_info()[1]
-        self._enclosing_app = scope.get("app")
         self._task = asyncio.current_task()
+        self._outer_exception = sys.exc_info()[1]
         self._exception_at_receive: BaseException | None = None
-        self._started = False
-        self._commit_error: Exception | None = None
-        """Why the response that the application began was refused, until it begins another."""
-
-    async def run(self) -> None:
-        """Run the application, then end what its last event has left open."""
-        try:
-            await self._app(self._scope, self._receive_noting, self._send_after_commit)
-        except BaseException as error:
-            await self._unit.end(success=False)
-            if self._commit_error is None or not isinstance(error, Exception):
-                raise
-            await self._answer(error, self._commit_error)
-        else:
-            await self._unit.end(success=self._started and not self._unit.was_cut_off)
-            if self._commit_error is not None:
-                await self._answer(self._commit_error, self._commit_error)
-
-    async def _receive_noting(self) -> Message:
-        self._exception_at_receive = sys.exc_info()[1]
-        return await self._receive()
-
-    async def _send_after_commit(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            await self._end_unit(message["status"])
-            self._started = True
-            self._commit_error = None
-        elif self._commit_error is not None:
-            raise self._commit_error
-        else:
-            await self._unit.end(success=self._exception_being_handled() is None)
-        await self._send(message)
-
-    async def _end_unit(self, status: int) -> None:
-        if not self._unit.in_use:  # then even to find out its mode would be too much
-            return
-        success = should_commit(self._unit.mode, status, self._exception_being_handled())
-        try:
-            await self._unit.end(success=success, answer=f"the response {status}")
-        except Exception as error:
-            self._commit_error = error
-            reopen_response(self._scope)
-            raise
-
-    async def _answer(self, error: Exception, commit_error: Exception) -> None:
-        try:
-            await answer_error(
-                error,
-                commit_error,
-                self._enclosing_app,
-                self._scope,
-                self._receive,
-                self._send_after_commit,
-            )
-        finally:
-            await self._unit.end(success=False)
 
     def _exception_being_handled(self) -> BaseException | None:
         """The exception of which the application is making a response, if it is.
@@ -201,18 +142,66 @@ class Exchange:
         return None if error is self._outer_exception else error
 
 
-class Socket:
-    """One WebSocket: a unit ends before each event, so that waiting holds nothing."""
+class Exchange(Call):
+    """One HTTP request and its response."""
 
-    def __init__(
-        self, app: ASGIApp, unit: UnitOfWork, scope: Scope, receive: Receive, send: Send
+    _started = False
+    _commit_error: Exception | None = None
+    """Why the response that the application began was refused, until it begins another."""
+
+    async def run(self) -> None:
+        """Run the application, then end what its last event has left open."""
+        enclosing_app = self._scope.get("app")
+        try:
+            await self._app(self._scope, self._receive_noting, self._send_after_commit)
+        except BaseException as error:
+            await self._unit.end(success=False)
+            if self._commit_error is None or not isinstance(error, Exception):
+                raise
+            await self._answer(error, self._commit_error, enclosing_app)
+        else:
+            await self._unit.end(success=self._started and not self._unit.was_cut_off)
+            if self._commit_error is not None:
+                await self._answer(self._commit_error, self._commit_error, enclosing_app)
+
+    async def _receive_noting(self) -> Message:
+        self._exception_at_receive = sys.exc_info()[1]
+        return await self._receive()
+
+    async def _send_after_commit(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            await self._end_before_response(message["status"])
+            self._started = True
+            self._commit_error = None
+        elif self._commit_error is not None:
+            raise self._commit_error
+        else:
+            await self._unit.end(success=self._exception_being_handled() is None)
+        await self._send(message)
+
+    async def _end_before_response(self, status: int) -> None:
+        if not self._unit.in_use:  # then even to find out its mode would be too much
+            return
+        success = should_commit(self._unit.mode, status, self._exception_being_handled())
+        try:
+            await self._unit.end(success=success, answer=f"the response {status}")
+        except Exception as error:
+            self._commit_error = error
+            reopen_response(self._scope)
+            raise
+
+    async def _answer(
+        self, error: Exception, commit_error: Exception, enclosing_app: object
     ) -> None:
-        self._app = app
-        self._unit = unit
-        self._scope = scope
-        self._receive = receive
-        self._send = send
-        self._outer_exception = sys.exc_info()[1]
+        send = self._send_after_commit
+        try:
+            await answer_error(error, commit_error, enclosing_app, self._scope, self._receive, send)
+        finally:
+            await self._unit.end(success=False)
+
+
+class Socket(Call):
+    """One WebSocket: a unit ends before each event, so that waiting holds nothing."""
 
     async def run(self) -> None:
         """Run the application, then end what its last event has left open."""
@@ -225,12 +214,12 @@ class Socket:
             await self._unit.end(success=not self._unit.was_cut_off)
 
     async def _receive_between_units(self) -> Message:
-        await self._end_unit()
+        await self._end_before_event()
         return await self._receive()
 
     async def _send_after_commit(self, message: Message) -> None:
-        await self._end_unit()
+        await self._end_before_event()
         await self._send(message)
 
-    async def _end_unit(self) -> None:
-        await self._unit.end(success=sys.exc_info()[1] is self._outer_exception)
+    async def _end_before_event(self) -> None:
+        await self._unit.end(success=self._exception_being_handled() is None)
