@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 import anyio
@@ -34,3 +34,33 @@ async def run_to_completion(coroutine: Coroutine[Any, Any, T]) -> T:
             task.exception()  # taken note of: the coroutine itself has logged what failed
         raise cancelled
     return task.result()
+
+
+_abandoned: set[asyncio.Task[Any]] = set()
+
+
+async def connect_whole(connect: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
+    """Connect with a driver's own function, which is not cut off in its handshake.
+
+    Cut off there, asyncpg leaves an exception behind that nobody retrieves. A request that is
+    cancelled does not wait; the connection is terminated as soon as it is there.
+    """
+
+    async def whole() -> Any:
+        return await connect(*args, **kwargs)
+
+    task = asyncio.ensure_future(whole())
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        _abandoned.add(task)
+        task.add_done_callback(_terminate_abandoned)
+        raise
+
+
+def _terminate_abandoned(task: asyncio.Task[Any]) -> None:
+    _abandoned.discard(task)
+    if not task.cancelled() and task.exception() is None:
+        connection = task.result()
+        terminate = getattr(connection, "terminate", None) or connection.close  # asyncpg, asyncmy
+        terminate()

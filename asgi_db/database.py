@@ -298,12 +298,9 @@ class Database:
 
     def _make_engine(self, url: URL) -> AsyncEngine:
         options = self._profile.engine_options()
-        options.update(base_options(url.get_backend_name()))
+        options.update(base_options(url))
         if url.get_backend_name() == "postgresql" and self._pooler == "transaction":
-            options["connect_args"] = {
-                "statement_cache_size": 0,
-                "prepared_statement_cache_size": 0,
-            }
+            options["connect_args"].update(statement_cache_size=0, prepared_statement_cache_size=0)
         for name, value in self._engine_options.items():
             both = isinstance(value, Mapping) and isinstance(options.get(name), Mapping)
             options[name] = {**options[name], **value} if both else value

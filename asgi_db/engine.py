@@ -9,16 +9,18 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import anyio
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import URL, Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DBAPIError, InvalidatePoolError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 
+from asgi_db.cancellation import connect_whole
 from asgi_db.errors import ConfigurationError, ReadOnlyError
 from asgi_db.modes import Mode
 from asgi_db.unit_of_work import UNIT_OPTION
@@ -49,17 +51,18 @@ SQLITE_BUSY_TIMEOUT = 30.0
 # -- how a transaction begins ------------------------------------------------------------------
 
 
-def base_options(dialect: str) -> dict[str, Any]:
+def base_options(url: URL) -> dict[str, Any]:
     """Return the arguments of `create_async_engine` which the modes need on this database."""
-    if dialect == "sqlite":
+    backend = url.get_backend_name()
+    if backend == "sqlite":
         return {"execution_options": {BEGIN_OPTION: ("BEGIN",)}}
-    if dialect in ("mysql", "mariadb"):
-        return {
-            "execution_options": {AUTOCOMMIT_OPTION: False},
-            "skip_autocommit_rollback": True,
-            "pool_reset_on_return": None,  # `prepare_mysql` does it
-        }
-    return {}
+    connect = partial(connect_whole, import_module(url.get_driver_name()).connect)
+    options: dict[str, Any] = {"connect_args": {"async_creator_fn": connect}}
+    if backend in ("mysql", "mariadb"):
+        options["execution_options"] = {AUTOCOMMIT_OPTION: False}
+        options["skip_autocommit_rollback"] = True
+        options["pool_reset_on_return"] = None  # `prepare_mysql` does it
+    return options
 
 
 def variant_options(engine: Engine, mode: Mode) -> dict[str, Any]:
@@ -317,4 +320,11 @@ def prepare_sqlite(engine: Engine, *, durable: bool) -> None:
             cursor.execute("PRAGMA synchronous = OFF")
         cursor.close()
 
+    def roll_back(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
+        # To SQLite a connection is closed only when its last statement is gone: one that was cut
+        # off would keep the transaction, and its lock, until the garbage collector finds it.
+        with contextlib.suppress(Exception):
+            connection.rollback()
+
     event.listen(engine, "connect", connect)
+    event.listen(engine, "close", roll_back)

@@ -212,6 +212,7 @@ class UnitOfWork:
         if straggler is not None or self.session.in_transaction():
             commit = success and straggler is None and self.mode.commits
             self._move(State.ENDING)
+            self._task = None  # until the task that ends the unit puts itself there
             try:
                 await run_to_completion(
                     self._commit(answer) if commit else self._roll_back(straggler)
@@ -236,18 +237,19 @@ class UnitOfWork:
         self._move(State.CLOSED)
 
     async def _commit(self, answer: str) -> None:
-        with self.operation("commit"):
-            try:
-                await self.session.commit()
-            except BaseException as error:
-                unsent = f", and {answer} was not sent" if answer else ""
-                logger.error("%s: COMMIT failed%s: %s", self.describe(), unsent, _first_line(error))
-                self.failure = error
-                await self._roll_back()
-                raise
+        self._task = asyncio.current_task()
+        try:
+            await self.session.commit()
+        except BaseException as error:
+            unsent = f", and {answer} was not sent" if answer else ""
+            logger.error("%s: COMMIT failed%s: %s", self.describe(), unsent, _first_line(error))
+            self.failure = error
+            await self._roll_back()
+            raise
 
     async def _roll_back(self, straggler: asyncio.Task[object] | None = None) -> None:
         """Roll back; where that fails or takes too long, terminate the connection."""
+        self._task = asyncio.current_task()
         connections = list(self._connections)
         try:
             with anyio.fail_after(CLEANUP_TIMEOUT):
@@ -255,11 +257,10 @@ class UnitOfWork:
                     # To end a session in the middle of another task's statement breaks it.
                     straggler.cancel()
                     await asyncio.wait((straggler,))
-                with self.operation("rollback"):
-                    if self.has_writes or self.failure is not None:
-                        await self.session.rollback()
-                    else:
-                        await self.session.run_sync(lambda _: self._sync_session.give_back())
+                if self.has_writes or self.failure is not None:
+                    await self.session.rollback()
+                else:
+                    await self.session.run_sync(lambda _: self._sync_session.give_back())
         except Exception as error:
             logger.error("%s: ROLLBACK failed: %s", self.describe(), _first_line(error))
             self._operations.clear()
@@ -278,9 +279,11 @@ class UnitOfWork:
         """
         if self._state is State.CLOSED:
             raise SessionExpiredError(operation, self.describe())
-        if self._other_task() is not None:
+        task = asyncio.current_task()
+        is_free = not self._operations and self._state is not State.ENDING
+        if not is_free and task is not self._task:
             raise self._concurrent_use(operation)
-        self._task = asyncio.current_task()
+        self._task = task
         self._operations.append(operation)
 
     def leave(self, error: BaseException | None) -> None:
@@ -301,7 +304,8 @@ class UnitOfWork:
         return self._task if self._operations and self._task is not asyncio.current_task() else None
 
     def _concurrent_use(self, operation: str) -> ConcurrentUseError:
-        return ConcurrentUseError(operation, self._operations[-1], self.describe())
+        running = self._operations[-1] if self._operations else "commit"
+        return ConcurrentUseError(operation, running, self.describe())
 
     # -- the state -----------------------------------------------------------------------------
 
