@@ -201,12 +201,17 @@ def _where(unit: UnitOfWork | None) -> str:
 
 
 def _handle_error(context: ExceptionContext) -> None:
-    """Note the failure of statements that bypass the session: `(await session.connection())…`."""
+    """Note the failure of statements that bypass the session: `(await session.connection())…`.
+
+    A savepoint confines a failure, unless to roll back to it fails as well: after a deadlock
+    MariaDB has rolled back the whole transaction, savepoints included.
+    """
     connection, error = context.connection, context.sqlalchemy_exception
     if connection is not None and isinstance(error, DBAPIError):
         unit: UnitOfWork | None = connection.get_execution_options().get(UNIT_OPTION)
-        if unit is not None and not connection.in_nested_transaction():
-            unit.failure = error
+        lost_savepoint = (context.statement or "").startswith("ROLLBACK TO SAVEPOINT")
+        if unit is not None and (lost_savepoint or not connection.in_nested_transaction()):
+            unit.note_failure(error)
 
 
 def watch(engine: Engine) -> None:

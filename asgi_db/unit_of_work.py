@@ -14,9 +14,9 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from types import TracebackType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import anyio
 from sqlalchemy import Connection, Engine
@@ -101,6 +101,7 @@ class UnitOfWork:
         self._operations: list[str] = []
         self._task: asyncio.Task[object] | None = None
         self._connections: list[Connection] = []
+        self._cut_off = False
         self.session: DBSession = database.make_session(self)
         self._sync_session = cast(UnitSession, self.session.sync_session)
 
@@ -163,11 +164,14 @@ class UnitOfWork:
             self._connections.append(connection)
             connection.execution_options(**{UNIT_OPTION: self})
 
+    def note_failure(self, error: BaseException) -> None:
+        """Note that the open transaction cannot be committed; the first reason is the cause."""
+        if self.failure is None:
+            self.failure = error
+
     def transaction_ended(self) -> None:
         """Forget the transaction that the session has ended, by itself or by the handler."""
-        self.failure = None
-        self.has_writes = False
-        self._connections.clear()
+        self._forget_transaction()
         if self._state is State.ACTIVE and not self.mode.autocommit:
             self._become_idle()
 
@@ -183,7 +187,7 @@ class UnitOfWork:
     @property
     def was_cut_off(self) -> bool:
         """Whether a statement of the open transaction was cancelled in the middle."""
-        return isinstance(self.failure, asyncio.CancelledError)
+        return self._cut_off
 
     async def end(self, *, success: bool, answer: str = "") -> None:
         """End the unit: COMMIT where it succeeded and its mode commits, else ROLLBACK.
@@ -211,14 +215,7 @@ class UnitOfWork:
             )
         if straggler is not None or self.session.in_transaction():
             commit = success and straggler is None and self.mode.commits
-            self._move(State.ENDING)
-            self._task = None  # until the task that ends the unit puts itself there
-            try:
-                await run_to_completion(
-                    self._commit(answer) if commit else self._roll_back(straggler)
-                )
-            finally:
-                self._become_idle()
+            await self._end_by(self._commit(answer) if commit else self._roll_back(straggler))
         else:
             self._become_idle()
         if success and error is not None:
@@ -230,11 +227,20 @@ class UnitOfWork:
             raise self._concurrent_use("release")
         if self.has_writes:
             raise UncommittedWorkError(self.describe())
-        await self.end(success=False)
+        if self.session.in_transaction():
+            await self._end_by(self._give_back())
 
     def close(self) -> None:
         """Let the session go for good: whoever still uses it gets an error."""
         self._move(State.CLOSED)
+
+    async def _end_by(self, ending: Coroutine[Any, Any, None]) -> None:
+        self._move(State.ENDING)
+        self._task = None  # until the task that ends the unit puts itself there
+        try:
+            await run_to_completion(ending)
+        finally:
+            self._become_idle()
 
     async def _commit(self, answer: str) -> None:
         self._task = asyncio.current_task()
@@ -242,27 +248,38 @@ class UnitOfWork:
             await self.session.commit()
         except BaseException as error:
             unsent = f", and {answer} was not sent" if answer else ""
-            logger.error("%s: COMMIT failed%s: %s", self.describe(), unsent, _first_line(error))
-            self.failure = error
-            await self._roll_back()
+            logger.error("%s: COMMIT failed%s: %s", self.describe(), unsent, _brief(error))
+            await self._close_by(self.session.rollback())
             raise
 
-    async def _roll_back(self, straggler: asyncio.Task[object] | None = None) -> None:
-        """Roll back; where that fails or takes too long, terminate the connection."""
+    async def _roll_back(self, straggler: asyncio.Task[object] | None) -> None:
         self._task = asyncio.current_task()
+        await self._close_by(self._roll_back_after(straggler))
+
+    async def _give_back(self) -> None:
+        self._task = asyncio.current_task()
+        await self._close_by(self.session.run_sync(lambda _: self._sync_session.give_back()))
+
+    async def _roll_back_after(self, straggler: asyncio.Task[object] | None) -> None:
+        if straggler is not None:
+            # To end a session in the middle of another task's statement breaks it.
+            straggler.cancel()
+            await asyncio.wait((straggler,))
+        session = self.session
+        touched = self.has_writes or session.new or session.dirty or session.deleted
+        if touched or self.failure is not None:
+            await session.rollback()
+        else:  # what was only loaded stays usable
+            await session.run_sync(lambda _: self._sync_session.give_back())
+
+    async def _close_by(self, closing: Coroutine[Any, Any, None]) -> None:
+        """Close the transaction; where that fails or takes too long, terminate the connection."""
         connections = list(self._connections)
         try:
             with anyio.fail_after(CLEANUP_TIMEOUT):
-                if straggler is not None:
-                    # To end a session in the middle of another task's statement breaks it.
-                    straggler.cancel()
-                    await asyncio.wait((straggler,))
-                if self.has_writes or self.failure is not None:
-                    await self.session.rollback()
-                else:
-                    await self.session.run_sync(lambda _: self._sync_session.give_back())
+                await closing
         except Exception as error:
-            logger.error("%s: ROLLBACK failed: %s", self.describe(), _first_line(error))
+            logger.error("%s: ROLLBACK failed: %s", self.describe(), _brief(error))
             self._operations.clear()
             with anyio.move_on_after(CLEANUP_TIMEOUT):
                 await self.session.run_sync(lambda _: _terminate(connections))
@@ -289,8 +306,10 @@ class UnitOfWork:
     def leave(self, error: BaseException | None) -> None:
         """End an operation; in autocommit the connection goes back at once."""
         session = self._sync_session
-        if _is_failure(error) and not session.in_nested_transaction():
-            self.failure = error
+        if error is not None and session.in_transaction():  # else it has ended with the error
+            self._cut_off = self._cut_off or isinstance(error, asyncio.CancelledError)
+            if _is_failure(error) and not session.in_nested_transaction():
+                self.note_failure(error)
         try:
             outermost = len(self._operations) == 1 and self._state is State.ACTIVE
             if outermost and self.mode.autocommit and isinstance(error, Exception | None):
@@ -309,7 +328,14 @@ class UnitOfWork:
 
     # -- the state -----------------------------------------------------------------------------
 
+    def _forget_transaction(self) -> None:
+        self.failure = None
+        self.has_writes = False
+        self._cut_off = False
+        self._connections.clear()
+
     def _become_idle(self) -> None:
+        self._forget_transaction()
         self._active_mode = None
         self._move(State.IDLE)
 
@@ -344,11 +370,9 @@ _KEEPS_CONNECTION = frozenset({"connection", "begin", "begin_nested"})
 """Operations whose very result is the open connection or transaction."""
 
 
-def _is_failure(error: BaseException | None) -> bool:
+def _is_failure(error: BaseException) -> bool:
     """Whether the error means that a statement failed or was cut off, not that a row is missing."""
-    return isinstance(error, DBAPIError | PoolTimeoutError) or not isinstance(
-        error, Exception | None
-    )
+    return isinstance(error, DBAPIError | PoolTimeoutError) or not isinstance(error, Exception)
 
 
 def _terminate(connections: list[Connection]) -> None:
@@ -358,6 +382,11 @@ def _terminate(connections: list[Connection]) -> None:
             connection.close()
 
 
-def _first_line(error: BaseException) -> str:
-    """The error for a log line: SQLAlchemy's further lines hold the statement's parameters."""
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+def _brief(error: BaseException) -> str:
+    """The error for a log line; a database's own words may repeat what was to be written."""
+    if not isinstance(error, DBAPIError):
+        return f"{type(error).__name__}: {error}"
+    numbers = [arg for arg in getattr(error.orig, "args", ()) if isinstance(arg, int)]  # MySQL
+    codes = [getattr(error.orig, name, None) for name in ("sqlstate", "sqlite_errorname")]
+    code = next((str(code) for code in codes + numbers if code), "no code")
+    return f"{type(error).__name__} ({type(error.orig).__name__}, {code})"
