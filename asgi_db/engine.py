@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import socket
 import time
 from functools import lru_cache, partial
 from importlib import import_module
@@ -18,7 +19,7 @@ from sqlalchemy import URL, Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DBAPIError, InvalidatePoolError
-from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, PoolResetState
 
 from asgi_db.cancellation import connect_whole
 from asgi_db.errors import ConfigurationError, ReadOnlyError
@@ -225,16 +226,12 @@ def watch(engine: Engine) -> None:
 
 
 class Connections:
-    """The open connections of an engine, and those of them which are out of the pool.
-
-    Attributes:
-        out: the connections which are checked out at this moment.
-    """
+    """The open connections of an engine, and those of them which are out of the pool."""
 
     def __init__(self, engine: Engine) -> None:
-        self.out: set[ConnectionPoolEntry] = set()
-        self._open: dict[ConnectionPoolEntry, DBAPIConnection] = {}
         self._engine = engine
+        self._open: dict[ConnectionPoolEntry, DBAPIConnection] = {}
+        self._out: dict[ConnectionPoolEntry, PoolProxiedConnection] = {}
         self._returned = anyio.Event()
         event.listen(engine, "connect", self._connect)
         event.listen(engine, "close", self._close)
@@ -244,32 +241,50 @@ class Connections:
     def _connect(self, connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
         self._open[entry] = connection
 
-    def _close(self, _connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
+    def _close(self, _: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
         self._open.pop(entry, None)
 
-    def _checkout(self, _: DBAPIConnection, entry: ConnectionPoolEntry, _proxy: Any) -> None:
-        self.out.add(entry)
+    def _checkout(
+        self, _: DBAPIConnection, entry: ConnectionPoolEntry, proxy: PoolProxiedConnection
+    ) -> None:
+        self._out[entry] = proxy
 
     def _checkin(self, _: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
-        self.out.discard(entry)
+        self._out.pop(entry, None)
         self._returned.set()
 
     async def all_returned(self) -> None:
         """Wait until every connection is back in the pool."""
-        while self.out:
+        while self._out:
             self._returned = anyio.Event()
             await self._returned.wait()
 
     def terminate(self) -> int:
         """Close what is open without a word to the server; return how many."""
-        connections = list(self._open.values())
+        connections = list(self._open.items())
+        for entry, connection in connections:
+            try:
+                if entry in self._out:  # whoever still has it gets an error, also at COMMIT
+                    self._out[entry].invalidate()
+                else:
+                    self._engine.dialect.do_terminate(connection)
+            except RuntimeError:  # its event loop is closed
+                _shut_socket(self._engine.dialect.get_driver_connection(connection))
         self._open.clear()
-        self.out.clear()
-        for connection in connections:
-            # On a closed event loop the driver cannot even do that; then the socket goes with it.
-            with contextlib.suppress(RuntimeError):
-                self._engine.dialect.do_terminate(connection)
+        self._out.clear()
         return len(connections)
+
+
+def _shut_socket(driver: Any) -> None:
+    """End a connection without its event loop, so that the server at least sees it go.
+
+    There is no public way to the transport; the test of applications that start again without
+    having been shut down, in `test_lifespan.py`, breaks when this changes.
+    """
+    is_asyncpg = hasattr(driver, "_transport")
+    transport = driver._transport if is_asyncpg else driver._writer.transport
+    with contextlib.suppress(OSError):  # it is closed already
+        transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
 
 def verify_before_use(engine: Engine) -> None:

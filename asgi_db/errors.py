@@ -57,17 +57,21 @@ class ConcurrentUseError(RuntimeError):
 
 
 class FailedTransactionError(PendingRollbackError):
-    """Raised in place of a COMMIT when a statement of the transaction had failed.
+    """Raised in place of a COMMIT which could not keep what it says.
 
-    PostgreSQL answers such a COMMIT with ROLLBACK and no error, so the work would be lost in
-    silence; the rule is the same on every database. The failed statement is the `__cause__`.
+    A statement of the transaction had failed, and is the `__cause__`: PostgreSQL answers such a
+    COMMIT with ROLLBACK and no error, so the work would be lost in silence; the rule is the same
+    on every database. Or the connection was terminated, because the database was disposed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, statement_failed: bool) -> None:
         super().__init__(
             "A statement of this transaction failed and its error was swallowed, so the transaction"
             " cannot be committed. Let the error out, or run a statement that may fail inside"
             " `async with session.begin_nested():`."
+            if statement_failed
+            else "The connection of this transaction was terminated when the database was disposed,"
+            " so nothing can be committed. End all work before `await database.dispose()`."
         )
 
 

@@ -30,10 +30,11 @@ async def serve_lifespan(
     startup = await receive()
     try:
         await database.start()
-    except Exception as error:
-        logger.error("The database could not be started: %s", error)
+    except BaseException as error:
         await database.dispose()
-        await send({"type": "lifespan.startup.failed", "message": str(error)})
+        if isinstance(error, Exception):
+            logger.error("The database could not be started: %s", error)
+            await send({"type": "lifespan.startup.failed", "message": str(error)})
         raise
     try:
         await Lifespan(app, database, key, scope, receive, send).run(startup)

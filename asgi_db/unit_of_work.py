@@ -156,7 +156,10 @@ class UnitOfWork:
     def check_commit(self) -> None:
         """Refuse to commit what the database has given up already."""
         if self.failure is not None:
-            raise FailedTransactionError from self.failure
+            raise FailedTransactionError(statement_failed=True) from self.failure
+        for connection in self._connections:
+            if not connection.invalidated and not connection.connection.is_valid:
+                raise FailedTransactionError(statement_failed=False)
 
     def transaction_began(self, connection: Connection) -> None:
         """Note the connection, and mark it so that the events of the engine find this unit."""
