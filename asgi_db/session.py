@@ -60,11 +60,15 @@ def _inside_the_unit(name: str) -> Callable[..., Any]:
     return guarded
 
 
-# Every public method of `Session` that may talk to the database (tests hold this list against
-# the installed SQLAlchemy). `close`, `reset` and `invalidate` stay as they are: they only let go.
+# Every public method of `Session` that may talk to the database; tests hold this list against
+# the installed SQLAlchemy.
 OPERATIONS = (
     "begin",
     "begin_nested",
+    "bulk_insert_mappings",
+    "bulk_save_objects",
+    "bulk_update_mappings",
+    "close",
     "commit",
     "connection",
     "delete",
@@ -73,9 +77,12 @@ OPERATIONS = (
     "flush",
     "get",
     "get_one",
+    "invalidate",
     "merge",
     "merge_all",
+    "prepare",
     "refresh",
+    "reset",
     "rollback",
     "scalar",
     "scalars",

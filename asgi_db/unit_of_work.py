@@ -102,6 +102,8 @@ class UnitOfWork:
         self._task: asyncio.Task[object] | None = None
         self._connections: list[Connection] = []
         self._cut_off = False
+        self._ended = asyncio.Event()
+        self._kept_changes = False  # by `release`, for the next transaction
         self.session: DBSession = database.make_session(self)
         self._sync_session = cast(UnitSession, self.session.sync_session)
 
@@ -183,9 +185,8 @@ class UnitOfWork:
     @property
     def in_use(self) -> bool:
         """Whether there is anything to end."""
-        return (
-            self._state is State.ACTIVE or bool(self._operations) or self.session.in_transaction()
-        )
+        is_busy = self._state in (State.ACTIVE, State.ENDING) or bool(self._operations)
+        return is_busy or self._has_work()
 
     @property
     def was_cut_off(self) -> bool:
@@ -207,31 +208,41 @@ class UnitOfWork:
         """
         if not self.in_use:
             return
+        conflict: ConcurrentUseError | None = None
+        if self._state is State.ENDING:  # another task releases the session just now
+            conflict = self._concurrent_use("commit")
+            await run_to_completion(self._ended.wait())
         straggler = self._other_task()
-        error = None if straggler is None else self._concurrent_use("commit")
-        if success and not self.mode.commits and (self.has_writes or self.session.new):
+        if straggler is not None:
+            conflict = self._concurrent_use("commit")
+        if success and not self.mode.commits:
+            self._warn_of_lost_work()
+        if straggler is not None or self._has_work():
+            commit = success and conflict is None and self.mode.commits
+            await self._end_by(self._commit(answer) if commit else self._roll_back(straggler))
+        elif self._state is State.ACTIVE:
+            self._become_idle()
+        if success and conflict is not None:
+            raise conflict
+
+    def _warn_of_lost_work(self) -> None:
+        if self.has_writes or self.session.new:
             logger.warning(
                 "%s: uncommitted work was rolled back at the end of the %s unit: commit it with"
                 " `await session.commit()`, or put @transactional on the route.",
                 self.describe(),
                 self.mode.name,
             )
-        if straggler is not None or self.session.in_transaction():
-            commit = success and straggler is None and self.mode.commits
-            await self._end_by(self._commit(answer) if commit else self._roll_back(straggler))
-        else:
-            self._become_idle()
-        if success and error is not None:
-            raise error
 
     async def release(self) -> None:
         """Give the connection back before the unit's end; see `DBSession.release`."""
-        if self._other_task() is not None:
+        if self._other_task() is not None or self._state is State.ENDING:
             raise self._concurrent_use("release")
         if self.has_writes:
             raise UncommittedWorkError(self.describe())
         if self.session.in_transaction():
             await self._end_by(self._give_back())
+            self._kept_changes = self._has_changes()
 
     def close(self) -> None:
         """Let the session go for good: whoever still uses it gets an error."""
@@ -239,11 +250,13 @@ class UnitOfWork:
 
     async def _end_by(self, ending: Coroutine[Any, Any, None]) -> None:
         self._move(State.ENDING)
+        self._ended.clear()
         self._task = None  # until the task that ends the unit puts itself there
         try:
             await run_to_completion(ending)
         finally:
             self._become_idle()
+            self._ended.set()
 
     async def _commit(self, answer: str) -> None:
         self._task = asyncio.current_task()
@@ -268,12 +281,17 @@ class UnitOfWork:
             # To end a session in the middle of another task's statement breaks it.
             straggler.cancel()
             await asyncio.wait((straggler,))
-        session = self.session
-        touched = self.has_writes or session.new or session.dirty or session.deleted
-        if touched or self.failure is not None:
-            await session.rollback()
+        if self.has_writes or self._has_changes() or self.failure is not None:
+            await self.session.rollback()
         else:  # what was only loaded stays usable
-            await session.run_sync(lambda _: self._sync_session.give_back())
+            await self.session.run_sync(lambda _: self._sync_session.give_back())
+
+    def _has_work(self) -> bool:
+        """Whether there is a transaction; a change of an object begins one too, in SQLAlchemy."""
+        return self.session.in_transaction() or self._kept_changes
+
+    def _has_changes(self) -> bool:
+        return bool(self.session.new or self.session.dirty or self.session.deleted)
 
     async def _close_by(self, closing: Coroutine[Any, Any, None]) -> None:
         """Close the transaction; where that fails or takes too long, terminate the connection."""
@@ -297,7 +315,7 @@ class UnitOfWork:
             SessionExpiredError: the request is over.
             ConcurrentUseError: another task is in the middle of an operation.
         """
-        if self._state is State.CLOSED:
+        if self._state is State.CLOSED and operation not in _LETS_GO:
             raise SessionExpiredError(operation, self.describe())
         task = asyncio.current_task()
         is_free = not self._operations and self._state is not State.ENDING
@@ -339,6 +357,7 @@ class UnitOfWork:
 
     def _become_idle(self) -> None:
         self._forget_transaction()
+        self._kept_changes = False
         self._active_mode = None
         self._move(State.IDLE)
 
@@ -368,6 +387,9 @@ class Operation:
     ) -> None:
         self._unit.leave(error)
 
+
+_LETS_GO = frozenset({"close", "invalidate", "reset"})
+"""Operations which are harmless on a session whose request is over."""
 
 _KEEPS_CONNECTION = frozenset({"connection", "begin", "begin_nested"})
 """Operations whose very result is the open connection or transaction."""
