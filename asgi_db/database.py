@@ -164,18 +164,20 @@ class Database:
         """Make the engine, and wait for the database where `wait_for=` says so.
 
         Raises:
-            SQLAlchemyError: the database did not come up within `wait_for` seconds.
+            ConnectionError: the database did not come up within `wait_for` seconds.
         """
         _ = self.engine
         deadline = time.monotonic() + self._wait_for
         delay = 0.1
         while self._wait_for:
+            left = deadline - time.monotonic()
             try:
-                return await self.ping()
+                with anyio.fail_after(max(left, 0.1)):  # also where it takes, but never answers
+                    return await self.ping()
             except (SQLAlchemyError, OSError) as error:
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    raise
+                    raise self._not_there(error) from error
                 logger.warning(
                     "%r is not there yet (%s); trying for %.1f s more",
                     self,
@@ -184,6 +186,10 @@ class Database:
                 )
                 await anyio.sleep(min(delay, left))
                 delay = min(delay * 2, 2.0)
+
+    def _not_there(self, error: Exception) -> ConnectionError:
+        cause = str(error).partition("\n")[0] or "no answer"
+        return ConnectionError(f"{self!r} did not come up within {self._wait_for:g} s: {cause}")
 
     async def dispose(self) -> None:
         """Close every connection, also those which are still out after a while.

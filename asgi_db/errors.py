@@ -76,10 +76,18 @@ class FailedTransactionError(PendingRollbackError):
 
 
 class UncommittedWorkError(InvalidRequestError):
-    """Raised by `release()` when the transaction holds writes that it would throw away."""
+    """Raised where work that is not committed would be thrown away, or has been.
 
-    def __init__(self, route: str) -> None:
+    `release()` refuses to; a `transactional` request whose handler has closed the session with
+    work in it is not acknowledged.
+    """
+
+    def __init__(self, route: str, *, is_lost: bool) -> None:
         super().__init__(
-            f"{route}: session.release() would throw away writes which are not committed. Call"
+            f"{route}: the handler closed the session, which threw away work that was not"
+            " committed. Leave the session open (no `async with`, no `close()`): its work is"
+            " committed before the response; or call `await session.commit()` first."
+            if is_lost
+            else f"{route}: session.release() would throw away writes which are not committed. Call"
             " `await session.commit()` or `await session.rollback()` first."
         )

@@ -13,6 +13,7 @@ before the next piece of the body, or with the ASGI call.
 from __future__ import annotations
 
 import asyncio
+import enum
 import sys
 
 from asgi_db.database import Database
@@ -142,10 +143,21 @@ class Call:
         return None if error is self._outer_exception else error
 
 
+class Response(enum.Enum):
+    """How far the response of a request has come."""
+
+    PENDING = enum.auto()
+    STARTED = enum.auto()
+    COMPLETE = enum.auto()
+
+
+_BODY = frozenset({"http.response.body", "http.response.zerocopysend", "http.response.pathsend"})
+
+
 class Exchange(Call):
     """One HTTP request and its response."""
 
-    _started = False
+    _response = Response.PENDING
     _commit_error: Exception | None = None
     """Why the response that the application began was refused, until it begins another."""
 
@@ -160,7 +172,9 @@ class Exchange(Call):
                 raise
             await self._answer(error, self._commit_error, enclosing_app)
         else:
-            await self._unit.end(success=self._started and not self._unit.was_cut_off)
+            # A stream whose client has gone may just end: what it left half done is not kept.
+            is_complete = self._response is Response.COMPLETE
+            await self._unit.end(success=is_complete and not self._unit.was_cut_off)
             if self._commit_error is not None:
                 await self._answer(self._commit_error, self._commit_error, enclosing_app)
 
@@ -171,12 +185,14 @@ class Exchange(Call):
     async def _send_after_commit(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             await self._end_before_response(message["status"])
-            self._started = True
+            self._response = Response.STARTED
             self._commit_error = None
         elif self._commit_error is not None:
             raise self._commit_error
-        else:
+        elif self._response is not Response.PENDING:  # early hints come before the status line
             await self._unit.end(success=self._exception_being_handled() is None)
+        if message["type"] in _BODY and not message.get("more_body"):
+            self._response = Response.COMPLETE
         await self._send(message)
 
     async def _end_before_response(self, status: int) -> None:

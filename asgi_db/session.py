@@ -8,7 +8,7 @@ stands: it asks the unit of work before each operation and tells it afterwards.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Engine, event
@@ -55,7 +55,11 @@ def _inside_the_unit(name: str) -> Callable[..., Any]:
     @functools.wraps(operation)
     def guarded(self: UnitSession, *args: Any, **kwargs: Any) -> Any:
         with self.unit_of_work.operation(name):
-            return operation(self, *args, **kwargs)
+            result = operation(self, *args, **kwargs)
+        options: Mapping[str, Any] = kwargs.get("execution_options") or {}
+        if options.get("stream_results"):  # `AsyncSession.stream`
+            self.unit_of_work.streams.append(result)
+        return result
 
     return guarded
 

@@ -19,9 +19,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 import anyio
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, Result
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.orm import Session
 
 from asgi_db.cancellation import run_to_completion
 from asgi_db.errors import (
@@ -71,6 +72,7 @@ class UnitOfWork:
         session: the session that handlers get.
         failure: why the open transaction cannot be committed any more, if it cannot.
         has_writes: whether the open transaction holds writes.
+        streams: the results of the open transaction which live on a server-side cursor.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class UnitOfWork:
         self.describe = describe
         self.failure: BaseException | None = None
         self.has_writes = False
+        self.streams: list[Result[Any]] = []
         self._default_mode = default_mode
         self._route_mode = route_mode
         self._asked: Mode | None = None
@@ -103,6 +106,7 @@ class UnitOfWork:
         self._connections: list[Connection] = []
         self._cut_off = False
         self._ended = asyncio.Event()
+        self._has_lost_work = False  # because the handler closed the session
         self._kept_changes = False  # by `release`, for the next transaction
         self.session: DBSession = database.make_session(self)
         self._sync_session = cast(UnitSession, self.session.sync_session)
@@ -186,7 +190,7 @@ class UnitOfWork:
     def in_use(self) -> bool:
         """Whether there is anything to end."""
         is_busy = self._state in (State.ACTIVE, State.ENDING) or bool(self._operations)
-        return is_busy or self._has_work()
+        return is_busy or self._has_lost_work or self._has_work()
 
     @property
     def was_cut_off(self) -> bool:
@@ -205,28 +209,33 @@ class UnitOfWork:
         Raises:
             SQLAlchemyError: the commit failed; the transaction has been rolled back.
             ConcurrentUseError: it was to succeed while another task used the session.
+            UncommittedWorkError: it was to be committed, but the handler had closed the session.
         """
         if not self.in_use:
             return
-        conflict: ConcurrentUseError | None = None
+        problem: Exception | None = None
+        if self._has_lost_work and self.mode.commits:
+            problem = UncommittedWorkError(self.describe(), is_lost=True)
         if self._state is State.ENDING:  # another task releases the session just now
-            conflict = self._concurrent_use("commit")
+            problem = self._concurrent_use("commit")
             await run_to_completion(self._ended.wait())
         straggler = self._other_task()
         if straggler is not None:
-            conflict = self._concurrent_use("commit")
+            problem = self._concurrent_use("commit")
         if success and not self.mode.commits:
             self._warn_of_lost_work()
         if straggler is not None or self._has_work():
-            commit = success and conflict is None and self.mode.commits
+            commit = success and problem is None and self.mode.commits
             await self._end_by(self._commit(answer) if commit else self._roll_back(straggler))
         elif self._state is State.ACTIVE:
             self._become_idle()
-        if success and conflict is not None:
-            raise conflict
+        self._has_lost_work = False
+        if success and problem is not None:
+            logger.error("Not committed: %s", _brief(problem))  # it names the route
+            raise problem
 
     def _warn_of_lost_work(self) -> None:
-        if self.has_writes or self.session.new:
+        if self.has_writes or self._has_lost_work or self.session.new:
             logger.warning(
                 "%s: uncommitted work was rolled back at the end of the %s unit: commit it with"
                 " `await session.commit()`, or put @transactional on the route.",
@@ -239,7 +248,7 @@ class UnitOfWork:
         if self._other_task() is not None or self._state is State.ENDING:
             raise self._concurrent_use("release")
         if self.has_writes:
-            raise UncommittedWorkError(self.describe())
+            raise UncommittedWorkError(self.describe(), is_lost=False)
         if self.session.in_transaction():
             await self._end_by(self._give_back())
             self._kept_changes = self._has_changes()
@@ -261,6 +270,7 @@ class UnitOfWork:
     async def _commit(self, answer: str) -> None:
         self._task = asyncio.current_task()
         try:
+            await self._close_streams()
             await self.session.commit()
         except BaseException as error:
             unsent = f", and {answer} was not sent" if answer else ""
@@ -281,10 +291,21 @@ class UnitOfWork:
             # To end a session in the middle of another task's statement breaks it.
             straggler.cancel()
             await asyncio.wait((straggler,))
+        await self._close_streams()
         if self.has_writes or self._has_changes() or self.failure is not None:
             await self.session.rollback()
         else:  # what was only loaded stays usable
             await self.session.run_sync(lambda _: self._sync_session.give_back())
+
+    async def _close_streams(self) -> None:
+        """Close what lives on a cursor: MariaDB's would seem to be at its end, not cut off."""
+
+        def close(_: Session) -> None:
+            for stream in self.streams:
+                stream.close()
+
+        if self.streams:
+            await self.session.run_sync(close)
 
     def _has_work(self) -> bool:
         """Whether there is a transaction; a change of an object begins one too, in SQLAlchemy."""
@@ -321,6 +342,8 @@ class UnitOfWork:
         is_free = not self._operations and self._state is not State.ENDING
         if not is_free and task is not self._task:
             raise self._concurrent_use(operation)
+        if operation in _LETS_GO and self._state in (State.IDLE, State.ACTIVE):
+            self._has_lost_work = self._has_lost_work or self.has_writes or self._has_changes()
         self._task = task
         self._operations.append(operation)
 
@@ -353,6 +376,7 @@ class UnitOfWork:
         self.failure = None
         self.has_writes = False
         self._cut_off = False
+        self.streams.clear()
         self._connections.clear()
 
     def _become_idle(self) -> None:
