@@ -283,7 +283,7 @@ def _shut_socket(driver: Any) -> None:
     """
     is_asyncpg = hasattr(driver, "_transport")
     transport = driver._transport if is_asyncpg else driver._writer.transport
-    with contextlib.suppress(OSError):  # it is closed already
+    with contextlib.suppress(OSError, TypeError):  # it is closed already; uvloop sees to it itself
         transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
 

@@ -567,7 +567,7 @@ async def cursor(session: CurrentSession) -> StreamingResponse:
         rows = ",".join(f"({i}, 'tea')" for i in range(1, 5001))
         sql(database_url, f"INSERT INTO orders (id, item) VALUES {rows}")
         response = client.get("/cursor")
-        assert response.text.count("tea") in (0, 5000)
+        assert response.text == ""
 
 
 def test_the_readme_names_everything_public() -> None:

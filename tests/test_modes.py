@@ -299,10 +299,9 @@ async def test_a_dependency_is_stronger_than_the_default(
 async def test_the_route_is_stronger_than_a_dependency(
     database: Database, asked: Mode, route: Any
 ) -> None:
-    @route
     async def endpoint(scope: Scope) -> None: ...
 
-    app, seen = bare(database, endpoint, default=transactional, asked=(asked,))
+    app, seen = bare(database, route(endpoint), default=transactional, asked=(asked,))
     assert (await call(app)).status == 204
     assert seen == [route]
 
