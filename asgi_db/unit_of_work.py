@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import anyio
 from sqlalchemy import Connection, Engine, Result
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
@@ -322,10 +322,16 @@ class UnitOfWork:
                 await closing
         except Exception as error:
             logger.error("%s: ROLLBACK failed: %s", self.describe(), _brief(error))
-            self._operations.clear()
+            await self._terminate(connections)
+
+    async def _terminate(self, connections: list[Connection]) -> None:
+        self._operations.clear()
+        try:
             with anyio.move_on_after(CLEANUP_TIMEOUT):
                 await self.session.run_sync(lambda _: _terminate(connections))
             await self.session.close()
+        except SQLAlchemyError as error:  # a task that took no notice of its cancellation
+            logger.error("%s: the session is still in use: %s", self.describe(), _brief(error))
 
     # -- one task at a time --------------------------------------------------------------------
 

@@ -341,16 +341,20 @@ async def test_a_rollback_by_hand_in_the_middle_stands_and_the_rest_is_committed
 
 
 @pytest.mark.parametrize("let_go", ["close", "reset", "invalidate"])
-async def test_a_session_which_the_handler_lets_go_is_rolled_back_and_begins_anew(
+async def test_work_that_the_handler_lets_go_with_the_session_is_not_acknowledged(
     database: Database, database_url: str, let_go: str
 ) -> None:
     unit = unit_of(database)
-    await unit.session.execute(add("first"))
+    await unit.session.execute(add("lost"))
     await getattr(unit.session, let_go)()
     assert (state_of(unit), checked_out(database)) == ("IDLE", 0)
-    await unit.session.execute(add("second"))
+    await unit.session.execute(add("after it"))
+    with pytest.raises(UncommittedWorkError, match=r"POST /orders .*closed the session"):
+        await unit.end(success=True)
+    assert await authors(database_url) == []
+    await unit.session.execute(add("the next unit"))
     await unit.end(success=True)
-    assert await authors(database_url) == ["second"]
+    assert await authors(database_url) == ["the next unit"]
     await assert_nothing_held(database, database_url)
     unit.close()
 
