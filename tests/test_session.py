@@ -147,10 +147,6 @@ async def test_a_class_may_live_on_another_engine(sqlite_url: str, tmp_path: Pat
 # -- every operation is inside the unit of work ------------------------------------------------
 
 HARMLESS = {
-    # They let go of what the session holds.
-    "close",
-    "invalidate",
-    "reset",
     # They look at, or change, what the session has in memory.
     "add",
     "add_all",

@@ -216,13 +216,13 @@ def test_the_same_application_starts_again_on_another_loop(sqlite_url: str) -> N
 
     @asynccontextmanager
     async def own(app: Starlette) -> AsyncGenerator[None, None]:
-        await database.create_tables(Base.metadata)
+        await shop.create_tables(Base.metadata)
         yield
 
-    database = Database(sqlite_url)
+    shop = Database(sqlite_url)
     routes = [Route("/", create, methods=["POST"]), Route("/", read)]
     app = Starlette(routes=routes, lifespan=own)
-    app.add_middleware(DBSessionMiddleware, database=database)
+    app.add_middleware(DBSessionMiddleware, database=shop)
     with TestClient(app) as client:
         assert client.post("/").status_code == 201
     with TestClient(app) as client:
@@ -432,14 +432,17 @@ async def test_a_base_http_middleware_changes_nothing_about_a_failed_commit(
 
 
 @placed
-@pytest.mark.parametrize("error", [HTTPException(404), ValueError("handled"), KeyError("not")])
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(HTTPException(404), 404), (ValueError("handled"), 409), (KeyError("not handled"), 500)],
+)
 async def test_a_base_http_middleware_changes_nothing_about_an_error(
-    database: Database, place: str, error: Exception
+    database: Database, place: str, error: Exception, status: int
 ) -> None:
     route = Route("/", create_and(error), methods=["POST"])
     app = app_with(database, route, handlers={ValueError: conflict}, **{place: BASE})  # type: ignore[arg-type]
     answer = await call(app)
-    assert answer.status == {HTTPException: 404, ValueError: 409, KeyError: 500}[type(error)]
+    assert answer.status == status
     assert await authors(str(database.url)) == []
 
 
