@@ -252,6 +252,8 @@ class UnitOfWork:
         if self.session.in_transaction():
             await self._end_by(self._give_back())
             self._kept_changes = self._has_changes()
+        elif self._state is State.ACTIVE:
+            self._become_idle()
 
     def close(self) -> None:
         """Let the session go for good: whoever still uses it gets an error."""
