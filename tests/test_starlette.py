@@ -445,9 +445,8 @@ async def test_a_base_http_middleware_changes_nothing_about_an_error(
     assert await authors(str(database.url)) == []
 
 
-@placed
-async def test_a_base_http_middleware_leaves_streams_their_session(
-    database: Database, place: str
+async def test_a_base_http_middleware_above_leaves_streams_their_session(
+    database: Database,
 ) -> None:
     @transactional
     async def endpoint(request: Request) -> Response:
@@ -460,7 +459,7 @@ async def test_a_base_http_middleware_leaves_streams_their_session(
 
         return StreamingResponse(stream())
 
-    app = app_with(database, Route("/", endpoint, methods=["POST"]), **{place: BASE})  # type: ignore[arg-type]
+    app = app_with(database, Route("/", endpoint, methods=["POST"]), above=BASE)
     answer = await call(app)
     assert (answer.status, answer.body) == (200, b"ada 0\nada 1\nada 2\n")
     assert answer.error is None
