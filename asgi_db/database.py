@@ -117,7 +117,7 @@ class Database:
         self._pooler = pooler
         self._wait_for = wait_for
         self._engines: dict[asyncio.AbstractEventLoop, _OwnEngine] = {}
-        self._variants: dict[tuple[Engine, Mode], Engine] = {}
+        self._variants: dict[tuple[Engine, tuple[object, ...]], Engine] = {}
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ, **options: Any) -> Self:
@@ -295,15 +295,18 @@ class Database:
         """Return the variant of an engine on which transactions begin as the mode says."""
         if isinstance(bind, Connection):
             return bind
-        variant = self._variants.get((bind, mode))
+        key = bind, mode.characteristics
+        variant = self._variants.get(key)
         if variant is None:
             watch(bind)
             variant = bind.execution_options(**variant_options(bind, mode))
-            self._variants[bind, mode] = variant
+            self._variants[key] = variant
         return variant
 
     def _make_engine(self, url: URL) -> AsyncEngine:
-        options = self._profile.engine_options()
+        # A pool class of the user's own, such as NullPool, need not take the profile's values.
+        has_own_pool = "poolclass" in self._engine_options
+        options = {} if has_own_pool else self._profile.engine_options()
         options.update(base_options(url))
         if url.get_backend_name() == "postgresql" and self._pooler == "transaction":
             options["connect_args"].update(statement_cache_size=0, prepared_statement_cache_size=0)

@@ -75,6 +75,11 @@ class Mode:
         """Whether each statement stands alone, outside any transaction."""
         return False
 
+    @property
+    def characteristics(self) -> tuple[object, ...]:
+        """What its transactions look like to the database: equal for modes that begin alike."""
+        return self.name, self.isolation, self.read_only, self.deferrable, self.snapshot
+
     def _mark(self, target: Target) -> Target:
         with contextlib.suppress(AttributeError):  # a bound method, for one, takes no attribute
             if _can_be_an_endpoint(target):

@@ -17,7 +17,7 @@ from sqlalchemy import event, make_url, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from sqlalchemy.pool import QueuePool
+from sqlalchemy.pool import NullPool, QueuePool
 
 from asgi_db import (
     ConcurrentUseError,
@@ -339,6 +339,26 @@ def pool_settings(database: Database) -> tuple[int, int, float, int]:
     """What SQLAlchemy's pool was made with; it has no public names for three of the four."""
     pool: Any = database.engine.sync_engine.pool
     return pool.size(), pool._max_overflow, pool._timeout, pool._recycle
+
+
+async def test_a_pool_class_of_the_users_own_needs_none_of_the_profiles_values(
+    database_url: str,
+) -> None:
+    async with Database(database_url, engine_options={"poolclass": NullPool}) as database:
+        async with database.session() as session:
+            assert await session.scalar(text("SELECT 42")) == 42
+        await assert_disconnected(database_url)
+
+
+async def test_modes_that_begin_alike_share_one_variant_of_the_engine(sqlite_url: str) -> None:
+    """A callable may make a mode for each request, with a rule of its own in it."""
+    rules: list[Callable[[int], bool] | None] = [lambda _: True, lambda _: False, None]
+    async with Database(sqlite_url) as database:
+        binds = {
+            id(database.bind_for(database.engine.sync_engine, transactional(commit_on=rule)))
+            for rule in rules
+        }
+        assert len(binds) == 1
 
 
 async def test_engine_options_override_the_profile_one_by_one(sqlite_url: str) -> None:
