@@ -21,6 +21,8 @@ from asgi_db_fastapi import (
     CurrentSessionReadOnly,
     CurrentSessionTransaction,
     get_db,
+    get_db_read_only,
+    get_db_transaction,
 )
 from tests.contract.apps import InFastAPI
 from tests.contract.client import call
@@ -29,13 +31,13 @@ from tests.servers import assert_idle
 from tests.sockets import websocket
 
 DEPENDENCIES = {
-    "plain": CurrentSession,
-    "transactional": CurrentSessionTransaction,
-    "read_only": CurrentSessionReadOnly,
+    "plain": get_db,
+    "transactional": get_db_transaction,
+    "read_only": get_db_read_only,
 }
 each_dependency = pytest.mark.parametrize("dependency", DEPENDENCIES.values(), ids=DEPENDENCIES)
 weaker = pytest.mark.parametrize(
-    "dependency", [CurrentSession, CurrentSessionReadOnly], ids=["plain", "read_only"]
+    "dependency", [get_db, get_db_read_only], ids=["plain", "read_only"]
 )
 
 COUNT = select(func.count()).select_from(Item)
@@ -265,13 +267,15 @@ async def test_an_override_of_get_db_takes_the_place_of_the_session(site: Site) 
 
 @each_dependency
 async def test_the_schema_knows_nothing_of_the_session(dependency: Any, sqlite_url: str) -> None:
-    async def count(session: dependency, at_least: int = 0) -> int:
+    async def count(session: Annotated[DBSession, Depends(dependency)], at_least: int = 0) -> int:
         return at_least
 
     async def count_without(at_least: int = 0) -> int:
         return at_least
 
-    async def order(name: str, session: dependency, counted: int = Depends(count)) -> str:
+    async def order(
+        name: str, session: Annotated[DBSession, Depends(dependency)], counted: int = Depends(count)
+    ) -> str:
         return name
 
     async def order_without(name: str, counted: int = Depends(count_without)) -> str:
@@ -293,10 +297,10 @@ async def test_the_schema_knows_nothing_of_the_session(dependency: Any, sqlite_u
 def test_without_the_middleware_a_dependency_says_what_to_install(
     dependency: Any, kind: str
 ) -> None:
-    async def order(session: dependency) -> str:
+    async def order(session: Annotated[DBSession, Depends(dependency)]) -> str:
         raise AssertionError("it has a session")
 
-    async def chat(socket: WebSocket, session: dependency) -> None:
+    async def chat(socket: WebSocket, session: Annotated[DBSession, Depends(dependency)]) -> None:
         raise AssertionError("it has a session")
 
     app = FastAPI()
@@ -318,7 +322,7 @@ def test_without_the_middleware_a_dependency_says_what_to_install(
 def count_first(dependency: Any, *, release: bool = False) -> Any:
     """A sub-dependency which has read before the route's own dependency is asked for."""
 
-    async def count(session: dependency) -> int | None:
+    async def count(session: Annotated[DBSession, Depends(dependency)]) -> int | None:
         number: int | None = await session.scalar(COUNT)
         if release:
             await session.release()

@@ -583,6 +583,22 @@ async def test_an_idle_socket_holds_no_connection(database: Database) -> None:
         assert (await call(app, "/create")).status == 201
 
 
+async def test_a_message_without_an_answer_is_committed_before_the_next_one_is_awaited(
+    database: Database,
+) -> None:
+    @transactional
+    async def endpoint(socket: WebSocket) -> None:
+        await socket.accept()
+        async for name in socket.iter_text():
+            get_session(socket).add(Author(name=name))
+
+    async with websocket(app_with(database, WebSocketRoute("/", endpoint))) as socket:
+        socket.send({"type": "websocket.receive", "text": "ada"})
+        await socket.waits.wait()
+        assert checked_out(database) == 0
+        assert await authors(str(database.url)) == ["ada"]
+
+
 async def test_a_message_that_fails_rolls_back_only_itself(database: Database) -> None:
     app = app_with(database, WebSocketRoute("/", chat))
     async with websocket(app) as socket:
