@@ -42,7 +42,8 @@ _abandoned: set[asyncio.Task[Any]] = set()
 async def connect_whole(connect: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
     """Connect with a driver's own function, which is not cut off in its handshake.
 
-    Cut off there, asyncpg leaves an exception behind that nobody retrieves. A request that is
+    Cut off there, asyncpg leaves an exception behind that nobody retrieves, and aiosqlite a
+    connection that nobody closes. A request that is
     cancelled does not wait; the connection is terminated as soon as it is there.
     """
 
@@ -62,5 +63,7 @@ def _terminate_abandoned(task: asyncio.Task[Any]) -> None:
     _abandoned.discard(task)
     if not task.cancelled() and task.exception() is None:
         connection = task.result()
-        terminate = getattr(connection, "terminate", None) or connection.close  # asyncpg, asyncmy
-        terminate()
+        for name in ("terminate", "stop", "close"):  # asyncpg, aiosqlite, asyncmy
+            if hasattr(connection, name):
+                getattr(connection, name)()
+                break

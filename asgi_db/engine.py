@@ -55,15 +55,26 @@ SQLITE_BUSY_TIMEOUT = 30.0
 def base_options(url: URL) -> dict[str, Any]:
     """Return the arguments of `create_async_engine` which the modes need on this database."""
     backend = url.get_backend_name()
+    driver = import_module(url.get_driver_name())
+    connect = _connect_sqlite if backend == "sqlite" else driver.connect
+    options: dict[str, Any] = {
+        "connect_args": {"async_creator_fn": partial(connect_whole, connect)}
+    }
     if backend == "sqlite":
-        return {"execution_options": {BEGIN_OPTION: ("BEGIN",)}}
-    connect = partial(connect_whole, import_module(url.get_driver_name()).connect)
-    options: dict[str, Any] = {"connect_args": {"async_creator_fn": connect}}
-    if backend in ("mysql", "mariadb"):
+        options["execution_options"] = {BEGIN_OPTION: ("BEGIN",)}
+    elif backend in ("mysql", "mariadb"):
         options["execution_options"] = {AUTOCOMMIT_OPTION: False}
         options["skip_autocommit_rollback"] = True
         options["pool_reset_on_return"] = None  # `prepare_mysql` does it
     return options
+
+
+def _connect_sqlite(*args: Any, **kwargs: Any) -> Any:
+    connection = import_module("aiosqlite").connect(*args, **kwargs)
+    # As SQLAlchemy does where it connects by itself; there is no public way. Otherwise a program
+    # that does not dispose its database could not end.
+    connection._thread.daemon = True
+    return connection
 
 
 def variant_options(engine: Engine, mode: Mode) -> dict[str, Any]:
