@@ -9,15 +9,21 @@ from asgi_db.database import Database
 from asgi_db.errors import (
     ConcurrentUseError,
     ConfigurationError,
+    DatabaseBusyError,
+    DatabaseDownError,
+    DatabaseTimeoutError,
     FailedTransactionError,
     MissingMiddlewareError,
     ModeConflictError,
+    OutcomeUnknownError,
     ReadOnlyError,
     SessionExpiredError,
+    UnavailableError,
     UncommittedWorkError,
 )
 from asgi_db.middleware import DBSessionMiddleware, session_of
 from asgi_db.modes import Mode, by_method, plain, read_only, transactional
+from asgi_db.readiness import Readiness
 from asgi_db.session import DBSession
 from asgi_db.settings import PoolProfile, create_database_url, uuid4_str
 
@@ -27,13 +33,19 @@ __all__ = [
     "DBSession",
     "DBSessionMiddleware",
     "Database",
+    "DatabaseBusyError",
+    "DatabaseDownError",
+    "DatabaseTimeoutError",
     "FailedTransactionError",
     "MissingMiddlewareError",
     "Mode",
     "ModeConflictError",
+    "OutcomeUnknownError",
     "PoolProfile",
     "ReadOnlyError",
+    "Readiness",
     "SessionExpiredError",
+    "UnavailableError",
     "UncommittedWorkError",
     "by_method",
     "create_database_url",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import anyio
 
@@ -37,14 +38,15 @@ async def run_to_completion(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 _abandoned: set[asyncio.Task[Any]] = set()
+_being_set_up: WeakKeyDictionary[asyncio.Task[Any], Any] = WeakKeyDictionary()
 
 
 async def connect_whole(connect: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
     """Connect with a driver's own function, which is not cut off in its handshake.
 
     Cut off there, asyncpg leaves an exception behind that nobody retrieves, and aiosqlite a
-    connection that nobody closes. A request that is
-    cancelled does not wait; the connection is terminated as soon as it is there.
+    connection that nobody closes. A request that is cancelled does not wait; the connection is
+    terminated as soon as it is there.
     """
 
     async def whole() -> Any:
@@ -52,18 +54,71 @@ async def connect_whole(connect: Callable[..., Awaitable[Any]], *args: Any, **kw
 
     task = asyncio.ensure_future(whole())
     try:
-        return await asyncio.shield(task)
+        connection = await asyncio.shield(task)
     except asyncio.CancelledError:
         _abandoned.add(task)
         task.add_done_callback(_terminate_abandoned)
         raise
+    if (caller := asyncio.current_task()) is not None:
+        _being_set_up[caller] = connection
+    return connection
+
+
+def connect_is_complete() -> None:
+    """Say that the connection which this task has made is set up, and in the care of the pool."""
+    if (task := _current_task()) is not None:
+        _being_set_up.pop(task, None)
+
+
+def abandon_connect() -> None:
+    """Terminate the connection which this task has made, if it was cut off while setting it up.
+
+    SQLAlchemy sends statements to set up a new connection, and forgets it if it is cut off there.
+    """
+    task = _current_task()
+    connection = None if task is None else _being_set_up.pop(task, None)
+    if connection is not None:
+        terminate(connection)
+
+
+def _current_task() -> asyncio.Task[Any] | None:
+    return None if running_loop() is None else asyncio.current_task()
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """Return the running event loop, if there is one."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 def _terminate_abandoned(task: asyncio.Task[Any]) -> None:
     _abandoned.discard(task)
     if not task.cancelled() and task.exception() is None:
-        connection = task.result()
-        for name in ("terminate", "stop", "close"):  # asyncpg, aiosqlite, asyncmy
-            if hasattr(connection, name):
-                getattr(connection, name)()
-                break
+        terminate(task.result())
+
+
+def terminate(connection: Any) -> None:
+    """Close a driver's connection at once, without a word to the server."""
+    for name in ("terminate", "stop", "close"):  # asyncpg, aiosqlite, asyncmy
+        if hasattr(connection, name):
+            getattr(connection, name)()
+            break
+
+
+_background: set[asyncio.Task[Any]] = set()
+
+
+def in_background(coroutine: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine that ends by itself, beside everything else."""
+    task = asyncio.ensure_future(coroutine)
+    _background.add(task)
+    task.add_done_callback(_background.discard)
+
+
+async def background_is_over() -> None:
+    """Wait for what runs in the background of this event loop."""
+    loop = asyncio.get_running_loop()
+    if tasks := [task for task in _background if task.get_loop() is loop]:
+        await asyncio.wait(tasks)

@@ -5,32 +5,32 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import shutil
 import tempfile
 import time
-import weakref
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import anyio
 from sqlalchemy import URL, Connection, Engine, MetaData, text
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from asgi_db.cancellation import run_to_completion
-from asgi_db.engine import (
-    Connections,
-    base_options,
-    prepare_mysql,
-    prepare_sqlite,
-    variant_options,
-    verify_before_use,
-    watch,
-)
-from asgi_db.errors import ConfigurationError
+from asgi_db.engine import base_options, lost_connection, variant_options, watch
+from asgi_db.errors import ConfigurationError, DatabaseBusyError, DatabaseDownError
 from asgi_db.modes import Mode, Transactional, plain, transactional
+from asgi_db.pool import (
+    EngineLife,
+    connection_aside,
+    connection_of,
+    patient_connection_class,
+    prepare_postgresql,
+    prepare_sqlite,
+    reset_mysql,
+    verify_before_use,
+)
 from asgi_db.session import DBSession
 from asgi_db.settings import (
     PoolName,
@@ -48,8 +48,8 @@ logger = logging.getLogger("asgi_db")
 DEFAULT_FILE = "app.db"
 """The SQLite file that serves where nothing else is said."""
 
-DISPOSE_TIMEOUT = 10.0
-"""Seconds that `dispose` waits for connections which are out, before it terminates them."""
+PING_TIMEOUT = 2.0
+"""Seconds that `ping` waits for a pooled connection's answer, and then for one beside the pool."""
 
 
 class Database:
@@ -99,7 +99,7 @@ class Database:
             raise ConfigurationError(f"pooler={pooler!r} is unknown: use 'transaction', or None.")
         if not wait_for >= 0:
             raise ConfigurationError(f"wait_for={wait_for!r} must be seconds, 0 or more.")
-        self._given_engine = engine
+        self._given = None if engine is None else EngineLife(engine, given=True)
         self._profile = pool if isinstance(pool, PoolProfile) else pool_profile(pool)
         self._engine_options = dict(engine_options or {})
         if engine is not None:
@@ -116,7 +116,9 @@ class Database:
         }
         self._pooler = pooler
         self._wait_for = wait_for
-        self._engines: dict[asyncio.AbstractEventLoop, _OwnEngine] = {}
+        self._lives: dict[asyncio.AbstractEventLoop, EngineLife] = {}
+        self._pid = os.getpid()
+        self._of_parent: list[EngineLife] = []
         self._variants: dict[tuple[Engine, tuple[object, ...]], Engine] = {}
 
     @classmethod
@@ -152,13 +154,37 @@ class Database:
         Raises:
             RuntimeError: there is no running event loop.
         """
-        if self._given_engine is not None:
-            return self._given_engine
+        return self._life.engine
+
+    @property
+    def _life(self) -> EngineLife:
+        if self._given is not None:
+            return self._given
         loop = asyncio.get_running_loop()
-        if loop not in self._engines:
+        if self._pid != os.getpid():
+            self._leave_to_parent()
+        life = self._lives.get(loop)
+        if life is None:
             self._forget_closed_loops()
-            self._engines[loop] = _OwnEngine(self.url, self._make_engine)
-        return self._engines[loop].engine
+            life = self._lives[loop] = self._make_life()
+        return life
+
+    def _make_life(self) -> EngineLife:
+        url, folder = self.url, None
+        if url.get_backend_name() == "sqlite" and url.database == ":memory:":
+            # Each connection to SQLite's own `:memory:` is a database of its own. A private file
+            # is one database for all of them, with transactions that do not see each other.
+            folder = tempfile.mkdtemp(prefix="asgi-db-")
+            url = url.set(database=os.path.join(folder, "memory.db"))
+        engine = self._make_engine(url)
+        backend = url.get_backend_name()
+        if backend in ("mysql", "mariadb"):
+            reset_mysql(engine.sync_engine)
+        elif backend == "sqlite":
+            prepare_sqlite(engine.sync_engine, durable=folder is None)
+        elif self._pooler is None:
+            prepare_postgresql(engine.sync_engine)
+        return EngineLife(engine, folder=folder, pooler=self._pooler is not None)
 
     async def start(self) -> None:
         """Make the engine, and wait for the database where `wait_for=` says so.
@@ -196,10 +222,12 @@ class Database:
 
         The database can be used again afterwards. An engine of your own is left alone.
         """
-        own = self._engines.pop(asyncio.get_running_loop(), None)
-        if own is not None:
-            self._forget_variants(own)
-            await run_to_completion(own.dispose())
+        if self._given is not None:
+            await run_to_completion(self._given.dispose())
+        life = self._lives.pop(asyncio.get_running_loop(), None)
+        if life is not None:
+            self._forget_variants(life)
+            await run_to_completion(life.dispose())
 
     async def __aenter__(self) -> Self:
         try:
@@ -218,22 +246,33 @@ class Database:
         await self.dispose()
 
     async def ping(self) -> None:
-        """Ask the database for a sign of life.
+        """Ask the database for a sign of life, whether or not the pool has a connection free.
 
         Raises:
-            SQLAlchemyError: it gave none, or no connection was free within `pool_timeout`.
+            DatabaseBusyError: it lives, but no connection was free within 2 seconds.
+            DatabaseDownError: it cannot be reached, or gave no answer within 2 seconds.
         """
-        async with self.engine.connect() as connection:
-            await connection.execute(text("SELECT 1"))
+        try:
+            return await _ask(connection_of(self.engine))
+        except DatabaseDownError:
+            raise
+        except (SQLAlchemyError, TimeoutError) as error:
+            busy = DatabaseBusyError("database.ping()", self.holders())
+            cause = error
+        try:
+            await _ask(connection_aside(self.engine))
+        except (SQLAlchemyError, TimeoutError) as error:
+            raise lost_connection(error) from error
+        raise busy from cause
 
     async def create_tables(self, metadata: MetaData) -> None:
         """Create the tables which do not exist yet."""
-        async with self.engine.begin() as connection:
+        async with connection_of(self.engine) as connection, connection.begin():
             await connection.run_sync(metadata.create_all)
 
     async def drop_tables(self, metadata: MetaData) -> None:
         """Drop the tables which exist."""
-        async with self.engine.begin() as connection:
+        async with connection_of(self.engine) as connection, connection.begin():
             await connection.run_sync(metadata.drop_all)
 
     # -- sessions outside requests -------------------------------------------------------------
@@ -309,68 +348,48 @@ class Database:
         options = {} if has_own_pool else self._profile.engine_options()
         options.update(base_options(url))
         if url.get_backend_name() == "postgresql" and self._pooler == "transaction":
-            options["connect_args"].update(statement_cache_size=0, prepared_statement_cache_size=0)
+            options["connect_args"] = {
+                "statement_cache_size": 0,
+                "prepared_statement_cache_size": 0,
+                "connection_class": patient_connection_class(),
+            }
         for name, value in self._engine_options.items():
             both = isinstance(value, Mapping) and isinstance(options.get(name), Mapping)
             options[name] = {**options[name], **value} if both else value
         engine = create_async_engine(url, **options)
-        watch(engine.sync_engine)
         if self._profile.verify and not options.get("pool_pre_ping"):
             verify_before_use(engine.sync_engine)
         return engine
 
-    def _forget_variants(self, own: _OwnEngine) -> None:
-        base = own.engine.sync_engine
+    def holders(self) -> list[str]:
+        """Say which routes have the connections that are out of the pool, and for how long."""
+        return self._life.connections.holders()
+
+    def _forget_variants(self, life: EngineLife) -> None:
+        base = life.engine.sync_engine
         self._variants = {key: v for key, v in self._variants.items() if key[0] is not base}
 
     def _forget_closed_loops(self) -> None:
         """Drop the engines of loops that ended without `dispose`: their connections are dead."""
-        for loop in [loop for loop in self._engines if loop.is_closed()]:
-            own = self._engines.pop(loop)
-            self._forget_variants(own)
-            own.terminate()
+        for loop in [loop for loop in self._lives if loop.is_closed()]:
+            life = self._lives.pop(loop)
+            self._forget_variants(life)
+            life.terminate()
+
+    def _leave_to_parent(self) -> None:
+        """After a fork: leave the parent's connections alone, whose sockets this process shares."""
+        self._pid = os.getpid()
+        self._of_parent.extend(self._lives.values())  # even to collect them would close something
+        for life in self._of_parent:
+            life.leave_to_parent()
+        self._lives.clear()
+        self._variants.clear()
 
 
-class _OwnEngine:
-    """An engine that the database has made, with what must go when it goes."""
-
-    def __init__(self, url: URL, make: Callable[[URL], AsyncEngine]) -> None:
-        in_memory = url.get_backend_name() == "sqlite" and url.database == ":memory:"
-        if in_memory:
-            # Each connection to SQLite's own `:memory:` is a database of its own. A private file
-            # is one database for all of them, with transactions that do not see each other.
-            folder = tempfile.mkdtemp(prefix="asgi-db-")
-            self._remove_folder = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-            url = url.set(database=os.path.join(folder, "memory.db"))
-        self.engine = make(url)
-        self._in_memory = in_memory
-        self._connections = Connections(self.engine.sync_engine)
-        backend = url.get_backend_name()
-        if backend in ("mysql", "mariadb"):
-            prepare_mysql(self.engine.sync_engine)
-        elif backend == "sqlite":
-            prepare_sqlite(self.engine.sync_engine, durable=not in_memory)
-
-    async def dispose(self) -> None:
-        """Close every connection; those that are out get `DISPOSE_TIMEOUT` to come back."""
-        with anyio.move_on_after(DISPOSE_TIMEOUT):
-            await self._connections.all_returned()
-        with anyio.move_on_after(DISPOSE_TIMEOUT):
-            await self.engine.dispose()
-        self.terminate()
-
-    def terminate(self) -> None:
-        """Cut off whatever is still open."""
-        terminated = self._connections.terminate()
-        if terminated:
-            logger.warning(
-                "%d connections were terminated: they were not returned to the pool in %.0f s, or"
-                " their event loop was closed without `await database.dispose()`.",
-                terminated,
-                DISPOSE_TIMEOUT,
-            )
-        if self._in_memory:
-            self._remove_folder()
+async def _ask(connecting: AbstractAsyncContextManager[AsyncConnection]) -> None:
+    with anyio.fail_after(PING_TIMEOUT):
+        async with connecting as connection:
+            await connection.execute(text("SELECT 1"))
 
 
 def _embedded() -> URL:

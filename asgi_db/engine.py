@@ -1,4 +1,4 @@
-"""The engine's care: how transactions begin in each mode, what may be sent, who is checked out.
+"""What an engine does for the modes: how transactions begin, what may be sent, what errors mean.
 
 One engine and one pool serve all modes. For each mode there is a variant of the engine
 (`Engine.execution_options()`, which shares the pool); the events below read its options.
@@ -6,23 +6,23 @@ One engine and one pool serve all modes. For each mode there is a variant of the
 
 from __future__ import annotations
 
-import contextlib
 import re
-import socket
-import time
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import anyio
 from sqlalchemy import URL, Connection, Engine, event
-from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import DBAPIError, InvalidatePoolError
-from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, PoolResetState
+from sqlalchemy.engine import Dialect, ExceptionContext
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from asgi_db.cancellation import connect_whole
-from asgi_db.errors import ConfigurationError, ReadOnlyError
+from asgi_db.errors import (
+    ConfigurationError,
+    DatabaseDownError,
+    OutcomeUnknownError,
+    ReadOnlyError,
+)
 from asgi_db.modes import Mode
 from asgi_db.unit_of_work import UNIT_OPTION
 
@@ -42,39 +42,23 @@ makes sure. SQLAlchemy's own `isolation_level="AUTOCOMMIT"` changes it twice per
 MODE_OPTION = "asgi_db_mode"
 """Execution option: the mode, where it restricts what may be sent."""
 
-VERIFY_AFTER_IDLE = 1.0
-"""Seconds of idleness after which a pooled connection is pinged before it is used."""
-
-SQLITE_BUSY_TIMEOUT = 30.0
-"""Seconds that SQLite waits for another connection's lock."""
-
 
 # -- how a transaction begins ------------------------------------------------------------------
 
 
 def base_options(url: URL) -> dict[str, Any]:
     """Return the arguments of `create_async_engine` which the modes need on this database."""
-    backend = url.get_backend_name()
-    driver = import_module(url.get_driver_name())
-    connect = _connect_sqlite if backend == "sqlite" else driver.connect
-    options: dict[str, Any] = {
-        "connect_args": {"async_creator_fn": partial(connect_whole, connect)}
-    }
-    if backend == "sqlite":
-        options["execution_options"] = {BEGIN_OPTION: ("BEGIN",)}
-    elif backend in ("mysql", "mariadb"):
-        options["execution_options"] = {AUTOCOMMIT_OPTION: False}
-        options["skip_autocommit_rollback"] = True
-        options["pool_reset_on_return"] = None  # `prepare_mysql` does it
-    return options
-
-
-def _connect_sqlite(*args: Any, **kwargs: Any) -> Any:
-    connection = import_module("aiosqlite").connect(*args, **kwargs)
-    # As SQLAlchemy does where it connects by itself; there is no public way. Otherwise a program
-    # that does not dispose its database could not end.
-    connection._thread.daemon = True
-    return connection
+    match url.get_backend_name():
+        case "sqlite":
+            return {"execution_options": {BEGIN_OPTION: ("BEGIN",)}}
+        case "mysql" | "mariadb":
+            return {
+                "execution_options": {AUTOCOMMIT_OPTION: False},
+                "skip_autocommit_rollback": True,
+                "pool_reset_on_return": None,  # `pool.reset_mysql` does it
+            }
+        case _:
+            return {}
 
 
 def variant_options(engine: Engine, mode: Mode) -> dict[str, Any]:
@@ -212,150 +196,129 @@ def _where(unit: UnitOfWork | None) -> str:
     return "" if unit is None else f"{unit.describe()}: "
 
 
+def _commit(connection: Connection) -> None:
+    unit: UnitOfWork | None = connection.get_execution_options().get(UNIT_OPTION)
+    if unit is not None:
+        unit.commit_sent = not has_gone(connection.connection.driver_connection)
+
+
 def _handle_error(context: ExceptionContext) -> None:
     """Note the failure of statements that bypass the session: `(await session.connection())…`.
 
     A savepoint confines a failure, unless to roll back to it fails as well: after a deadlock
     MariaDB has rolled back the whole transaction, savepoints included.
+
+    Raises:
+        DatabaseDownError: in place of the driver's many words for a connection that is lost.
     """
     connection, error = context.connection, context.sqlalchemy_exception
-    if connection is not None and isinstance(error, DBAPIError):
-        unit: UnitOfWork | None = connection.get_execution_options().get(UNIT_OPTION)
+    if not isinstance(error, DBAPIError) or context.is_pre_ping:
+        return
+    unit: UnitOfWork | None = None
+    if connection is not None:
+        unit = connection.get_execution_options().get(UNIT_OPTION)
         lost_savepoint = (context.statement or "").startswith("ROLLBACK TO SAVEPOINT")
         if unit is not None and (lost_savepoint or not connection.in_nested_transaction()):
             unit.note_failure(error)
+    if _is_about_a_prepared_statement(context.original_exception):
+        error.add_detail(
+            "If there is a PgBouncer in between, in transaction pooling, say so:"
+            ' Database(..., pooler="transaction").'
+        )
+    elif context.is_disconnect or connection is None or _is_farewell(context.original_exception):
+        context.is_disconnect = True
+        raise lost_connection(context.original_exception, unit)
+
+
+def lost_connection(error: BaseException, unit: UnitOfWork | None = None) -> DatabaseDownError:
+    """Make the error for a connection which is lost, or could not be made."""
+    cause = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if unit is not None and unit.commit_sent:
+        return OutcomeUnknownError(
+            f"{unit.describe()}: the connection was lost after COMMIT had been sent, so whether it"
+            f" was carried out is unknown ({cause})",
+            error,
+        )
+    return DatabaseDownError(f"{_where(unit)}the database cannot be reached ({cause})", error)
+
+
+_FAREWELLS = frozenset(
+    {"08000", "08001", "08003", "08004", "08006", "57P01", "57P02", "57P03", "53300", 1040, 1053}
+)
+"""SQLSTATEs and MySQL's error numbers of a server which shuts down, starts, is full or has gone."""
+
+
+def _is_farewell(error: BaseException) -> bool:
+    return (getattr(error, "sqlstate", None) or next(iter(error.args), None)) in _FAREWELLS
+
+
+def _is_about_a_prepared_statement(error: BaseException) -> bool:
+    """Whether it is not where it was prepared, or another one of its name is."""
+    state = getattr(error, "sqlstate", None)
+    return state in ("26000", "42P05") or (state == "08P01" and "prepared stat" in str(error))
+
+
+def has_gone(driver: Any) -> bool:
+    """Whether the driver has seen the server close this connection: it costs no round trip.
+
+    asyncmy has no public word for it; the test of closed connections in `test_engine.py` breaks
+    when this changes.
+    """
+    if hasattr(driver, "is_closed"):  # asyncpg
+        return bool(driver.is_closed())
+    return bool(getattr(driver, "_stream_broken", False))
 
 
 def watch(engine: Engine) -> None:
     """Let the modes take effect on this engine and its variants; harmless to other users of it."""
+    event.listen(engine, "do_connect", _connect)
     event.listen(engine, "begin", _begin)
     event.listen(engine, "before_cursor_execute", _before_cursor_execute)
+    event.listen(engine, "commit", _commit)
     event.listen(engine, "handle_error", _handle_error)
 
 
-# -- the pool ----------------------------------------------------------------------------------
+# -- how it connects ---------------------------------------------------------------------------
 
 
-class Connections:
-    """The open connections of an engine, and those of them which are out of the pool."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._open: dict[ConnectionPoolEntry, DBAPIConnection] = {}
-        self._out: dict[ConnectionPoolEntry, PoolProxiedConnection] = {}
-        self._returned = anyio.Event()
-        event.listen(engine, "connect", self._connect)
-        event.listen(engine, "close", self._close)
-        event.listen(engine, "checkout", self._checkout)
-        event.listen(engine, "checkin", self._checkin)
-
-    def _connect(self, connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
-        self._open[entry] = connection
-
-    def _close(self, _: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
-        self._open.pop(entry, None)
-
-    def _checkout(
-        self, _: DBAPIConnection, entry: ConnectionPoolEntry, proxy: PoolProxiedConnection
-    ) -> None:
-        self._out[entry] = proxy
-
-    def _checkin(self, _: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
-        self._out.pop(entry, None)
-        self._returned.set()
-
-    async def all_returned(self) -> None:
-        """Wait until every connection is back in the pool."""
-        while self._out:
-            self._returned = anyio.Event()
-            await self._returned.wait()
-
-    def terminate(self) -> int:
-        """Close what is open without a word to the server; return how many."""
-        connections = list(self._open.items())
-        for entry, connection in connections:
-            try:
-                if entry in self._out:  # whoever still has it gets an error, also at COMMIT
-                    self._out[entry].invalidate()
-                else:
-                    self._engine.dialect.do_terminate(connection)
-            except RuntimeError:  # its event loop is closed
-                _shut_socket(self._engine.dialect.get_driver_connection(connection))
-        self._open.clear()
-        self._out.clear()
-        return len(connections)
+def _connect(
+    dialect: Dialect, _: ConnectionPoolEntry | None, __: list[Any], parameters: dict[str, Any]
+) -> None:
+    """Let the driver connect in its own way, but whole; SQLAlchemy keeps the parameters."""
+    if dialect.driver in _DRIVERS and not isinstance(parameters.get(_CREATOR), Connector):
+        driver = import_module(dialect.driver)
+        connect = _connect_sqlite if dialect.driver == "aiosqlite" else driver.connect
+        parameters[_CREATOR] = Connector(parameters.get(_CREATOR, connect), driver)
 
 
-def _shut_socket(driver: Any) -> None:
-    """End a connection without its event loop, so that the server at least sees it go.
-
-    There is no public way to the transport; the test of applications that start again without
-    having been shut down, in `test_lifespan.py`, breaks when this changes.
-    """
-    is_asyncpg = hasattr(driver, "_transport")
-    transport = driver._transport if is_asyncpg else driver._writer.transport
-    with contextlib.suppress(OSError, TypeError):  # it is closed already; uvloop sees to it itself
-        transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+_DRIVERS = ("asyncpg", "asyncmy", "aiosqlite")
+_CREATOR = "async_creator_fn"
 
 
-def verify_before_use(engine: Engine) -> None:
-    """Ping a connection before it is used, but only if it has been idle for a while.
+class Connector:
+    """Connects, undisturbed by cancellation, and with one error for all that can go wrong."""
 
-    SQLAlchemy's `pool_pre_ping` pings each time, which triples the round trips of a short read.
-    """
-    returned = "asgi_db_returned"
+    def __init__(self, connect: Any, driver: Any) -> None:
+        self._connect = connect
+        self._errors: tuple[type[Exception], ...] = (OSError,)
+        if hasattr(driver, "PostgresError"):  # asyncpg: SQLAlchemy leaves those as they are
+            self._errors = OSError, driver.PostgresError, driver.InterfaceError
 
-    def note_return(_connection: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
-        entry.info[returned] = time.monotonic()
+    async def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the driver's connection.
 
-    def ping(connection: DBAPIConnection, entry: ConnectionPoolEntry, _proxy: Any) -> None:
-        since = entry.info.pop(returned, None)
-        if since is not None and time.monotonic() - since > VERIFY_AFTER_IDLE:
-            try:
-                engine.dialect.do_ping(connection)
-            except Exception as error:  # whatever it is: the pool replaces this and all older ones
-                raise InvalidatePoolError(str(error)) from error
-
-    event.listen(engine, "checkin", note_return)
-    event.listen(engine, "checkout", ping)
-
-
-def prepare_mysql(engine: Engine) -> None:
-    """Roll back on return to the pool only what is open; SQLAlchemy does so after each COMMIT too.
-
-    The server says in each answer whether a transaction is open.
-    """
-
-    def reset(connection: DBAPIConnection, _: ConnectionPoolEntry, state: PoolResetState) -> None:
-        driver: Any = engine.dialect.get_driver_connection(connection)
-        if state.asyncio_safe and not state.terminate_only and driver.get_transaction_status():
-            connection.rollback()
-
-    event.listen(engine, "reset", reset)
+        Raises:
+            DatabaseDownError: there is none.
+        """
+        try:
+            return await connect_whole(self._connect, *args, **kwargs)
+        except self._errors as error:
+            raise lost_connection(error) from error
 
 
-def prepare_sqlite(engine: Engine, *, durable: bool) -> None:
-    """Set up SQLite's connections: explicit BEGIN, foreign keys, WAL and a busy timeout.
-
-    The driver's own transaction control starts none for a SELECT, which loses updates.
-    Source: https://docs.sqlalchemy.org/en/21/dialects/sqlite.html#pysqlite-serializable
-    """
-
-    def connect(connection: Any, _entry: ConnectionPoolEntry) -> None:
-        connection.isolation_level = None
-        cursor = connection.cursor()
-        cursor.execute(f"PRAGMA busy_timeout = {SQLITE_BUSY_TIMEOUT * 1000:.0f}")
-        cursor.execute("PRAGMA foreign_keys = ON")
-        cursor.execute("PRAGMA journal_mode = WAL")
-        if not durable:
-            cursor.execute("PRAGMA synchronous = OFF")
-        cursor.close()
-
-    def roll_back(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
-        # To SQLite a connection is closed only when its last statement is gone: one that was cut
-        # off would keep the transaction, and its lock, until the garbage collector finds it.
-        with contextlib.suppress(Exception):
-            connection.rollback()
-
-    event.listen(engine, "connect", connect)
-    event.listen(engine, "close", roll_back)
+def _connect_sqlite(*args: Any, **kwargs: Any) -> Any:
+    connection = import_module("aiosqlite").connect(*args, **kwargs)
+    # As SQLAlchemy does where it connects by itself; there is no public way. Otherwise a program
+    # that does not dispose its database could not end.
+    connection._thread.daemon = True
+    return connection

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from sqlalchemy.exc import InvalidRequestError, PendingRollbackError
+from typing import ClassVar
+
+from sqlalchemy.exc import InvalidRequestError, OperationalError, PendingRollbackError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 
 class ConfigurationError(ValueError):
@@ -90,4 +93,75 @@ class UncommittedWorkError(InvalidRequestError):
             if is_lost
             else f"{route}: session.release() would throw away writes which are not committed. Call"
             " `await session.commit()` or `await session.rollback()` first."
+        )
+
+
+class UnavailableError(Exception):
+    """Raised when the database cannot serve the request now; the base of what becomes a 503.
+
+    Unless the application handles it, the client gets `application/problem+json` with
+    `Retry-After`; the message itself, which names routes, stays in the log.
+
+    Attributes:
+        reason: one word for the client: busy, down, timeout or outcome-unknown.
+        public_message: a sentence for the client.
+    """
+
+    reason: ClassVar[str]
+    public_message: ClassVar[str]
+
+
+class DatabaseBusyError(UnavailableError, PoolTimeoutError):
+    """Raised when no connection has become free within `pool_timeout`."""
+
+    reason = "busy"
+    public_message = "The database has too much to do at the moment. Try again."
+
+    def __init__(self, route: str, holders: list[str]) -> None:
+        held = "; ".join(holders) or "connections which are just being opened"
+        super().__init__(
+            f"{route}: no connection became free in time. The pool is held by: {held}."
+            " Make those faster, let them call `await session.release()` around slow work, or"
+            " raise pool_size."
+        )
+
+
+class DatabaseDownError(UnavailableError, OperationalError):
+    """Raised when the database cannot be reached, or the connection to it is lost.
+
+    Stands for whatever the driver raises then, which is the `orig` and the `__cause__`. Nothing
+    of the transaction has been applied.
+    """
+
+    reason = "down"
+    public_message = "The database cannot be reached at the moment. Try again."
+
+    def __init__(self, message: str, orig: BaseException) -> None:
+        super().__init__(None, None, orig, connection_invalidated=True)
+        self.args = (message,)
+
+
+class OutcomeUnknownError(DatabaseDownError):
+    """Raised when COMMIT was sent and its answer was lost, or did not come in time.
+
+    The transaction may have been applied or not. Whoever tries again has to look first, or to
+    send what can be applied twice.
+    """
+
+    reason = "outcome-unknown"
+    public_message = (
+        "It is not known whether the request was carried out. Look before you try again."
+    )
+
+
+class DatabaseTimeoutError(UnavailableError, TimeoutError):
+    """Raised when the `timeout=` of the mode is over; the running statement has been ended."""
+
+    reason = "timeout"
+    public_message = "The database took too long. Try again."
+
+    def __init__(self, route: str, timeout: float) -> None:
+        super().__init__(
+            f"{route}: the unit of work was not finished within its timeout of {timeout:g} s, and"
+            " has been rolled back."
         )

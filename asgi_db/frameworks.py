@@ -93,6 +93,19 @@ def describe_route(scope: Scope) -> str:
     return where if endpoint is None else f"{where} ({name})"
 
 
+def has_handler(scope: Scope, error: Exception) -> bool:
+    """Say whether the application itself has a handler for this error, or a base of it.
+
+    One for every `Exception` does not count: it is for what nobody has thought of.
+    """
+    if "route_handler" in scope:  # Litestar
+        handlers = scope["route_handler"].resolve_exception_handlers()
+    else:
+        handlers, _ = scope.get("starlette.exception_handlers", ({}, {}))
+    mine = (Exception, BaseException, object)
+    return any(base in handlers for base in type(error).__mro__ if base not in mine)
+
+
 def reopen_response(scope: Scope) -> None:
     """Tell the framework that the response which it has just begun was not sent.
 

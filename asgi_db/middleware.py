@@ -14,16 +14,31 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import logging
 import sys
 
+import anyio
+
 from asgi_db.database import Database
-from asgi_db.errors import MissingMiddlewareError
-from asgi_db.frameworks import answer_error, describe_route, mode_of_route, reopen_response
+from asgi_db.errors import MissingMiddlewareError, UnavailableError
+from asgi_db.frameworks import (
+    answer_error,
+    describe_route,
+    has_handler,
+    mode_of_route,
+    reopen_response,
+)
 from asgi_db.lifespan import serve_lifespan
 from asgi_db.modes import Mode, ModeDefault, plain, should_commit
+from asgi_db.readiness import refuse
 from asgi_db.session import DBSession
 from asgi_db.types import ASGIApp, Message, Receive, Scope, Send
 from asgi_db.unit_of_work import UnitOfWork
+
+logger = logging.getLogger("asgi_db")
+
+DELIVERY_TIMEOUT = 1.0
+"""Seconds in which an answer may still leave, after its request was cancelled during COMMIT."""
 
 
 def unit_key(key: str) -> str:
@@ -130,6 +145,8 @@ class Call:
         self._task = asyncio.current_task()
         self._outer_exception = sys.exc_info()[1]
         self._exception_at_receive: BaseException | None = None
+        self._late_cancellation: asyncio.CancelledError | None = None
+        """A cancellation that came during COMMIT, and waits until the answer has left."""
 
     def _exception_being_handled(self) -> BaseException | None:
         """The exception of which the application is making a response, if it is.
@@ -142,6 +159,40 @@ class Call:
             error = self._exception_at_receive
         return None if error is self._outer_exception else error
 
+    async def _end_before_answer(self, *, success: bool, answer: str = "") -> None:
+        """End the unit; where the request is cancelled during its COMMIT, let the answer leave."""
+        try:
+            await self._unit.end(success=success, answer=answer)
+        except asyncio.CancelledError as error:
+            if not self._unit.is_unanswered:
+                raise
+            self._late_cancellation = error
+
+    async def _send_answer(self, message: Message) -> None:
+        """Send what tells the client of a COMMIT."""
+        try:
+            if self._late_cancellation is None:
+                await self._send(message)
+            else:
+                with anyio.fail_after(DELIVERY_TIMEOUT, shield=True):
+                    await self._send(message)
+        except BaseException:
+            self._log_unanswered()
+            if self._late_cancellation is not None:
+                raise self._late_cancellation from None
+            raise
+        self._unit.is_unanswered = False
+
+    def _log_unanswered(self) -> None:
+        if self._unit.is_unanswered:
+            self._unit.is_unanswered = False
+            logger.warning("%s: committed, answer not delivered", self._unit.describe())
+
+    def _be_cancelled_late(self) -> None:
+        """Raise the cancellation that had to wait."""
+        if self._late_cancellation is not None:
+            raise self._late_cancellation
+
 
 class Response(enum.Enum):
     """How far the response of a request has come."""
@@ -149,6 +200,8 @@ class Response(enum.Enum):
     PENDING = enum.auto()
     STARTED = enum.auto()
     COMPLETE = enum.auto()
+    REPLACED = enum.auto()
+    """By the refusal of `UnavailableError`: what the application sends instead is dropped."""
 
 
 _BODY = frozenset({"http.response.body", "http.response.zerocopysend", "http.response.pathsend"})
@@ -168,15 +221,18 @@ class Exchange(Call):
             await self._app(self._scope, self._receive_noting, self._send_after_commit)
         except BaseException as error:
             await self._unit.end(success=False)
-            if self._commit_error is None or not isinstance(error, Exception):
+            if isinstance(error, Exception):
+                await self._answer(error, enclosing_app)
+            else:
+                self._log_unanswered()
                 raise
-            await self._answer(error, self._commit_error, enclosing_app)
         else:
             # A stream whose client has gone may just end: what it left half done is not kept.
             is_complete = self._response is Response.COMPLETE
             await self._unit.end(success=is_complete and not self._unit.was_cut_off)
             if self._commit_error is not None:
-                await self._answer(self._commit_error, self._commit_error, enclosing_app)
+                await self._answer(self._commit_error, enclosing_app)
+            self._be_cancelled_late()
 
     async def _receive_noting(self) -> Message:
         self._exception_at_receive = sys.exc_info()[1]
@@ -184,36 +240,74 @@ class Exchange(Call):
 
     async def _send_after_commit(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            await self._end_before_response(message["status"])
-            self._response = Response.STARTED
-            self._commit_error = None
+            await self._begin_response(message)
         elif self._commit_error is not None:
             raise self._commit_error
-        elif self._response is not Response.PENDING:  # early hints come before the status line
-            await self._unit.end(success=self._exception_being_handled() is None)
-        if message["type"] in _BODY and not message.get("more_body"):
-            self._response = Response.COMPLETE
-        await self._send(message)
+        elif self._response is Response.PENDING:  # early hints come before the status line
+            await self._send(message)
+        elif self._response is not Response.REPLACED:
+            if not self._unit.is_used_by_another_task:  # FastAPI makes events in a task of its own
+                await self._unit.end(success=self._exception_being_handled() is None)
+            if message["type"] in _BODY and not message.get("more_body"):
+                self._response = Response.COMPLETE
+            await self._send_answer(message)
+            self._be_cancelled_late()
 
-    async def _end_before_response(self, status: int) -> None:
+    async def _begin_response(self, message: Message) -> None:
+        error = self._exception_being_handled()
+        if message["status"] == 500 and isinstance(error, UnavailableError):
+            if not has_handler(self._scope, error):
+                await self._refuse(error)
+                return
+        await self._end_before_response(message["status"], error)
+        self._response = Response.STARTED
+        self._commit_error = None
+        if self._unit.commit_outlived_request and message["status"] >= 400:
+            self._log_unanswered()
+        await self._send_answer(message)
+
+    async def _end_before_response(self, status: int, error: BaseException | None) -> None:
         if not self._unit.in_use:  # then even to find out its mode would be too much
             return
-        success = should_commit(self._unit.mode, status, self._exception_being_handled())
+        if self._unit.is_used_by_another_task and not self._unit.mode.commits:
+            return
+        success = should_commit(self._unit.mode, status, error)
         try:
-            await self._unit.end(success=success, answer=f"the response {status}")
-        except Exception as error:
-            self._commit_error = error
+            await self._end_before_answer(success=success, answer=f"the response {status}")
+        except Exception as commit_error:
+            self._commit_error = commit_error
             reopen_response(self._scope)
             raise
 
-    async def _answer(
-        self, error: Exception, commit_error: Exception, enclosing_app: object
-    ) -> None:
-        send = self._send_after_commit
+    async def _answer(self, error: Exception, enclosing_app: object) -> None:
+        """Answer a failed COMMIT as any other error, and what nobody answers with 503.
+
+        Raises:
+            Exception: the error is for the framework, or the server.
+        """
         try:
-            await answer_error(error, commit_error, enclosing_app, self._scope, self._receive, send)
-        finally:
-            await self._unit.end(success=False)
+            if self._commit_error is None:
+                raise error
+            send = self._send_after_commit
+            commit_error = self._commit_error
+            try:
+                await answer_error(
+                    error, commit_error, enclosing_app, self._scope, self._receive, send
+                )
+            finally:
+                await self._unit.end(success=False)
+        except UnavailableError as unanswered:
+            if self._response is Response.PENDING:
+                await self._refuse(unanswered)
+            elif self._response is not Response.REPLACED:
+                raise
+
+    async def _refuse(self, error: UnavailableError) -> None:
+        await self._unit.end(success=False)
+        self._response = Response.REPLACED
+        self._commit_error = None
+        logger.error("%s: answered with 503: %s", self._unit.describe(), error)
+        await refuse(self._send, error)
 
 
 class Socket(Call):
@@ -230,12 +324,11 @@ class Socket(Call):
             await self._unit.end(success=not self._unit.was_cut_off)
 
     async def _receive_between_units(self) -> Message:
-        await self._end_before_event()
+        await self._unit.end(success=self._exception_being_handled() is None)
+        self._unit.is_unanswered = False  # the application has chosen to say nothing
         return await self._receive()
 
     async def _send_after_commit(self, message: Message) -> None:
-        await self._end_before_event()
-        await self._send(message)
-
-    async def _end_before_event(self) -> None:
-        await self._unit.end(success=self._exception_being_handled() is None)
+        await self._end_before_answer(success=self._exception_being_handled() is None)
+        await self._send_answer(message)
+        self._be_cancelled_late()

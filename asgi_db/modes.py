@@ -43,19 +43,23 @@ class Mode:
         deferrable: wait for a snapshot that needs no locks (PostgreSQL, with SERIALIZABLE).
         snapshot: several statements see one consistent view.
         commit_on: replaces the rule "any status below 400 commits".
+        timeout: seconds from the first statement to the end of the unit; no limit if None.
     """
 
     name: ClassVar[str] = "mode"
     strength: ClassVar[int] = 0
-    options: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[tuple[str, ...]] = ("timeout",)
 
     isolation: Isolation | None = None
     read_only: bool = False
     deferrable: bool = False
     snapshot: bool = False
     commit_on: CommitRule | None = None
+    timeout: float | None = None
 
     def __post_init__(self) -> None:
+        if self.timeout is not None and not self.timeout > 0:
+            raise ValueError(f"timeout={self.timeout!r} must be seconds, more than 0.")
         if self.isolation is not None and self.isolation not in get_args(Isolation):
             levels = ", ".join(get_args(Isolation))
             raise ValueError(f"isolation={self.isolation!r} is unknown; use one of {levels}.")
@@ -79,6 +83,9 @@ class Mode:
     def characteristics(self) -> tuple[object, ...]:
         """What its transactions look like to the database: equal for modes that begin alike."""
         return self.name, self.isolation, self.read_only, self.deferrable, self.snapshot
+
+    def _mark_or_vary(self, target: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        return self._mark(*target, **options) if target else self._variant(options)
 
     def _mark(self, target: Target) -> Target:
         with contextlib.suppress(AttributeError):  # a bound method, for one, takes no attribute
@@ -110,9 +117,19 @@ class Plain(Mode):
     name: ClassVar[str] = "plain"
     strength: ClassVar[int] = 1
 
-    def __call__(self, target: Target) -> Target:
-        """Set this mode on a route."""
-        return self._mark(target)
+    @overload
+    def __call__(self, target: Target, /) -> Target: ...
+
+    @overload
+    def __call__(self, *, timeout: float | None = None) -> Plain: ...
+
+    def __call__(self, *target: Any, **options: Any) -> Any:
+        """Set this mode on a route, or make a variant of it.
+
+        Args:
+            timeout: seconds from the first statement to the end of the unit.
+        """
+        return self._mark_or_vary(target, options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +138,13 @@ class Transactional(Mode):
 
     name: ClassVar[str] = "transactional"
     strength: ClassVar[int] = 2
-    options: ClassVar[tuple[str, ...]] = ("isolation", "read_only", "deferrable", "commit_on")
+    options: ClassVar[tuple[str, ...]] = (
+        "isolation",
+        "read_only",
+        "deferrable",
+        "commit_on",
+        "timeout",
+    )
 
     @property
     def commits(self) -> bool:
@@ -138,6 +161,7 @@ class Transactional(Mode):
         read_only: bool = False,
         deferrable: bool = False,
         commit_on: CommitRule | None = None,
+        timeout: float | None = None,
     ) -> Transactional: ...
 
     def __call__(self, *target: Any, **options: Any) -> Any:
@@ -149,11 +173,13 @@ class Transactional(Mode):
             deferrable: wait for a snapshot that needs no locks; PostgreSQL, with
                 `isolation="SERIALIZABLE", read_only=True`.
             commit_on: `(status) -> bool`, replaces the rule "any status below 400 commits".
+            timeout: seconds from the first statement to the end of the unit; then the running
+                statement is ended, on the server too, and `DatabaseTimeoutError` is raised.
 
         Raises:
             ValueError: an option has a value that cannot work.
         """
-        return self._mark(*target, **options) if target else self._variant(options)
+        return self._mark_or_vary(target, options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +188,7 @@ class ReadOnly(Mode):
 
     name: ClassVar[str] = "read_only"
     strength: ClassVar[int] = 0
-    options: ClassVar[tuple[str, ...]] = ("snapshot",)
+    options: ClassVar[tuple[str, ...]] = ("snapshot", "timeout")
 
     read_only: bool = True
 
@@ -174,7 +200,7 @@ class ReadOnly(Mode):
     def __call__(self, target: Target, /) -> Target: ...
 
     @overload
-    def __call__(self, *, snapshot: bool = False) -> ReadOnly: ...
+    def __call__(self, *, snapshot: bool = False, timeout: float | None = None) -> ReadOnly: ...
 
     def __call__(self, *target: Any, **options: Any) -> Any:
         """Set this mode on a route, or make a variant of it.
@@ -182,8 +208,9 @@ class ReadOnly(Mode):
         Args:
             snapshot: several statements see one consistent view, and server-side cursors work;
                 the connection is held from the first statement to the end of the unit.
+            timeout: seconds from the first statement to the end of the unit.
         """
-        return self._mark(*target, **options) if target else self._variant(options)
+        return self._mark_or_vary(target, options)
 
 
 plain = Plain()

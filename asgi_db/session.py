@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Engine, event
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 
 if TYPE_CHECKING:
@@ -106,6 +107,12 @@ def _before_commit(session: UnitSession) -> None:
         session.unit_of_work.check_commit()
 
 
+@event.listens_for(UnitSession, "after_commit")
+def _after_commit(session: UnitSession) -> None:
+    if not session.in_nested_transaction():
+        session.unit_of_work.transaction_committed()
+
+
 @event.listens_for(UnitSession, "after_begin")
 def _after_begin(session: UnitSession, _: SessionTransaction, connection: Connection) -> None:
     session.unit_of_work.transaction_began(connection)
@@ -117,6 +124,30 @@ def _after_transaction_end(session: UnitSession, transaction: SessionTransaction
         session.unit_of_work.transaction_ended()
 
 
+class _Transaction(AsyncSessionTransaction):
+    """The block of `async with session.begin()`, whose COMMIT is not cut off either."""
+
+    __slots__ = ("_unit_of_work",)
+
+    def __init__(self, session: AsyncSession, unit_of_work: UnitOfWork) -> None:
+        super().__init__(session)
+        self._unit_of_work = unit_of_work
+
+    async def commit(self) -> None:
+        await self._unit_of_work.commit(super().commit)
+
+    async def __aexit__(
+        self,
+        type_: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        async def leave() -> None:
+            await super(_Transaction, self).__aexit__(type_, value, traceback)
+
+        await (leave() if type_ is not None else self._unit_of_work.commit(leave))
+
+
 class DBSession(AsyncSession):
     """SQLAlchemy's `AsyncSession`, inside the unit of work of a request or a block."""
 
@@ -125,6 +156,19 @@ class DBSession(AsyncSession):
     def __init__(self, *args: Any, unit_of_work: UnitOfWork, **kwargs: Any) -> None:
         super().__init__(*args, unit_of_work=unit_of_work, **kwargs)
         self._unit_of_work = unit_of_work
+
+    def begin(self) -> AsyncSessionTransaction:
+        """Begin a transaction in a block, at whose end it is committed or rolled back."""
+        return _Transaction(self, self._unit_of_work)
+
+    async def commit(self) -> None:
+        """Commit the transaction; a cancellation waits until the database has answered.
+
+        Raises:
+            SQLAlchemyError: the commit failed, and the transaction is rolled back.
+            OutcomeUnknownError: COMMIT was sent, and its answer was lost or did not come in time.
+        """
+        await self._unit_of_work.commit(super().commit)
 
     async def release(self) -> None:
         """Give the connection back to the pool now, for instance around a slow outgoing call.

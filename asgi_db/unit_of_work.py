@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,13 +22,17 @@ import anyio
 from sqlalchemy import Connection, Engine, Result
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from asgi_db.cancellation import run_to_completion
+from asgi_db.cancellation import abandon_connect, run_to_completion
 from asgi_db.errors import (
     ConcurrentUseError,
+    DatabaseBusyError,
+    DatabaseTimeoutError,
     FailedTransactionError,
     ModeConflictError,
+    OutcomeUnknownError,
     ReadOnlyError,
     SessionExpiredError,
     UncommittedWorkError,
@@ -44,8 +48,18 @@ logger = logging.getLogger("asgi_db")
 UNIT_OPTION = "asgi_db_unit_of_work"
 """The execution option by which an event of the engine finds the unit of its connection."""
 
+UNIT_INFO = "asgi_db_unit_of_work"
+"""The key in a pooled connection's `info` under which the unit stands that has it."""
+
 CLEANUP_TIMEOUT = 5.0
 """Seconds that a ROLLBACK may take before its connection is terminated instead."""
+
+COMMIT_TIMEOUT = 30.0
+"""Seconds that a COMMIT may take before its outcome counts as unknown, where the mode has no
+`timeout=`."""
+
+LEAST_COMMIT_TIMEOUT = 1.0
+"""Seconds that a COMMIT gets at least, where the mode's `timeout=` is nearly over."""
 
 
 class State(enum.Enum):
@@ -73,6 +87,10 @@ class UnitOfWork:
         failure: why the open transaction cannot be committed any more, if it cannot.
         has_writes: whether the open transaction holds writes.
         streams: the results of the open transaction which live on a server-side cursor.
+        commit_sent: whether the last COMMIT has reached the connection.
+        is_unanswered: whether writes were committed which the client does not know of yet.
+        commit_outlived_request: whether a COMMIT by hand was still under way when the request
+            was cancelled.
     """
 
     def __init__(
@@ -96,6 +114,9 @@ class UnitOfWork:
         self.failure: BaseException | None = None
         self.has_writes = False
         self.streams: list[Result[Any]] = []
+        self.commit_sent = False
+        self.is_unanswered = False
+        self.commit_outlived_request = False
         self._default_mode = default_mode
         self._route_mode = route_mode
         self._asked: Mode | None = None
@@ -108,6 +129,7 @@ class UnitOfWork:
         self._ended = asyncio.Event()
         self._has_lost_work = False  # because the handler closed the session
         self._kept_changes = False  # by `release`, for the next transaction
+        self._deadline: Deadline | None = None
         self.session: DBSession = database.make_session(self)
         self._sync_session = cast(UnitSession, self.session.sync_session)
 
@@ -148,6 +170,9 @@ class UnitOfWork:
         if self._state is State.IDLE:
             self._active_mode = self.mode
             self._move(State.ACTIVE)
+            if self._active_mode.timeout is not None:
+                self._deadline = Deadline(self._active_mode.timeout)
+                self._deadline.watch_task()
         return self.database.bind_for(bind, self.mode)
 
     def check_flush(self) -> None:
@@ -172,11 +197,17 @@ class UnitOfWork:
         if connection not in self._connections:
             self._connections.append(connection)
             connection.execution_options(**{UNIT_OPTION: self})
+            connection.info[UNIT_INFO] = self
+            self.commit_sent = False
 
     def note_failure(self, error: BaseException) -> None:
         """Note that the open transaction cannot be committed; the first reason is the cause."""
         if self.failure is None:
             self.failure = error
+
+    def transaction_committed(self) -> None:
+        """Note that the session has committed; the client is to know."""
+        self.is_unanswered = self.is_unanswered or self.has_writes
 
     def transaction_ended(self) -> None:
         """Forget the transaction that the session has ended, by itself or by the handler."""
@@ -191,6 +222,11 @@ class UnitOfWork:
         """Whether there is anything to end."""
         is_busy = self._state in (State.ACTIVE, State.ENDING) or bool(self._operations)
         return is_busy or self._has_lost_work or self._has_work()
+
+    @property
+    def is_used_by_another_task(self) -> bool:
+        """Whether an operation runs just now in another task than this."""
+        return self._other_task() is not None
 
     @property
     def was_cut_off(self) -> bool:
@@ -269,11 +305,56 @@ class UnitOfWork:
             self._become_idle()
             self._ended.set()
 
+    async def commit(self, commit: Callable[[], Awaitable[None]]) -> None:
+        """Commit by hand, without being cut off by a cancellation.
+
+        Raises:
+            asyncio.CancelledError: the request was cancelled; the COMMIT has nevertheless ended.
+            ConcurrentUseError: another task uses the session.
+            OutcomeUnknownError: the COMMIT did not end in time.
+        """
+
+        async def whole() -> None:
+            self._task = asyncio.current_task()
+            try:
+                await self._limit(commit)
+            finally:
+                self._leave_operation()
+
+        self.enter("commit")
+        try:
+            await run_to_completion(whole())
+        except asyncio.CancelledError:
+            self.commit_outlived_request = self.is_unanswered
+            raise
+
+    async def _limit(self, commit: Callable[[], Awaitable[None]]) -> None:
+        """Wait for a COMMIT, but not for ever on a server that does not answer."""
+        left = COMMIT_TIMEOUT
+        if self._deadline is not None:
+            left = max(self._deadline.left, LEAST_COMMIT_TIMEOUT)
+        try:
+            with anyio.move_on_after(left) as limit:
+                await commit()
+            if limit.cancelled_caught:
+                raise self._overdue(left)
+        finally:
+            self.commit_sent = False
+
+    def _overdue(self, seconds: float) -> Exception:
+        if not self.commit_sent:
+            return DatabaseTimeoutError(self.describe(), seconds)
+        message = (
+            f"{self.describe()}: COMMIT was sent and not answered within {seconds:.1f} s, so"
+            " whether it was carried out is unknown"
+        )
+        return OutcomeUnknownError(message, TimeoutError())
+
     async def _commit(self, answer: str) -> None:
         self._task = asyncio.current_task()
         try:
             await self._close_streams()
-            await self.session.commit()
+            await self._limit(lambda: AsyncSession.commit(self.session))
         except BaseException as error:
             unsent = f", and {answer} was not sent" if answer else ""
             logger.error("%s: COMMIT failed%s: %s", self.describe(), unsent, _brief(error))
@@ -354,6 +435,8 @@ class UnitOfWork:
             self._has_lost_work = self._has_lost_work or self.has_writes or self._has_changes()
         self._task = task
         self._operations.append(operation)
+        if self._deadline is not None and self._state is State.ACTIVE and operation != "commit":
+            self._deadline.watch_task()
 
     def leave(self, error: BaseException | None) -> None:
         """End an operation; in autocommit the connection goes back at once."""
@@ -368,8 +451,30 @@ class UnitOfWork:
                 if self._operations[0] not in _KEEPS_CONNECTION:
                     session.give_back_between_statements()
         finally:
-            if self._operations:  # not so if the connection had to be terminated under it
-                self._operations.pop()
+            self._leave_operation()
+            if error is not None:
+                abandon_connect()
+            self._raise_instead_of(error)
+
+    def _leave_operation(self) -> None:
+        if self._operations:  # not so if the connection had to be terminated under it
+            self._operations.pop()
+
+    def _raise_instead_of(self, error: BaseException | None) -> None:
+        """Raise what the error of an operation means.
+
+        Raises:
+            DatabaseTimeoutError: the statement was cut off because the unit's time is over.
+            DatabaseBusyError: there was no connection for it.
+        """
+        deadline = self._deadline
+        if deadline is not None and not self._operations:
+            if self._state is State.IDLE:
+                self._deadline = None
+            if deadline.has_cut_off(error):
+                raise DatabaseTimeoutError(self.describe(), deadline.timeout) from error
+        if isinstance(error, PoolTimeoutError) and not isinstance(error, DatabaseBusyError):
+            raise DatabaseBusyError(self.describe(), self.database.holders()) from error
 
     def _other_task(self) -> asyncio.Task[object] | None:
         return self._task if self._operations and self._task is not asyncio.current_task() else None
@@ -391,6 +496,8 @@ class UnitOfWork:
         self._forget_transaction()
         self._kept_changes = False
         self._active_mode = None
+        if not self._operations:  # else `leave` does it
+            self._deadline = None
         self._move(State.IDLE)
 
     def _move(self, to: State) -> None:
@@ -418,6 +525,54 @@ class Operation:
         __: TracebackType | None,
     ) -> None:
         self._unit.leave(error)
+
+
+class Deadline:
+    """The end of the time that the statements of a unit may take.
+
+    As `asyncio.timeout`, but it watches only while an operation of the session runs.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self._loop = asyncio.get_running_loop()
+        self._at = self._loop.time() + timeout
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[object] | None = None
+        self._cancellations = 0
+        self._is_over = False
+
+    @property
+    def left(self) -> float:
+        """Seconds until then."""
+        return self._at - self._loop.time()
+
+    def watch_task(self) -> None:
+        """Cancel the running task when the time is over."""
+        if self._timer is None and (task := asyncio.current_task()) is not None:
+            self._task = task
+            self._cancellations = task.cancelling()
+            self._timer = self._loop.call_at(self._at, self._cut_off)
+
+    def _cut_off(self) -> None:
+        if self._task is not None:
+            self._is_over = True
+            self._task.cancel()
+
+    def stop_watching(self) -> None:
+        """Leave the task alone."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def has_cut_off(self, error: BaseException | None) -> bool:
+        """Say whether this, and nothing else, has cancelled the operation; stop watching."""
+        self.stop_watching()
+        if not self._is_over or self._task is None:
+            return False
+        self._is_over = False
+        remaining = self._task.uncancel()
+        return isinstance(error, asyncio.CancelledError) and remaining <= self._cancellations
 
 
 _LETS_GO = frozenset({"close", "invalidate", "reset"})

@@ -14,7 +14,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from sqlalchemy.exc import InvalidRequestError, PendingRollbackError
+from sqlalchemy.exc import InvalidRequestError, OperationalError, PendingRollbackError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 import asgi_db
 import asgi_db_fastapi
@@ -23,11 +24,16 @@ import asgi_db_starlette
 from asgi_db import (
     ConcurrentUseError,
     ConfigurationError,
+    DatabaseBusyError,
+    DatabaseDownError,
+    DatabaseTimeoutError,
     FailedTransactionError,
     MissingMiddlewareError,
     ModeConflictError,
+    OutcomeUnknownError,
     ReadOnlyError,
     SessionExpiredError,
+    UnavailableError,
     UncommittedWorkError,
     errors,
     session_of,
@@ -51,13 +57,19 @@ def test_the_core_exports_the_names_of_the_design() -> None:
         "by_method",
         "create_database_url",
         "uuid4_str",
+        "Readiness",
         # the errors
         "ConcurrentUseError",
         "ConfigurationError",
+        "DatabaseBusyError",
+        "DatabaseDownError",
+        "DatabaseTimeoutError",
         "FailedTransactionError",
         "MissingMiddlewareError",
         "ModeConflictError",
+        "OutcomeUnknownError",
         "ReadOnlyError",
+        "UnavailableError",
         "SessionExpiredError",
         "UncommittedWorkError",
         # for annotations, and for who adapts another framework
@@ -146,6 +158,11 @@ BASES: dict[type[Exception], type[Exception]] = {
     ReadOnlyError: InvalidRequestError,
     SessionExpiredError: RuntimeError,
     UncommittedWorkError: InvalidRequestError,
+    DatabaseBusyError: PoolTimeoutError,
+    DatabaseDownError: OperationalError,
+    DatabaseTimeoutError: TimeoutError,
+    OutcomeUnknownError: DatabaseDownError,
+    UnavailableError: Exception,
 }
 
 
@@ -157,7 +174,7 @@ def test_every_error_is_exported_and_derives_from_what_users_already_catch() -> 
     }
     assert defined == set(BASES)
     for error, base in BASES.items():
-        assert error.__bases__ == (base,)
+        assert error.__bases__ in ((base,), (UnavailableError, base))
         assert error.__name__ in asgi_db.__all__
 
 
@@ -199,6 +216,11 @@ def test_every_error_says_when_it_is_raised(error: type[Exception]) -> None:
             FailedTransactionError(statement_failed=False),
             "was terminated when the database was disposed",
             ["before `await database.dispose()`"],
+        ),
+        (
+            DatabaseBusyError("GET /orders", ["POST /orders for 2.1 s"]),
+            "GET /orders: no connection became free in time. The pool is held by: POST /orders",
+            ["await session.release()", "pool_size"],
         ),
         (
             UncommittedWorkError("GET /orders", is_lost=False),

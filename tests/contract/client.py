@@ -7,7 +7,7 @@ import asyncio
 import contextvars
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 from asgi_db.types import ASGIApp, Message
 
@@ -93,20 +93,7 @@ async def call(
         if _is_last(message):
             answered.set()
 
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0", "spec_version": spec_version},
-        "http_version": "1.1",
-        "method": method,
-        "scheme": "http",
-        "path": path,
-        "raw_path": path.encode(),
-        "query_string": b"",
-        "root_path": "",
-        "headers": [(b"host", b"testserver")],
-        "client": ("127.0.0.1", 1),
-        "server": ("testserver", 80),
-    }
+    scope = scope_of("http", "http", path, spec_version) | {"method": method}
 
     async def serve() -> None:
         await app(scope, receive, send)
@@ -118,6 +105,23 @@ async def call(
     assert not faults, faults
     exchange.answered_by_server = not messages
     return exchange
+
+
+def scope_of(type: str, scheme: str, path: str, spec_version: str) -> dict[str, Any]:
+    """The scope of a connection as a server without lifespan state makes it."""
+    return {
+        "type": type,
+        "asgi": {"version": "3.0", "spec_version": spec_version},
+        "http_version": "1.1",
+        "scheme": scheme,
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": [(b"host", b"testserver")],
+        "client": ("127.0.0.1", 1),
+        "server": ("testserver", 80),
+    }
 
 
 def _is_last(message: Message) -> bool:

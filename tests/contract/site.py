@@ -160,6 +160,14 @@ class Site:
         """The type of the error after `spoil_commit`."""
         return DBAPIError if "mysql" in self.url else IntegrityError
 
+    @property
+    def unhandled(self) -> int:
+        """The status with which `spoil_commit` is answered where no handler does it.
+
+        In MariaDB no statement can let a COMMIT fail; it takes the connection away.
+        """
+        return 503 if "mysql" in self.url else 500
+
     async def spoil_commit(self, session: DBSession) -> None:
         """Let the COMMIT of the open transaction fail, and no statement before it."""
         await session.flush()
