@@ -66,7 +66,7 @@ async def connect_whole(connect: Callable[..., Awaitable[Any]], *args: Any, **kw
 
 def connect_is_complete() -> None:
     """Say that the connection which this task has made is set up, and in the care of the pool."""
-    if (task := _current_task()) is not None:
+    if (task := current_task()) is not None:
         _being_set_up.pop(task, None)
 
 
@@ -75,13 +75,14 @@ def abandon_connect() -> None:
 
     SQLAlchemy sends statements to set up a new connection, and forgets it if it is cut off there.
     """
-    task = _current_task()
+    task = current_task()
     connection = None if task is None else _being_set_up.pop(task, None)
     if connection is not None:
         terminate(connection)
 
 
-def _current_task() -> asyncio.Task[Any] | None:
+def current_task() -> asyncio.Task[Any] | None:
+    """Return the running task; None in a thread, where a synchronous handler may run."""
     return None if running_loop() is None else asyncio.current_task()
 
 

@@ -321,4 +321,7 @@ def _connect_sqlite(*args: Any, **kwargs: Any) -> Any:
     # As SQLAlchemy does where it connects by itself; there is no public way. Otherwise a program
     # that does not dispose its database could not end.
     connection._thread.daemon = True
+    # Its `close` ends with a `stop`, and waits for a thread that an earlier `stop` has ended.
+    stop = connection.stop
+    connection.stop = lambda: stop() if connection._running else None
     return connection

@@ -178,8 +178,7 @@ class Call:
                     await self._send(message)
         except BaseException:
             self._log_unanswered()
-            if self._late_cancellation is not None:
-                raise self._late_cancellation from None
+            self._be_cancelled_late()
             raise
         self._unit.is_unanswered = False
 
@@ -190,8 +189,9 @@ class Call:
 
     def _be_cancelled_late(self) -> None:
         """Raise the cancellation that had to wait."""
-        if self._late_cancellation is not None:
-            raise self._late_cancellation
+        cancelled, self._late_cancellation = self._late_cancellation, None
+        if cancelled is not None:
+            raise cancelled from None
 
 
 class Response(enum.Enum):
@@ -246,12 +246,22 @@ class Exchange(Call):
         elif self._response is Response.PENDING:  # early hints come before the status line
             await self._send(message)
         elif self._response is not Response.REPLACED:
-            if not self._unit.is_used_by_another_task:  # FastAPI makes events in a task of its own
+            if not self._is_at_work_beside():
                 await self._unit.end(success=self._exception_being_handled() is None)
             if message["type"] in _BODY and not message.get("more_body"):
                 self._response = Response.COMPLETE
             await self._send_answer(message)
             self._be_cancelled_late()
+
+    def _is_at_work_beside(self) -> bool:
+        """Whether the body is made in a task of its own, which is not to be disturbed.
+
+        FastAPI makes the events of an `EventSourceResponse` so, ahead of those that it sends.
+        """
+        unit = self._unit
+        return unit.is_used_by_another_task or (
+            unit.is_work_of_another_task and unit.has_uncommitted_work
+        )
 
     async def _begin_response(self, message: Message) -> None:
         error = self._exception_being_handled()
@@ -317,18 +327,25 @@ class Socket(Call):
         """Run the application, then end what its last event has left open."""
         try:
             await self._app(self._scope, self._receive_between_units, self._send_after_commit)
-        except BaseException:
+        except BaseException as error:
             await self._unit.end(success=False)
+            if not isinstance(error, Exception):
+                self._log_unanswered()
             raise
         else:
             await self._unit.end(success=not self._unit.was_cut_off)
 
     async def _receive_between_units(self) -> Message:
-        await self._unit.end(success=self._exception_being_handled() is None)
-        self._unit.is_unanswered = False  # the application has chosen to say nothing
+        if not self._unit.is_work_of_another_task:
+            await self._unit.end(success=self._exception_being_handled() is None)
+            self._unit.is_unanswered = False  # the application has chosen to say nothing
         return await self._receive()
 
     async def _send_after_commit(self, message: Message) -> None:
+        if self._unit.is_work_of_another_task:  # this is not the answer to it: a broadcast, say
+            await self._unit.wait_for_end()
+            await self._send(message)
+            return
         await self._end_before_answer(success=self._exception_being_handled() is None)
         await self._send_answer(message)
         self._be_cancelled_late()

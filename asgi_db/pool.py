@@ -12,6 +12,7 @@ import contextlib
 import logging
 import shutil
 import socket
+import sqlite3
 import time
 import weakref
 from collections.abc import AsyncGenerator
@@ -90,15 +91,15 @@ async def connection_aside(engine: AsyncEngine) -> AsyncGenerator[AsyncConnectio
 class Connections:
     """The open connections of an engine, and those of them which are out of the pool."""
 
-    def __init__(self, engine: AsyncEngine, *, ends_abandoned: bool = True) -> None:
+    def __init__(self, engine: AsyncEngine, *, pooler: bool = False) -> None:
         """Watch an engine.
 
         Args:
-            ends_abandoned: the server is told about statements that were cut off; not through a
-                pooler, which does not know the server's own numbers of connections.
+            pooler: there is one in between, so that the server's own numbers of connections are
+                not known; see `patient_connection_class`.
         """
         self._engine = engine
-        self._ends_abandoned = ends_abandoned and engine.dialect.name in _END_AT_SERVER
+        self._behind_pooler = pooler
         self._open: dict[ConnectionPoolEntry, DBAPIConnection] = {}
         self._out: dict[ConnectionPoolEntry, tuple[PoolProxiedConnection, float]] = {}
         self._returned = anyio.Event()
@@ -151,13 +152,16 @@ class Connections:
         """Close what is open without a word to the server; return how many."""
         connections = list(self._open.items())
         for entry, connection in connections:
+            driver = self._engine.dialect.get_driver_connection(connection)
             try:
-                if entry in self._out:  # whoever still has it gets an error, also at COMMIT
+                if self._behind_pooler:
+                    terminate(driver)
+                elif entry in self._out:  # whoever still has it gets an error, also at COMMIT
                     self._out[entry][0].invalidate()
                 else:
                     self._engine.dialect.do_terminate(connection)
             except RuntimeError:  # its event loop is closed
-                _shut_socket(self._engine.dialect.get_driver_connection(connection))
+                _shut_socket(driver)
         self._open.clear()
         self._out.clear()
         return len(connections)
@@ -173,7 +177,7 @@ class Connections:
         driver = self._engine.dialect.get_driver_connection(connection)
         if hasattr(driver, "interrupt") and running_loop() is not None:  # SQLite, in its thread
             in_background(_interrupt(driver))
-        if not self._ends_abandoned:
+        if self._behind_pooler or self._engine.dialect.name not in _END_AT_SERVER:
             return
         id = _id_at_server(driver)
         loop, connected = entry.info.get(_CONNECTED, (None, 0.0))
@@ -240,7 +244,7 @@ _UNKNOWN_THREAD = 1094  # MySQL: it has ended already
 
 
 async def _interrupt(driver: Any) -> None:
-    with contextlib.suppress(ValueError):  # it is closed already
+    with contextlib.suppress(ValueError, sqlite3.Error):  # it is closed already
         await driver.interrupt()
 
 
@@ -281,7 +285,7 @@ class EngineLife:
         """
         watch(engine.sync_engine)
         self.engine = engine
-        self.connections = Connections(engine, ends_abandoned=not pooler)
+        self.connections = Connections(engine, pooler=pooler)
         self._given = given
         self._remove_folder = (
             None

@@ -118,6 +118,12 @@ def _after_begin(session: UnitSession, _: SessionTransaction, connection: Connec
     session.unit_of_work.transaction_began(connection)
 
 
+@event.listens_for(UnitSession, "after_transaction_create")
+def _after_transaction_create(session: UnitSession, transaction: SessionTransaction) -> None:
+    if transaction.parent is None:
+        session.unit_of_work.transaction_created()
+
+
 @event.listens_for(UnitSession, "after_transaction_end")
 def _after_transaction_end(session: UnitSession, transaction: SessionTransaction) -> None:
     if transaction.parent is None:

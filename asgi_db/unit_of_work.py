@@ -25,7 +25,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from asgi_db.cancellation import abandon_connect, run_to_completion
+from asgi_db.cancellation import abandon_connect, current_task, run_to_completion
 from asgi_db.errors import (
     ConcurrentUseError,
     DatabaseBusyError,
@@ -124,6 +124,7 @@ class UnitOfWork:
         self._state = State.IDLE
         self._operations: list[str] = []
         self._task: asyncio.Task[object] | None = None
+        self._owner: asyncio.Task[object] | None = None
         self._connections: list[Connection] = []
         self._cut_off = False
         self._ended = asyncio.Event()
@@ -192,6 +193,10 @@ class UnitOfWork:
             if not connection.invalidated and not connection.connection.is_valid:
                 raise FailedTransactionError(statement_failed=False)
 
+    def transaction_created(self) -> None:
+        """Note whose work the transaction is, from before its first statement."""
+        self._owner = current_task()
+
     def transaction_began(self, connection: Connection) -> None:
         """Note the connection, and mark it so that the events of the engine find this unit."""
         if connection not in self._connections:
@@ -227,6 +232,21 @@ class UnitOfWork:
     def is_used_by_another_task(self) -> bool:
         """Whether an operation runs just now in another task than this."""
         return self._other_task() is not None
+
+    @property
+    def is_work_of_another_task(self) -> bool:
+        """Whether another task than this is in the middle of the unit."""
+        return self.in_use and self._owner not in (None, asyncio.current_task())
+
+    @property
+    def has_uncommitted_work(self) -> bool:
+        """Whether there is anything that a ROLLBACK would undo."""
+        return self.has_writes or self._has_changes()
+
+    async def wait_for_end(self) -> None:
+        """Wait for a COMMIT or ROLLBACK that another task has under way."""
+        if self._state is State.ENDING:
+            await self._ended.wait()
 
     @property
     def was_cut_off(self) -> bool:

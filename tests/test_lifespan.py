@@ -763,7 +763,7 @@ async def test_a_connection_that_stays_out_is_terminated_within_the_bound(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Whoever has it gets an error, also at COMMIT."""
-    monkeypatch.setattr("asgi_db.database.DISPOSE_TIMEOUT", 0.2)
+    monkeypatch.setattr("asgi_db.pool.DISPOSE_TIMEOUT", 0.2)
     await shut_down_under_a_straggler(make, database_url)
     (line, *rollback) = messages(caplog)
     assert line.startswith("1 connections were terminated")
@@ -772,7 +772,7 @@ async def test_a_connection_that_stays_out_is_terminated_within_the_bound(
 
 @every_loop
 async def test_so_it_is_on_every_loop(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("asgi_db.database.DISPOSE_TIMEOUT", 0.2)
+    monkeypatch.setattr("asgi_db.pool.DISPOSE_TIMEOUT", 0.2)
     await shut_down_under_a_straggler(starlette, database_url)
 
 
@@ -938,7 +938,7 @@ async def test_without_wait_for_an_application_starts_though_its_database_is_dow
     server = Server(app)
     assert await server.startup() == "lifespan.startup.complete"
     assert await answer(app, "/hello") == "hello"
-    assert (await call(app, method="GET")).status == 500
+    assert (await call(app, method="GET")).status == 503
     assert await answer(app, "/hello") == "hello"
     await relay.start()
     assert await answer(app) == ""
