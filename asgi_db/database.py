@@ -160,9 +160,8 @@ class Database:
     def _life(self) -> EngineLife:
         if self._given is not None:
             return self._given
+        self._leave_to_parent()
         loop = asyncio.get_running_loop()
-        if self._pid != os.getpid():
-            self._leave_to_parent()
         life = self._lives.get(loop)
         if life is None:
             self._forget_closed_loops()
@@ -224,6 +223,7 @@ class Database:
         """
         if self._given is not None:
             await run_to_completion(self._given.dispose())
+        self._leave_to_parent()
         life = self._lives.pop(asyncio.get_running_loop(), None)
         if life is not None:
             self._forget_variants(life)
@@ -378,12 +378,11 @@ class Database:
 
     def _leave_to_parent(self) -> None:
         """After a fork: leave the parent's connections alone, whose sockets this process shares."""
-        self._pid = os.getpid()
-        self._of_parent.extend(self._lives.values())  # even to collect them would close something
-        for life in self._of_parent:
-            life.leave_to_parent()
-        self._lives.clear()
-        self._variants.clear()
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            self._of_parent.extend(self._lives.values())  # to collect them would close something
+            self._lives.clear()
+            self._variants.clear()
 
 
 async def _ask(connecting: AbstractAsyncContextManager[AsyncConnection]) -> None:

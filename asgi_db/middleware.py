@@ -15,9 +15,11 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
+import math
 import sys
 
 import anyio
+import anyio.lowlevel
 
 from asgi_db.database import Database
 from asgi_db.errors import MissingMiddlewareError, UnavailableError
@@ -145,8 +147,10 @@ class Call:
         self._task = asyncio.current_task()
         self._outer_exception = sys.exc_info()[1]
         self._exception_at_receive: BaseException | None = None
+        self._was_cancelled_in_commit = False
         self._late_cancellation: asyncio.CancelledError | None = None
-        """A cancellation that came during COMMIT, and waits until the answer has left."""
+        """The cancellation that came during COMMIT and waits until the answer has left; an anyio
+        scope raises its own at the next await."""
 
     def _exception_being_handled(self) -> BaseException | None:
         """The exception of which the application is making a response, if it is.
@@ -167,18 +171,22 @@ class Call:
             if not self._unit.is_unanswered:
                 raise
             self._late_cancellation = error
+        if self._unit.is_unanswered:
+            in_cancelled_scope = anyio.current_effective_deadline() == -math.inf
+            late = self._late_cancellation is not None
+            self._was_cancelled_in_commit = late or in_cancelled_scope
 
     async def _send_answer(self, message: Message) -> None:
         """Send what tells the client of a COMMIT."""
         try:
-            if self._late_cancellation is None:
-                await self._send(message)
-            else:
+            if self._was_cancelled_in_commit:
                 with anyio.fail_after(DELIVERY_TIMEOUT, shield=True):
                     await self._send(message)
+            else:
+                await self._send(message)
         except BaseException:
             self._log_unanswered()
-            self._be_cancelled_late()
+            await self._be_cancelled_late()
             raise
         self._unit.is_unanswered = False
 
@@ -187,11 +195,15 @@ class Call:
             self._unit.is_unanswered = False
             logger.warning("%s: committed, answer not delivered", self._unit.describe())
 
-    def _be_cancelled_late(self) -> None:
+    async def _be_cancelled_late(self) -> None:
         """Raise the cancellation that had to wait."""
+        if not self._was_cancelled_in_commit:
+            return
+        self._was_cancelled_in_commit = False
         cancelled, self._late_cancellation = self._late_cancellation, None
         if cancelled is not None:
             raise cancelled from None
+        await anyio.lowlevel.checkpoint()
 
 
 class Response(enum.Enum):
@@ -232,7 +244,7 @@ class Exchange(Call):
             await self._unit.end(success=is_complete and not self._unit.was_cut_off)
             if self._commit_error is not None:
                 await self._answer(self._commit_error, enclosing_app)
-            self._be_cancelled_late()
+            await self._be_cancelled_late()
 
     async def _receive_noting(self) -> Message:
         self._exception_at_receive = sys.exc_info()[1]
@@ -251,7 +263,7 @@ class Exchange(Call):
             if message["type"] in _BODY and not message.get("more_body"):
                 self._response = Response.COMPLETE
             await self._send_answer(message)
-            self._be_cancelled_late()
+            await self._be_cancelled_late()
 
     def _is_at_work_beside(self) -> bool:
         """Whether the body is made in a task of its own, which is not to be disturbed.
@@ -348,4 +360,4 @@ class Socket(Call):
             return
         await self._end_before_answer(success=self._exception_being_handled() is None)
         await self._send_answer(message)
-        self._be_cancelled_late()
+        await self._be_cancelled_late()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import shutil
 import socket
 import sqlite3
@@ -265,6 +266,11 @@ def _shut_socket(driver: Any) -> None:
         driver._transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
 
+def _remove_folder(folder: str, owner: int) -> None:
+    if os.getpid() == owner:  # not in a process that was forked
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 class EngineLife:
     """An engine in the event loop that uses it, with its connections, until it is disposed."""
 
@@ -288,9 +294,7 @@ class EngineLife:
         self.connections = Connections(engine, pooler=pooler)
         self._given = given
         self._remove_folder = (
-            None
-            if folder is None
-            else weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            None if folder is None else weakref.finalize(self, _remove_folder, folder, os.getpid())
         )
 
     async def dispose(self) -> None:
@@ -317,11 +321,6 @@ class EngineLife:
             )
         if self._remove_folder is not None:
             self._remove_folder()
-
-    def leave_to_parent(self) -> None:
-        """Let this process, which was forked, end without touching what it shares."""
-        if self._remove_folder is not None:
-            self._remove_folder.detach()
 
 
 def prepare_postgresql(engine: Engine) -> None:
