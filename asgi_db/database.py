@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
 from typing import Any, Literal, Self
+from weakref import WeakSet
 
 import anyio
 from sqlalchemy import URL, Connection, Engine, MetaData, text
@@ -50,6 +51,9 @@ DEFAULT_FILE = "app.db"
 
 PING_TIMEOUT = 2.0
 """Seconds that `ping` waits for a pooled connection's answer, and then for one beside the pool."""
+
+
+_databases: WeakSet[Database] = WeakSet()
 
 
 class Database:
@@ -117,7 +121,7 @@ class Database:
         self._pooler = pooler
         self._wait_for = wait_for
         self._lives: dict[asyncio.AbstractEventLoop, EngineLife] = {}
-        self._pid = os.getpid()
+        _databases.add(self)
         self._of_parent: list[EngineLife] = []
         self._variants: dict[tuple[Engine, tuple[object, ...]], Engine] = {}
 
@@ -160,7 +164,6 @@ class Database:
     def _life(self) -> EngineLife:
         if self._given is not None:
             return self._given
-        self._leave_to_parent()
         loop = asyncio.get_running_loop()
         life = self._lives.get(loop)
         if life is None:
@@ -223,7 +226,6 @@ class Database:
         """
         if self._given is not None:
             await run_to_completion(self._given.dispose())
-        self._leave_to_parent()
         life = self._lives.pop(asyncio.get_running_loop(), None)
         if life is not None:
             self._forget_variants(life)
@@ -378,11 +380,20 @@ class Database:
 
     def _leave_to_parent(self) -> None:
         """After a fork: leave the parent's connections alone, whose sockets this process shares."""
-        if self._pid != os.getpid():
-            self._pid = os.getpid()
-            self._of_parent.extend(self._lives.values())  # to collect them would close something
-            self._lives.clear()
-            self._variants.clear()
+        for life in self._lives.values():
+            life.leave_to_parent()
+        self._of_parent.extend(self._lives.values())  # to collect them would close something
+        self._lives.clear()
+        self._variants.clear()
+
+
+def _leave_all_to_parent() -> None:
+    for database in _databases:
+        database._leave_to_parent()  # pyright: ignore[reportPrivateUsage]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_all_to_parent)
 
 
 async def _ask(connecting: AbstractAsyncContextManager[AsyncConnection]) -> None:

@@ -142,7 +142,11 @@ def _begin(connection: Connection) -> None:
     if AUTOCOMMIT_OPTION in options:
         asked = options.get("isolation_level") == "AUTOCOMMIT"  # by a user of the engine itself
         driver: Any = connection.connection.dbapi_connection
-        driver.autocommit(asked or options[AUTOCOMMIT_OPTION])  # nothing is sent if it is so
+        try:
+            driver.autocommit(asked or options[AUTOCOMMIT_OPTION])  # nothing is sent if it is so
+        except Exception as error:  # SQLAlchemy does not look after what an event does
+            connection.invalidate(error)
+            raise lost_connection(error) from error
     for statement in options.get(BEGIN_OPTION, ()):
         connection.exec_driver_sql(statement)
 
@@ -211,8 +215,10 @@ def _handle_error(context: ExceptionContext) -> None:
     Raises:
         DatabaseDownError: in place of the driver's many words for a connection that is lost.
     """
-    connection, error = context.connection, context.sqlalchemy_exception
-    if not isinstance(error, DBAPIError) or context.is_pre_ping:
+    connection, original = context.connection, context.original_exception
+    error = context.sqlalchemy_exception or original
+    is_the_drivers = hasattr(original, "sqlstate")  # asyncpg's own, out of a server-side cursor
+    if context.is_pre_ping or not (isinstance(error, DBAPIError) or is_the_drivers):
         return
     unit: UnitOfWork | None = None
     if connection is not None:
@@ -220,14 +226,14 @@ def _handle_error(context: ExceptionContext) -> None:
         lost_savepoint = (context.statement or "").startswith("ROLLBACK TO SAVEPOINT")
         if unit is not None and (lost_savepoint or not connection.in_nested_transaction()):
             unit.note_failure(error)
-    if _is_about_a_prepared_statement(context.original_exception):
+    if isinstance(error, DBAPIError) and _is_about_a_prepared_statement(original):
         error.add_detail(
             "If there is a PgBouncer in between, in transaction pooling, say so:"
             ' Database(..., pooler="transaction").'
         )
-    elif context.is_disconnect or connection is None or _is_farewell(context.original_exception):
+    elif context.is_disconnect or connection is None or _is_farewell(original):
         context.is_disconnect = True
-        raise lost_connection(context.original_exception, unit)
+        raise lost_connection(original, unit)
 
 
 def lost_connection(error: BaseException, unit: UnitOfWork | None = None) -> DatabaseDownError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import shutil
 import socket
@@ -167,6 +168,18 @@ class Connections:
         self._out.clear()
         return len(connections)
 
+    def leave_to_parent(self) -> None:
+        """Take each connection for closed, without a move.
+
+        An asyncpg connection that is collected leaves its event loop, which the parent still
+        uses. There is no public way to keep it from that; the test of forked processes in
+        `test_shutdown.py` breaks when this changes.
+        """
+        for connection in self._open.values():
+            driver = self._engine.dialect.get_driver_connection(connection)
+            if hasattr(driver, "_aborted"):
+                driver._aborted = True
+
     # -- what was cut off ----------------------------------------------------------------------
 
     def _invalidate(
@@ -212,10 +225,16 @@ class Connections:
 
     async def _end_abandoned_over(self, connection: AsyncConnection) -> None:
         statement = text(_END_AT_SERVER[connection.dialect.name])
+        started = -math.inf
+        if connection.dialect.name != "postgresql":
+            row = (await connection.execute(text("SHOW GLOBAL STATUS LIKE 'Uptime'"))).one()
+            started = time.monotonic() - int(row[1]) + 1  # it counts in whole seconds
         while self._abandoned:
             id, connected = next(iter(self._abandoned.items()))
             try:
-                await connection.execute(statement, {"id": id, "age": time.monotonic() - connected})
+                if connected >= started:
+                    age = time.monotonic() - connected
+                    await connection.execute(statement, {"id": id, "age": age})
             except SQLAlchemyError as error:
                 if getattr(error.__cause__, "args", (0,))[0] != _UNKNOWN_THREAD:
                     raise
@@ -232,7 +251,7 @@ class Connections:
 
 
 # The age is there because the server gives the number of a connection that has ended to the next.
-# MySQL counts up.
+# MySQL counts up, from 1 after each start of the server.
 _END_AT_SERVER = {
     "postgresql": """
         SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = :id
@@ -297,6 +316,10 @@ class EngineLife:
             None if folder is None else weakref.finalize(self, _remove_folder, folder, os.getpid())
         )
 
+    def leave_to_parent(self) -> None:
+        """Let this process, which was forked, not touch the sockets that it shares."""
+        self.connections.leave_to_parent()
+
     async def dispose(self) -> None:
         """Close every connection; those that are out get `DISPOSE_TIMEOUT` to come back."""
         if not self._given:
@@ -304,6 +327,7 @@ class EngineLife:
                 await self.connections.all_returned()
             with anyio.move_on_after(DISPOSE_TIMEOUT):
                 await self.engine.dispose()
+            await self.connections.abandoned_ended()
             self.terminate()
         await self.connections.abandoned_ended()
 

@@ -343,7 +343,7 @@ from fastapi import Request, WebSocket
 from fastapi.responses import JSONResponse, StreamingResponse
 from sqlalchemy import func
 from sqlalchemy.exc import IntegrityError
-from asgi_db import read_only, transactional
+from asgi_db import Readiness, read_only, transactional
 from asgi_db_fastapi import CurrentSession
 """
 """What the fragments of the README leave out; they go on from its example for FastAPI."""
@@ -429,6 +429,13 @@ def test_the_readmes_decorated_route_commits(run_readme: Run, database_url: str)
         client.post("/orders?item=tea")
         assert client.post("/orders/1/take").json() == {"item": "tea"}
         assert items(database_url) == []
+
+
+@covers("README: A database that is busy or down")
+def test_the_readmes_endpoint_says_that_the_database_is_ready(run_readme: Run) -> None:
+    with fragment(run_readme, "A database that is busy or down") as client:
+        response = client.get("/ready")
+        assert (response.status_code, response.json()) == (200, {"status": "ready"})
 
 
 @covers("README: A failed COMMIT")
