@@ -18,15 +18,13 @@ from sqlalchemy import URL, Connection, Engine, MetaData, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from asgi_db.abandoned import connection_aside, connection_of, patient_connection_class
 from asgi_db.cancellation import run_to_completion
 from asgi_db.engine import base_options, lost_connection, variant_options, watch
 from asgi_db.errors import ConfigurationError, DatabaseBusyError, DatabaseDownError
 from asgi_db.modes import Mode, Transactional, plain, transactional
 from asgi_db.pool import (
     EngineLife,
-    connection_aside,
-    connection_of,
-    patient_connection_class,
     prepare_postgresql,
     prepare_sqlite,
     reset_mysql,

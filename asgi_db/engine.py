@@ -226,6 +226,8 @@ def _handle_error(context: ExceptionContext) -> None:
         lost_savepoint = (context.statement or "").startswith("ROLLBACK TO SAVEPOINT")
         if unit is not None and (lost_savepoint or not connection.in_nested_transaction()):
             unit.note_failure(error)
+    if unit is not None and unit.streams and unit.is_overdue:
+        raise unit.overdue()
     if isinstance(error, DBAPIError) and _is_about_a_prepared_statement(original):
         error.add_detail(
             "If there is a PgBouncer in between, in transaction pooling, say so:"

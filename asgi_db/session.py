@@ -59,7 +59,7 @@ def _inside_the_unit(name: str) -> Callable[..., Any]:
             result = operation(self, *args, **kwargs)
         options: Mapping[str, Any] = kwargs.get("execution_options") or {}
         if options.get("stream_results"):  # `AsyncSession.stream`
-            self.unit_of_work.streams.append(result)
+            self.unit_of_work.stream_opened(result)
         return result
 
     return guarded

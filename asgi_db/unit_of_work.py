@@ -26,6 +26,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from asgi_db.cancellation import abandon_connect, current_task, run_to_completion
+from asgi_db.deadline import Deadline
 from asgi_db.errors import (
     ConcurrentUseError,
     DatabaseBusyError,
@@ -205,6 +206,18 @@ class UnitOfWork:
             connection.info[UNIT_INFO] = self
             self.commit_sent = False
 
+    def stream_opened(self, stream: Result[Any]) -> None:
+        """Note a result that lives on a server-side cursor; its rows are yet to come."""
+        self.streams.append(stream)
+        if self._deadline is not None:
+            self._deadline.when_over(self._cut_off_streams)
+
+    def _cut_off_streams(self) -> None:
+        # To fetch is no operation of the session, which its deadline could cancel.
+        if self.streams and not self._operations and self.is_overdue:
+            for connection in self._connections:
+                connection.invalidate()
+
     def note_failure(self, error: BaseException) -> None:
         """Note that the open transaction cannot be committed; the first reason is the cause."""
         if self.failure is None:
@@ -227,6 +240,16 @@ class UnitOfWork:
         """Whether there is anything to end."""
         is_busy = self._state in (State.ACTIVE, State.ENDING) or bool(self._operations)
         return is_busy or self._has_lost_work or self._has_work()
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether the time of the mode's `timeout=` is over."""
+        return self._deadline is not None and self._deadline.is_over
+
+    def overdue(self) -> DatabaseTimeoutError:
+        """Make the error for a unit whose time is over."""
+        timeout = self._deadline.timeout if self._deadline is not None else 0.0
+        return DatabaseTimeoutError(self.describe(), timeout)
 
     @property
     def is_used_by_another_task(self) -> bool:
@@ -447,6 +470,8 @@ class UnitOfWork:
         """
         if self._state is State.CLOSED and operation not in _LETS_GO:
             raise SessionExpiredError(operation, self.describe())
+        if self.is_overdue and self._state is State.ACTIVE and operation not in _MAY_BE_LATE:
+            raise self.overdue()
         task = asyncio.current_task()
         is_free = not self._operations and self._state is not State.ENDING
         if not is_free and task is not self._task:
@@ -547,56 +572,11 @@ class Operation:
         self._unit.leave(error)
 
 
-class Deadline:
-    """The end of the time that the statements of a unit may take.
-
-    As `asyncio.timeout`, but it watches only while an operation of the session runs.
-    """
-
-    def __init__(self, timeout: float) -> None:
-        self.timeout = timeout
-        self._loop = asyncio.get_running_loop()
-        self._at = self._loop.time() + timeout
-        self._timer: asyncio.TimerHandle | None = None
-        self._task: asyncio.Task[object] | None = None
-        self._cancellations = 0
-        self._is_over = False
-
-    @property
-    def left(self) -> float:
-        """Seconds until then."""
-        return self._at - self._loop.time()
-
-    def watch_task(self) -> None:
-        """Cancel the running task when the time is over."""
-        if self._timer is None and (task := asyncio.current_task()) is not None:
-            self._task = task
-            self._cancellations = task.cancelling()
-            self._timer = self._loop.call_at(self._at, self._cut_off)
-
-    def _cut_off(self) -> None:
-        if self._task is not None:
-            self._is_over = True
-            self._task.cancel()
-
-    def stop_watching(self) -> None:
-        """Leave the task alone."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def has_cut_off(self, error: BaseException | None) -> bool:
-        """Say whether this, and nothing else, has cancelled the operation; stop watching."""
-        self.stop_watching()
-        if not self._is_over or self._task is None:
-            return False
-        self._is_over = False
-        remaining = self._task.uncancel()
-        return isinstance(error, asyncio.CancelledError) and remaining <= self._cancellations
-
-
 _LETS_GO = frozenset({"close", "invalidate", "reset"})
 """Operations which are harmless on a session whose request is over."""
+
+_MAY_BE_LATE = frozenset({"commit", "rollback", *_LETS_GO})
+"""Operations which end the unit, and may do so when its time is over."""
 
 _KEEPS_CONNECTION = frozenset({"connection", "begin", "begin_nested"})
 """Operations whose very result is the open connection or transaction."""
