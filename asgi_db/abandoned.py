@@ -111,7 +111,8 @@ class AbandonedStatements:
         if isinstance(error, Exception):
             return  # the connection itself has failed: there is nobody to tell
         driver = self._engine.dialect.get_driver_connection(connection)
-        if hasattr(driver, "interrupt") and running_loop() is not None:  # SQLite, in its thread
+        if error is not None and hasattr(driver, "interrupt") and running_loop() is not None:
+            # SQLite, in its thread; one that is idle would not close in good order afterwards.
             in_background(_interrupt(driver))
         if not self._numbers_are_known:
             return
@@ -166,7 +167,7 @@ class AbandonedStatements:
 
     async def all_ended(self) -> None:
         """Wait, within a bound, until the server knows of every statement that was cut off."""
-        await background_is_over()
+        await background_is_over(ATTEMPT_TIMEOUT)
         if self._ending is not None and self._ending.get_loop() is running_loop():
             await asyncio.wait((self._ending,), timeout=ATTEMPT_TIMEOUT)
             if not self._ending.done():

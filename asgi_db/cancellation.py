@@ -108,18 +108,18 @@ def terminate(connection: Any) -> None:
             break
 
 
-_background: set[asyncio.Task[Any]] = set()
+_background: set[asyncio.Future[None]] = set()
 
 
-def in_background(coroutine: Coroutine[Any, Any, None]) -> None:
-    """Run a coroutine that ends by itself, beside everything else."""
-    task = asyncio.ensure_future(coroutine)
+def in_background(work: Awaitable[None]) -> None:
+    """Let something that ends by itself go on beside everything else."""
+    task = asyncio.ensure_future(work)
     _background.add(task)
     task.add_done_callback(_background.discard)
 
 
-async def background_is_over() -> None:
-    """Wait for what runs in the background of this event loop."""
+async def background_is_over(within: float) -> None:
+    """Wait for what runs in the background of this event loop, up to so many seconds."""
     loop = asyncio.get_running_loop()
     if tasks := [task for task in _background if task.get_loop() is loop]:
-        await asyncio.wait(tasks)
+        await asyncio.wait(tasks, timeout=within)

@@ -16,7 +16,7 @@ from sqlalchemy.engine import Dialect, ExceptionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from asgi_db.cancellation import connect_whole
+from asgi_db.cancellation import connect_whole, in_background
 from asgi_db.errors import (
     ConfigurationError,
     DatabaseDownError,
@@ -329,7 +329,14 @@ def _connect_sqlite(*args: Any, **kwargs: Any) -> Any:
     # As SQLAlchemy does where it connects by itself; there is no public way. Otherwise a program
     # that does not dispose its database could not end.
     connection._thread.daemon = True
-    # Its `close` ends with a `stop`, and waits for a thread that an earlier `stop` has ended.
     stop = connection.stop
-    connection.stop = lambda: stop() if connection._running else None
+
+    def stop_once() -> Any:
+        # Its `close` ends with a `stop`, and waits for a thread that an earlier one has ended.
+        stopped = stop() if connection._running else None
+        if stopped is not None:
+            in_background(stopped)
+        return stopped
+
+    connection.stop = stop_once
     return connection
