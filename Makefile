@@ -11,6 +11,7 @@ endif
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 VENV := .build/py$(VERSION)
 BIN := $(VENV)/bin
+PEERS := .build/peers-py$(VERSION)
 SOURCES := pyproject.toml LICENSE README.md $(shell find asgi_db adapters -name __pycache__ -prune -o -print)
 HOST ?= 127.0.0.1
 PORT ?= 8000
@@ -22,7 +23,7 @@ export COVERAGE_FILE = $(CURDIR)/.build/coverage/data
 # The tests refuse to run against the source tree: what they test is the installed wheel.
 PYTEST = ASGI_DB_TEST_INSTALLED=1 $(BIN)/python -P -m
 
-.PHONY: help demo serve test test-pythons suite check format coverage build servers clean
+.PHONY: help demo serve test test-pythons suite chaos check format coverage build servers clean
 .NOTPARALLEL:
 
 help:
@@ -31,6 +32,8 @@ help:
 	@echo "make test          check, then the whole suite with coverage, on the built wheel"
 	@echo "make test-pythons  the suite on the other supported versions of Python found here"
 	@echo "make suite         the suite alone; ARGS='-k name' goes to pytest"
+	@echo "make chaos         the long runs with real faults, here and with other libraries, as one table;"
+	@echo "                   ARGS='--only restart --contender asgi_db' selects, --help says what there is"
 	@echo "make check         ruff, mypy, pyright"
 	@echo "make format        ruff format, and the fixes which ruff can make itself"
 	@echo "make coverage      the suite with coverage, and a report in .build/coverage/html"
@@ -50,6 +53,9 @@ test-pythons:
 
 suite: $(VENV)/installed servers
 	$(PYTEST) pytest $(ARGS)
+
+chaos: $(VENV)/installed $(PEERS)/installed servers
+	$(BIN)/python -m tests.chaos --peers=$(PEERS)/bin/python $(ARGS)
 
 check: $(VENV)/installed
 	$(BIN)/ruff check
@@ -98,4 +104,9 @@ dist/built: $(SOURCES) | $(VENV)/tools
 $(VENV)/installed: dist/built $(VENV)/tools
 	$(BIN)/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
 	@$(BIN)/python -m pip install --quiet "$$(echo dist/*.whl)[all]"
+	@touch $@
+
+$(PEERS)/installed: pyproject.toml
+	@$(PYTHON) -m scripts.prepare venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --group chaos
 	@touch $@

@@ -199,14 +199,23 @@ def patient_connection_class() -> type[Any]:
     class PatientConnection(Connection):
         """Closes in the background, so that the request to cancel gets out."""
 
-        __slots__ = ("_is_closing",)
+        __slots__ = ("_closing",)
 
         def terminate(self) -> None:
             if running_loop() is None:
                 super().terminate()
-            elif not hasattr(self, "_is_closing"):
-                self._is_closing = True
-                in_background(self._close_in_time())
+            else:
+                self._close_once()
+
+        async def close(self, *, timeout: float | None = None) -> None:  # noqa: ASYNC109
+            await asyncio.wait((self._close_once(),))
+
+        def _close_once(self) -> asyncio.Future[None]:
+            # A second `close` would cut off the request of the first to cancel the statement,
+            # at which PgBouncer 1.18 falls over (its issue 801).
+            if not hasattr(self, "_closing"):
+                self._closing = in_background(self._close_in_time())
+            return self._closing
 
         async def _close_in_time(self) -> None:
             try:

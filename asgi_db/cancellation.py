@@ -111,11 +111,12 @@ def terminate(connection: Any) -> None:
 _background: set[asyncio.Future[None]] = set()
 
 
-def in_background(work: Awaitable[None]) -> None:
+def in_background(work: Awaitable[None]) -> asyncio.Future[None]:
     """Let something that ends by itself go on beside everything else."""
     task = asyncio.ensure_future(work)
     _background.add(task)
     task.add_done_callback(_background.discard)
+    return task
 
 
 async def background_is_over(within: float) -> None:

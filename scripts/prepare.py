@@ -11,19 +11,33 @@ import sys
 
 from tests.programs import SERVERS
 
-# Run as root. A fresh machine has no package lists; another `make` may hold the lock. Of PostgreSQL
-# only the programs are wanted: no cluster is to be made, and so no service to be started.
+# Run as root. A fresh machine has no package lists; another `make` may hold the lock. Only the
+# programs are wanted: PostgreSQL is to make no cluster, and so no service; PgBouncer's service is
+# neither to be started (`policy-rc.d` forbids it) nor to be there after the next boot.
 INSTALL = """
 set -e
 export DEBIAN_FRONTEND=noninteractive
+policy=/usr/sbin/policy-rc.d
+remove=
+trap 'rm -f $remove' EXIT
 case " $* " in *" postgresql "*)
     no_cluster=/etc/postgresql-common/createcluster.d/asgi-db-$$.conf
+    remove=$no_cluster
     mkdir -p "$(dirname "$no_cluster")"
     echo "create_main_cluster = false" >"$no_cluster"
-    trap 'rm -f "$no_cluster"' EXIT
+esac
+case " $* " in *" pgbouncer "*)
+    if [ ! -e $policy ]; then
+        remove="$remove $policy"
+        printf '#!/bin/sh\\nexit 101\\n' >$policy
+        chmod +x $policy
+    fi
 esac
 apt-get update -qq || true
 apt-get install -qq --yes --no-install-recommends -o DPkg::Lock::Timeout=300 "$@"
+case " $* " in *" pgbouncer "*)
+    update-rc.d pgbouncer disable
+esac
 """
 
 
@@ -51,10 +65,10 @@ def make_environment(directory: str) -> None:
 
 def install_servers() -> None:
     """Installs the servers which are neither here nor replaced by a URL."""
-    wanted = [server for server in SERVERS if server.missing and not server.url]
+    wanted = [server for server in SERVERS if server.wanted]
     if wanted:
         install([package for server in wanted for package in server.packages])
-    if advice := [server.advice for server in wanted if server.missing]:
+    if advice := [server.advice for server in wanted if server.wanted]:
         sys.exit("\n".join(advice))
 
 

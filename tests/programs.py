@@ -1,4 +1,4 @@
-"""The database servers which the tests start: their programs, packages, and replacements.
+"""The servers which the tests start: their programs, packages, and replacements.
 
 Standard library only, because `scripts/prepare.py` uses it before anything is installed.
 """
@@ -13,12 +13,36 @@ _MORE_FOLDERS = ["/usr/sbin", "/usr/local/sbin", "/usr/libexec"]
 
 
 @dataclass(frozen=True)
-class Server:
-    """A kind of database server."""
+class Program:
+    """What the tests start."""
 
     name: str
     programs: list[str]
     packages: list[str]
+
+    @property
+    def missing(self) -> list[str]:
+        """The programs that are not on this machine."""
+        return [program for program in self.programs if find(program) is None]
+
+    @property
+    def wanted(self) -> bool:
+        """Whether it has to be installed."""
+        return bool(self.missing)
+
+    @property
+    def advice(self) -> str:
+        """What to do where programs are missing."""
+        return (
+            f"{self.name} is missing ({', '.join(self.missing)}): "
+            f"run `apt-get install {' '.join(self.packages)}` as root"
+        )
+
+
+@dataclass(frozen=True)
+class Server(Program):
+    """A kind of database server."""
+
     variable: str
     """The environment variable with the URL of a server to use instead of a private one."""
     example: str
@@ -29,16 +53,13 @@ class Server:
         return os.environ.get(self.variable)
 
     @property
-    def missing(self) -> list[str]:
-        """The programs that are not on this machine."""
-        return [program for program in self.programs if find(program) is None]
+    def wanted(self) -> bool:
+        return not self.url and super().wanted
 
     @property
     def advice(self) -> str:
-        """What to do where programs are missing."""
         return (
-            f"{self.name} is missing ({', '.join(self.missing)}): "
-            f"run `apt-get install {' '.join(self.packages)}` as root, or set {self.variable} "
+            f"{super().advice}, or set {self.variable} "
             f"to a server on which the tests may create databases, such as {self.example}"
         )
 
@@ -65,4 +86,5 @@ MARIADB = Server(
     variable="ASGI_DB_TEST_MYSQL_URL",
     example="mysql+asyncmy://user:password@localhost/mysql",
 )
-SERVERS = [POSTGRESQL, MARIADB]
+PGBOUNCER = Program(name="PgBouncer", programs=["pgbouncer"], packages=["pgbouncer"])
+SERVERS = [POSTGRESQL, MARIADB, PGBOUNCER]

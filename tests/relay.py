@@ -1,12 +1,46 @@
-"""A TCP relay before a database server: it counts round trips, and it can come up late."""
+"""A TCP relay before a database server: it counts round trips, and is a network that can fail."""
+
+from __future__ import annotations
 
 import asyncio
+import enum
+import re
 import socket
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Self
 
 from sqlalchemy.engine import make_url
+
+
+class Fate(enum.Enum):
+    """What becomes of something that a client sends."""
+
+    FORWARDED = enum.auto()
+    LOST = enum.auto()  # its connection is cut, and the server never sees it
+    ANSWER_LOST = enum.auto()  # its connection is cut as soon as the server has answered
+    HELD = enum.auto()  # the network freezes before the server has it
+    ANSWER_HELD = enum.auto()  # the network freezes before the client has the answer
+
+
+def once(words: bytes, fate: Fate) -> Callable[[bytes], Fate]:
+    """A fate for the first thing with these words that a client sends."""
+    return nth(1, fate, words)
+
+
+def nth(number: int, fate: Fate, words: bytes = b"") -> Callable[[bytes], Fate]:
+    """A fate for the nth thing (with these words) that a client sends, counted from 1."""
+    pattern = re.compile(rb"(?<![A-Z])" + re.escape(words))  # COMMIT, but not AUTOCOMMIT
+    seen = 0
+
+    def fate_of(data: bytes) -> Fate:
+        nonlocal seen
+        if pattern.search(data) is None:
+            return Fate.FORWARDED
+        seen += 1
+        return fate if seen == number else Fate.FORWARDED
+
+    return fate_of
 
 
 class Relay:
@@ -18,31 +52,68 @@ class Relay:
         url: the same database, through the relay.
         round_trips: how often a client has spoken after the server had answered.
         connections: how many connections were made.
+        open: how many of them are open now.
+        faults: how many things have had another fate than to be forwarded.
+        fate_of: what becomes of what a client sends; all is forwarded unless a test says otherwise.
+        delay: seconds by which everything comes late, in both directions.
+        holds_something: set while there is something that a frozen relay does not forward.
     """
 
     def __init__(self, url: str) -> None:
         target = make_url(url)
         self._target = str(target.host), int(target.port or 0)
-        self._socket = socket.socket()
-        self._socket.bind(("127.0.0.1", 0))
+        self._socket = _bound_to(0)
+        self._port: int = self._socket.getsockname()[1]
         self._accepting: asyncio.Server | None = None
         self._running: set[asyncio.Task[None]] = set()
-        through = target.set(host="127.0.0.1", port=self._socket.getsockname()[1])
+        self._flows = asyncio.Event()
+        self._flows.set()
+        through = target.set(host="127.0.0.1", port=self._port)
         self.url = through.render_as_string(hide_password=False)
         self.round_trips = 0
         self.connections = 0
+        self.faults = 0
+        self.fate_of: Callable[[bytes], Fate] = lambda _: Fate.FORWARDED
+        self.delay = 0.0
+        self.holds_something = asyncio.Event()
+
+    @property
+    def open(self) -> int:
+        return len(self._running)
+
+    # -- what a test does to the network -------------------------------------------------------
 
     async def start(self) -> None:
         """Accept connections from now on."""
         self._accepting = await asyncio.start_server(self._accept, sock=self._socket)
+
+    def refuse(self) -> None:
+        """Refuse new connections from now on, until it is started again."""
+        if self._accepting is not None:
+            self._accepting.close()
+            self._accepting = None
+            self._socket = _bound_to(self._port)
+
+    def cut(self) -> None:
+        """Cut every connection that is open."""
+        for task in self._running:
+            task.cancel()
+
+    def freeze(self) -> None:
+        """Forward nothing from now on, neither what is said nor that a connection was closed."""
+        self._flows.clear()
+
+    def thaw(self) -> None:
+        """Forward what has come meanwhile, and what comes."""
+        self.holds_something.clear()
+        self._flows.set()
 
     async def stop(self) -> None:
         """Close the port and every connection."""
         if self._accepting is not None:
             self._accepting.close()
         self._socket.close()
-        for task in self._running:
-            task.cancel()
+        self.cut()
         await asyncio.gather(*self._running, return_exceptions=True)
 
     async def __aenter__(self) -> Self:
@@ -51,6 +122,8 @@ class Relay:
 
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
+
+    # -- how it forwards -----------------------------------------------------------------------
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
@@ -68,19 +141,35 @@ class Relay:
             async with _closed_at_the_end(writer):
                 return
         answered = True
+        loses_answer = False
 
         async def requests() -> None:
-            nonlocal answered
-            while data := await reader.read(65536):
+            nonlocal answered, loses_answer
+            while data := await _read(reader):
                 self.round_trips += answered
                 answered = False
+                fate = self.fate_of(data)
+                self.faults += fate is not Fate.FORWARDED
+                if fate is Fate.LOST:
+                    return
+                if fate is Fate.HELD:
+                    self.freeze()
+                await self._pass()
+                loses_answer = fate is Fate.ANSWER_LOST
                 server_writer.write(data)
+                if fate is Fate.ANSWER_HELD:
+                    self.freeze()
+            await self._flows.wait()  # that it was closed comes late too
 
         async def answers() -> None:
             nonlocal answered
-            while data := await server_reader.read(65536):
+            while data := await _read(server_reader):
                 answered = True
+                if loses_answer:
+                    return
+                await self._pass()
                 writer.write(data)
+            await self._flows.wait()
 
         async with _closed_at_the_end(writer), _closed_at_the_end(server_writer):
             directions = [asyncio.ensure_future(requests()), asyncio.ensure_future(answers())]
@@ -91,11 +180,38 @@ class Relay:
                     direction.cancel()
                 await asyncio.gather(*directions, return_exceptions=True)
 
+    async def _pass(self) -> None:
+        """Wait until what has come may go through."""
+        if self.delay:
+            await asyncio.sleep(self.delay)
+        if not self._flows.is_set():
+            self.holds_something.set()
+            await self._flows.wait()
+
+
+def _bound_to(port: int) -> socket.socket:
+    """A socket which has the port, and refuses connections as long as nobody listens there."""
+    bound = socket.socket()
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind(("127.0.0.1", port))
+    return bound
+
+
+async def _read(reader: asyncio.StreamReader) -> bytes:
+    """What has come; nothing at the end, also if the other side has cut the connection off."""
+    try:
+        return await reader.read(65536)
+    except OSError:
+        return b""
+
 
 @asynccontextmanager
 async def _closed_at_the_end(writer: asyncio.StreamWriter) -> AsyncGenerator[None, None]:
     try:
         yield
+    except asyncio.CancelledError:
+        writer.transport.abort()
+        raise
     finally:
         writer.close()
         with suppress(OSError):

@@ -3,12 +3,16 @@
 Nothing here uses the library: these are the independent witnesses of the tests. A server is
 started in a temporary folder on a free port, or replaced by the one that the environment variable
 `ASGI_DB_TEST_POSTGRESQL_URL` or `ASGI_DB_TEST_MYSQL_URL` names, where the tests may then create
-and drop databases.
+and drop databases. A test that stops, restarts or freezes a server starts one for itself:
+
+    with servers.postgresql(own=True) as server, server.fresh_database() as url:
+        server.restart("immediate")
 """
 
 import asyncio
 import os
 import pwd
+import random
 import shutil
 import signal
 import socket
@@ -22,7 +26,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 from uuid import uuid4
 
 import asyncpg
@@ -32,6 +36,7 @@ from tests.programs import MARIADB, POSTGRESQL, Server, find
 
 T = TypeVar("T")
 Row = tuple[Any, ...]
+HowToStop: TypeAlias = Literal["fast", "immediate"]
 
 _DRIVERS = {
     "postgresql": "postgresql+asyncpg",
@@ -42,9 +47,12 @@ _DRIVERS = {
 # Started beside each server: it ends the server and removes its folder if the test session dies.
 _KEEPER = """
 read -r _ && exit
-kill -s "$1" "$2"
-for _ in 1 2 3 4 5 6 7 8 9 10; do kill -0 "$2" 2>/dev/null || break; sleep 0.3; done
-rm -rf "$3"
+if pid=$(cat "$2/server"); then
+    kill -s CONT "$pid" $(cat "/proc/$pid/task/$pid/children")
+    kill -s "$1" "$pid"
+    for _ in 1 2 3 4 5 6 7 8 9 10; do kill -0 "$pid" || break; sleep 0.3; done
+fi 2>/dev/null
+rm -rf "$2"
 """
 
 # InnoDB shows its transactions from a cache for as long as it is read more often than every 0.1 s.
@@ -184,11 +192,96 @@ async def _assert_none(
         await asyncio.sleep(0.02)
 
 
+class _Process:
+    """The process of a private server, which can end and be started again where it was."""
+
+    def __init__(
+        self, command: list[str], url: str, folder: Path, signals: dict[HowToStop, signal.Signals]
+    ) -> None:
+        self._command = command
+        self._url = url
+        self._folder = folder
+        self._signals = signals
+        self._running: subprocess.Popen[bytes] | None = None
+        self._keeper = subprocess.Popen(
+            ["sh", "-c", _KEEPER, "keeper", signals["immediate"].name[3:], str(folder)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    def start(self) -> bool:
+        """Start it and wait until it answers; False if it has ended instead."""
+        self._running = _start(self._command, self._folder)
+        (self._folder / "server").write_text(str(self._running.pid))  # the keeper reads it
+        return run(_answers(self._running, self._url))
+
+    def stop(self, how: HowToStop) -> None:
+        """End it, if it runs, and wait until it has."""
+        if self._running is not None:
+            self._running.send_signal(self._signals[how])
+            self._running.wait()
+            self._running = None
+            (self._folder / "server").unlink()
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to the server, then to its child processes."""
+        if self._running is not None:
+            pid = self._running.pid
+            os.kill(pid, number)
+            for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+                with suppress(ProcessLookupError):
+                    os.kill(int(child), number)
+
+    def close(self) -> None:
+        """End it for good."""
+        self.stop("immediate")
+        self._keeper.communicate(b"done\n")
+
+
 @dataclass(frozen=True)
 class DatabaseServer:
     """A running server, and databases on it which live as long as a test."""
 
     url: str
+    process: _Process | None = None
+
+    def stop(self, how: HowToStop = "fast") -> None:
+        """Stop the server, and wait until it has ended.
+
+        Args:
+            how: `fast` takes leave of the clients (SIGINT, SIGTERM); `immediate` is a crash.
+        """
+        self._own.stop(how)
+
+    def start(self) -> None:
+        """Start a stopped server on the same port and data, and wait until it answers."""
+        deadline = time.monotonic() + 10
+        while not self._own.start():
+            self._own.stop("immediate")
+            assert time.monotonic() < deadline, "the server does not start again"
+
+    def restart(self, how: HowToStop = "fast") -> None:
+        """Stop the server and start it again; the same arguments as `stop`."""
+        self.stop(how)
+        self.start()
+
+    @contextmanager
+    def frozen(self) -> Generator[None, None, None]:
+        """All its processes stand still (SIGSTOP) until the end of the block."""
+        self._own.send(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._own.send(signal.SIGCONT)
+
+    @property
+    def _own(self) -> _Process:
+        if self.process is None:
+            raise RuntimeError(
+                "this server was given by a URL, so it cannot be stopped or frozen:"
+                " use servers.postgresql(own=True) or servers.mariadb(own=True)."
+            )
+        return self.process
 
     @contextmanager
     def fresh_database(self) -> Generator[str, None, None]:
@@ -215,13 +308,17 @@ class DatabaseServer:
 
 
 @contextmanager
-def postgresql() -> Generator[DatabaseServer, None, None]:
-    """A private PostgreSQL server, or the one of `ASGI_DB_TEST_POSTGRESQL_URL`."""
-    if POSTGRESQL.url:
+def postgresql(*, own: bool = False) -> Generator[DatabaseServer, None, None]:
+    """A private PostgreSQL server, or the one of `ASGI_DB_TEST_POSTGRESQL_URL`.
+
+    Args:
+        own: a private one in any case, which can be restarted and frozen.
+    """
+    if POSTGRESQL.url and not own:
         yield DatabaseServer(_with_driver(POSTGRESQL.url))
         return
     initdb, postgres = _programs(POSTGRESQL, "initdb", "postgres")
-    with _folder() as folder:
+    with temporary_folder() as folder:
         user = _unique_user()
         settings = {
             "fsync": "off",
@@ -236,33 +333,33 @@ def postgresql() -> Generator[DatabaseServer, None, None]:
             [initdb, data, f"--username={user}", "--encoding=UTF8", "--locale=C", "--no-sync"],
             folder,
         )
-        with _running(
+        with running(
             lambda port: [postgres, "-D", f"{folder}/data", f"--port={port}", *options],
             lambda port: f"postgresql+asyncpg://{user}:password@127.0.0.1:{port}/postgres",
             folder,
-            signal.SIGQUIT,  # an immediate shutdown, its child processes included
+            {"fast": signal.SIGINT, "immediate": signal.SIGQUIT},  # child processes included
         ) as server:
             yield server
 
 
 @contextmanager
-def mariadb() -> Generator[DatabaseServer, None, None]:
-    """A private MariaDB server, or the one of `ASGI_DB_TEST_MYSQL_URL`."""
-    if MARIADB.url:
+def mariadb(*, own: bool = False) -> Generator[DatabaseServer, None, None]:
+    """A private MariaDB server, or the one of `ASGI_DB_TEST_MYSQL_URL`; see `postgresql`."""
+    if MARIADB.url and not own:
         yield DatabaseServer(_with_driver(MARIADB.url))
         return
     install, mariadbd = _programs(MARIADB, "mariadb-install-db", "mariadbd")
-    with _folder() as folder:
+    with temporary_folder() as folder:
         user = _unique_user()
         (folder / "init.sql").write_text(
-            f"CREATE USER {user}@'%' IDENTIFIED BY 'password';\n"
+            f"CREATE USER IF NOT EXISTS {user}@'%' IDENTIFIED BY 'password';\n"
             f"GRANT ALL ON *.* TO {user}@'%' WITH GRANT OPTION;\n"
         )
         data = ["--no-defaults", f"--datadir={folder}/data", "--innodb-log-file-size=16M"]
         _setup(
             [install, *data, "--skip-test-db", "--auth-root-authentication-method=normal"], folder
         )
-        with _running(
+        with running(
             lambda port: [
                 mariadbd,
                 *data,
@@ -272,41 +369,34 @@ def mariadb() -> Generator[DatabaseServer, None, None]:
                 f"--pid-file={folder}/pid",
                 f"--init-file={folder}/init.sql",
                 "--innodb-buffer-pool-size=32M",
-                "--innodb-flush-log-at-trx-commit=0",
+                "--innodb-flush-log-at-trx-commit=2",  # a commit outlives SIGKILL
                 "--max-connections=500",
                 "--skip-name-resolve",
             ],
             lambda port: f"mysql+asyncmy://{user}:password@127.0.0.1:{port}/mysql",
             folder,
-            signal.SIGKILL,  # its data is thrown away
+            {"fast": signal.SIGTERM, "immediate": signal.SIGKILL},
         ) as server:
             yield server
 
 
 @contextmanager
-def _running(
+def running(
     command: Callable[[int], list[str]],
     url: Callable[[int], str],
     folder: Path,
-    stop_signal: signal.Signals,
+    signals: dict[HowToStop, signal.Signals],
 ) -> Generator[DatabaseServer, None, None]:
     """Starts a server on a free port, waits until it answers, and stops it at the end."""
     for _ in range(3):  # another process may take the port first
         port = _free_port()
-        process = _start(command(port), folder)
-        keeper = subprocess.Popen(
-            ["sh", "-c", _KEEPER, "keeper", stop_signal.name[3:], str(process.pid), str(folder)],
-            stdin=subprocess.PIPE,
-            start_new_session=True,
-        )
+        process = _Process(command(port), url(port), folder, signals)
         try:
-            if run(_answers(process, url(port))):
-                yield DatabaseServer(url(port))
+            if process.start():
+                yield DatabaseServer(url(port), process)
                 return
         finally:
-            process.send_signal(stop_signal)
-            process.wait()
-            keeper.communicate(b"done\n")
+            process.close()
     raise RuntimeError(f"{command(0)[0]} does not start:\n{(folder / 'log').read_text()[-3000:]}")
 
 
@@ -349,7 +439,7 @@ async def _answers(process: "subprocess.Popen[bytes]", url: str) -> bool:
 
 
 @contextmanager
-def _folder() -> Generator[Path, None, None]:
+def temporary_folder() -> Generator[Path, None, None]:
     """A temporary folder with a short path (sockets) which other users can enter, below /tmp."""
     folder = Path(tempfile.mkdtemp(prefix="asgi-db-", dir="/tmp"))
     try:
@@ -365,10 +455,12 @@ def _programs(server: Server, *names: str) -> list[str]:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port which clients do not get for themselves, so that it is free for a restart too."""
+    while True:
+        port = random.randrange(15000, 32000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _unique_user() -> str:

@@ -3,24 +3,58 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
-from dataclasses import dataclass
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
 import pytest
 from sqlalchemy import insert, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from sqlalchemy.pool import QueuePool
 from sqlalchemy.testing import cancellation
 
-from asgi_db import Database, DBSession, DBSessionMiddleware, transactional, uuid4_str
+from asgi_db import (
+    Database,
+    DBSession,
+    DBSessionMiddleware,
+    Mode,
+    plain,
+    read_only,
+    transactional,
+    uuid4_str,
+)
 from asgi_db.cancellation import run_to_completion
-from asgi_db.types import ASGIApp, Receive, Scope, Send
-from tests.contract.client import call
-from tests.freezing import Freezer
+from asgi_db.types import ASGIApp, Message, Receive, Scope, Send
+from tests.cancelling import (
+    POOL,
+    SLEEP,
+    WAYS,
+    Counted,
+    Site,
+    answer,
+    each_way,
+    emptied,
+    no_complaints,
+    on_the_server,
+    outcome,
+    tables_on,
+    turns,
+)
+from tests.chaos.cancellation import cancellable
+from tests.contract.client import Exchange, call
 from tests.loops import every_loop
-from tests.servers import assert_disconnected, assert_idle, outside, run, server_connections
+from tests.relay import Fate, Relay, once
+from tests.servers import (
+    DatabaseServer,
+    Outside,
+    assert_disconnected,
+    assert_idle,
+    outside,
+    run,
+)
+from tests.sockets import websocket
 from tests.tables import Author, Base, authors
 
 # -- run_to_completion -------------------------------------------------------------------------
@@ -44,21 +78,10 @@ class Work:
         return "done"
 
 
-async def turns(number: int) -> None:
-    """Let everybody else go on."""
-    for _ in range(number):
-        await asyncio.sleep(0)
-
-
 @pytest.fixture
-async def unhandled() -> AsyncIterator[list[dict[str, Any]]]:
-    """What the event loop has to complain of: nothing, at the end."""
-    complaints: list[dict[str, Any]] = []
-    loop = asyncio.get_running_loop()
-    loop.set_exception_handler(lambda _, context: complaints.append(context))
-    yield complaints
-    loop.set_exception_handler(None)
-    assert complaints == []
+async def unhandled() -> AsyncIterator[None]:
+    async with no_complaints():
+        yield
 
 
 @every_loop
@@ -125,28 +148,6 @@ async def test_a_timeout_ends_it_with_its_own_error() -> None:
     assert work.ended.is_set()
 
 
-class Counted:
-    """Counts how often an awaitable is resumed."""
-
-    def __init__(self, awaitable: Coroutine[Any, Any, Any]) -> None:
-        self._awaitable = awaitable
-        self.resumed = 0
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        throw: BaseException | None = None
-        while True:
-            self.resumed += 1
-            try:
-                step = self._awaitable.send(None) if throw is None else self._awaitable.throw(throw)
-            except StopIteration as end:
-                return end.value
-            try:
-                yield step
-                throw = None
-            except BaseException as error:
-                throw = error
-
-
 @every_loop
 @pytest.mark.usefixtures("unhandled")
 @pytest.mark.parametrize("beforehand", [True, False])
@@ -176,56 +177,27 @@ async def test_in_a_cancelled_scope_it_waits_without_spinning(beforehand: bool) 
 
 # -- a request that is cancelled ---------------------------------------------------------------
 
-POOL = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 5}
+
+@pytest.fixture(scope="module")
+def postgresql_tables(postgresql_server: DatabaseServer) -> Iterator[str]:
+    with tables_on(postgresql_server) as url:
+        yield url
 
 
-@dataclass
-class Site:
-    """An application with a pool of one connection, and how to cancel its requests."""
+@pytest.fixture(scope="module")
+def mysql_tables(mysql_server: DatabaseServer) -> Iterator[str]:
+    with tables_on(mysql_server) as url:
+        yield url
 
-    url: str
-    database: Database
-    cancel: Callable[[], object] = lambda: None
-    """Cancels the request in the way of the test."""
 
-    def app(self, endpoint: Callable[[DBSession, Send], Awaitable[None]], way: str) -> ASGIApp:
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            await endpoint(scope["state"]["db"], send)
+@pytest.fixture
+def postgresql_url(postgresql_tables: str) -> str:
+    return emptied(postgresql_tables)
 
-        async def cancellable(scope: Scope, receive: Receive, send: Send) -> None:
-            if way == "scope":
-                with anyio.CancelScope() as cancel_scope:
-                    self.cancel = cancel_scope.cancel
-                    await inner(scope, receive, send)
-            else:
-                task = asyncio.current_task()
-                assert task is not None
-                self.cancel = task.cancel
-                await inner(scope, receive, send)
 
-        inner = DBSessionMiddleware(app, self.database, mode=transactional)
-        return cancellable
-
-    async def cancelled_call(self, app: ASGIApp, way: str, when: Awaitable[object]) -> None:
-        """Serve a request, and cancel it when the moment has come."""
-        request = asyncio.create_task(call(app))
-        await when
-        self.cancel()
-        if way == "twice":
-            await turns(3)
-            self.cancel()
-        async with asyncio.timeout(10):
-            await asyncio.wait((request,))
-        assert request.cancelled() or way == "scope", request
-
-    async def assert_clean(self) -> None:
-        pool = self.database.engine.pool
-        assert isinstance(pool, QueuePool)
-        assert pool.checkedout() == 0
-        await assert_idle(self.url)
-        async with self.database.transaction() as session:  # on the same connection, or a new one
-            session.add(Author(name="next"))
-        assert "next" in await authors(self.url)
+@pytest.fixture
+def mysql_url(mysql_tables: str) -> str:
+    return emptied(mysql_tables)
 
 
 @pytest.fixture
@@ -240,14 +212,6 @@ async def postgresql_site(postgresql_url: str) -> AsyncIterator[Site]:
     async with Database(postgresql_url, engine_options=POOL) as database:
         await database.create_tables(Base.metadata)
         yield Site(postgresql_url, database)
-
-
-each_way = pytest.mark.parametrize("way", ["task", "twice", "scope"])
-
-
-async def answer(send: Send) -> None:
-    await send({"type": "http.response.start", "status": 201, "headers": []})
-    await send({"type": "http.response.body"})
 
 
 @each_way
@@ -272,7 +236,7 @@ async def test_cancelled_while_it_connects(
         await session.execute(insert(Author).values(name="ada"))
 
     url: str = request.getfixturevalue(f"{server}_url")
-    async with Freezer(url) as relay:
+    async with Relay(url) as relay:
         async with Database(relay.url, engine_options=POOL) as database:
             await database.create_tables(Base.metadata)
             await database.dispose()
@@ -297,19 +261,6 @@ async def test_cancelled_between_two_statements(site: Site, way: str) -> None:
     await site.assert_clean()
 
 
-SLEEP = {"postgresql": "SELECT pg_sleep(1.5)", "mysql": "SELECT SLEEP(1.5)"}
-"""Short, because not every driver tells its server of a cancellation."""
-
-
-async def on_the_server(url: str, query: str) -> None:
-    """Wait until the server runs this statement."""
-    while True:
-        clients = await server_connections(url)
-        if any(client.state == "active" and query in client.query for client in clients):
-            return
-        await asyncio.sleep(0.01)
-
-
 @each_way
 @pytest.mark.parametrize("server", ["postgresql", "mysql"])
 async def test_cancelled_inside_a_running_statement(
@@ -329,8 +280,8 @@ async def test_cancelled_inside_a_running_statement(
         await site.assert_clean()
 
 
-@each_way
-async def test_cancelled_during_commit_it_waits_for_the_result(
+@pytest.mark.parametrize("way", ["twice", "scope"])
+async def test_cancelled_while_the_server_commits_it_waits_for_the_result(
     postgresql_site: Site, way: str
 ) -> None:
     async def endpoint(session: DBSession, send: Send) -> None:
@@ -347,10 +298,185 @@ async def test_cancelled_during_commit_it_waits_for_the_result(
             "CREATE CONSTRAINT TRIGGER slow_commit AFTER INSERT ON author"
             " DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION wait()"
         )
-    committing = on_the_server(site.url, "COMMIT")
-    await site.cancelled_call(site.app(endpoint, way), way, committing)
+        committing = on_the_server(site.url, "COMMIT")
+        await site.cancelled_call(site.app(endpoint, way), way, committing)
+        await connection.execute("DROP FUNCTION wait CASCADE")
     assert await authors(site.url) == ["ada"]
     await site.assert_clean()
+
+
+# -- a request that is cancelled during its COMMIT ----------------------------------------------
+
+
+@pytest.fixture(params=["postgresql", "mysql"])
+async def relay(request: pytest.FixtureRequest) -> AsyncIterator[Relay]:
+    """The network before a server."""
+    async with Relay(request.getfixturevalue(f"{request.param}_url")) as relay:
+        yield relay
+
+
+@pytest.fixture
+async def remote(relay: Relay, request: pytest.FixtureRequest) -> AsyncIterator[Site]:
+    """A site whose network is about to freeze around a COMMIT."""
+    async with Database(relay.url, engine_options=POOL) as database:
+        await database.create_tables(Base.metadata)
+        yield Site(relay.url, database)
+
+
+each_moment = pytest.mark.parametrize(
+    ("way", "fate"), [*[(way, Fate.HELD) for way in WAYS], ("task", Fate.ANSWER_HELD)]
+)
+each_committing_style = pytest.mark.parametrize("style", ["transactional", "by hand", "begin"])
+ANNOUNCED = "committed, answer not delivered"
+
+
+@dataclass
+class Commit:
+    """A request which is cancelled while the network holds up its COMMIT."""
+
+    site: Site
+    relay: Relay
+    app: ASGIApp
+
+    async def cancelled(self, way: str, fate: Fate) -> asyncio.Task[Exchange]:
+        """The request, when it has been cancelled; nothing has come of that yet."""
+        self.relay.fate_of = once(b"COMMIT", fate)
+        request = asyncio.create_task(self.site.serve(self.app))
+        await self.relay.holds_something.wait()
+        for _ in range(2 if way == "twice" else 1):
+            self.site.cancel()
+            await turns(10)
+            assert not request.done()
+        return request
+
+
+@each_committing_style
+@each_moment
+async def test_cancelled_during_commit_it_answers_or_says_that_it_did_not(
+    remote: Site, relay: Relay, style: str, way: str, fate: Fate, caplog: pytest.LogCaptureFixture
+) -> None:
+    mode, endpoint = STYLES[style]
+    app = remote.app(lambda session, send: endpoint(session, send, "ada"), way, mode)
+    request = await Commit(remote, relay, app).cancelled(way, fate)
+    relay.thaw()
+    await remote.assert_cancelled(request, way)
+    assert await authors(remote.url) == ["ada 1", "ada 2"]
+    if style == "transactional":
+        assert remote.delivered == ["http.response.start", "http.response.body"]
+        assert ANNOUNCED not in caplog.text
+    else:  # it is cancelled where it waits for its own COMMIT
+        assert remote.delivered == []
+        assert f"POST /: {ANNOUNCED}" in caplog.text
+    await remote.assert_clean()
+
+
+@pytest.mark.parametrize("way", ["middleware-timeout", "middleware-disconnect"])
+@each_committing_style
+async def test_cancelled_during_commit_by_a_middleware_it_says_that_it_did_not_answer(
+    remote: Site, relay: Relay, style: str, way: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A `BaseHTTPMiddleware` takes no answer any more from what it has cancelled."""
+    mode, endpoint = STYLES[style]
+    app = remote.app(lambda session, send: endpoint(session, send, "ada"), way, mode)
+    request = await Commit(remote, relay, app).cancelled(way, Fate.HELD)
+    relay.thaw()
+    await asyncio.wait((request,), timeout=20)
+    expected = {"middleware-timeout": "TimeoutError", "middleware-disconnect": "ClientDisconnect"}
+    assert outcome(request) == expected[way]
+    assert remote.sent == []
+    assert await authors(remote.url) == ["ada 1", "ada 2"]
+    assert f"POST /: {ANNOUNCED}" in caplog.text
+    await remote.assert_clean()
+
+
+@each_way
+async def test_cancelled_during_commit_a_stream_still_begins(
+    remote: Site, relay: Relay, way: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    mode, endpoint = STYLES["stream"]
+    app = remote.app(lambda session, send: endpoint(session, send, "ada"), way, mode)
+    request = await Commit(remote, relay, app).cancelled(way, Fate.HELD)
+    relay.thaw()
+    await remote.assert_cancelled(request, way)
+    assert remote.delivered[0] == "http.response.start"
+    assert (await authors(remote.url))[:2] == ["ada 1", "ada 2"]
+    assert ANNOUNCED not in caplog.text
+    await remote.assert_clean()
+
+
+@pytest.mark.parametrize("way", ["task", "scope"])
+@pytest.mark.parametrize("client", ["has gone", "takes nothing"])
+async def test_cancelled_during_commit_it_says_that_its_client_did_not_take_the_answer(
+    remote: Site, relay: Relay, way: str, client: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def take_nothing(message: Message) -> None:
+        if client == "has gone":
+            raise OSError("the client has gone")
+        await asyncio.Event().wait()
+
+    async def endpoint(session: DBSession, send: Send) -> None:
+        await session.execute(insert(Author).values(name="ada"))
+        await answer(send)
+
+    app = remote.app(endpoint, way)
+
+    async def behind(scope: Scope, receive: Receive, send: Send) -> None:
+        await app(scope, receive, take_nothing)
+
+    request = await Commit(remote, relay, behind).cancelled(way, Fate.HELD)
+    relay.thaw()
+    await asyncio.wait((request,), timeout=20)
+    assert outcome(request) != "still running"
+    assert await authors(remote.url) == ["ada"]
+    assert f"POST /: {ANNOUNCED}" in caplog.text
+    await remote.assert_clean()
+
+
+@each_moment
+@pytest.mark.parametrize("by_hand", [False, True])
+async def test_cancelled_during_the_commit_of_a_message_it_answers_or_says_that_it_did_not(
+    remote: Site,
+    relay: Relay,
+    way: str,
+    fate: Fate,
+    by_hand: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        session: DBSession = scope["state"]["db"]
+        await receive()
+        await send({"type": "websocket.accept"})
+        await session.execute(insert(Author).values(name="ada"))
+        if by_hand:
+            await session.commit()
+        await send({"type": "websocket.send", "text": "done"})
+        await receive()
+
+    wrapped = DBSessionMiddleware(app, remote.database, mode=plain if by_hand else transactional)
+    relay.fate_of = once(b"COMMIT", fate)
+    async with websocket(cancellable(way, wrapped, remote)) as socket:
+        await relay.holds_something.wait()
+        for _ in range(2 if way == "twice" else 1):
+            remote.cancel()
+            await turns(10)
+        assert not socket.has_answer
+        relay.thaw()
+        answered = await socket.receive()
+        if answered is not None:
+            assert await socket.receive() is None
+    expected = {"scope": type(None), "timeout": TimeoutError}
+    assert type(socket.error) is expected.get(way, asyncio.CancelledError)
+    assert await authors(remote.url) == ["ada"]
+    if by_hand:  # it is cancelled where it waits for its own COMMIT, or at the next await
+        announced = f"WEBSOCKET /: {ANNOUNCED}" in caplog.text
+        assert announced == (answered is None)
+    else:
+        assert answered == {"type": "websocket.send", "text": "done"}
+        assert ANNOUNCED not in caplog.text
+    await remote.assert_clean()
+
+
+# -- a request that is cancelled after its COMMIT ------------------------------------------------
 
 
 @each_way
@@ -389,8 +515,230 @@ async def test_a_statement_that_a_timeout_cut_off_is_never_acknowledged(
     await site.assert_clean()
 
 
-@pytest.mark.parametrize("cancels", [1, 2])
-@pytest.mark.parametrize("warm", [True, False])
+# -- a request that is cancelled at each of the points where it waits ---------------------------
+
+
+class Points:
+    """Counts the points at which a request waits, in whichever of its tasks, and cancels at some.
+
+    Attributes:
+        passed: how many there have been.
+    """
+
+    def __init__(self, site: Site, *cancel_at: int) -> None:
+        self.passed = 0
+        self._site = site
+        self._cancel_at = cancel_at
+
+    def __call__(self) -> None:
+        self.passed += 1
+        if self.passed in self._cancel_at:
+            self._site.cancel()
+
+
+watching: ContextVar[Points] = ContextVar("watching")
+
+
+@pytest.fixture
+async def watched_tasks() -> AsyncIterator[None]:
+    """Let the tasks which a watched request begins be watched too."""
+
+    def make_task(
+        loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any
+    ) -> asyncio.Task[Any]:
+        points = watching.get(None)
+        if points is not None:
+            coroutine = Counted(coroutine, points)
+        return asyncio.Task(coroutine, loop=loop, **options)
+
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(make_task)
+    yield
+    loop.set_task_factory(None)
+
+
+async def ends_with_the_answer(session: DBSession, send: Send, name: str) -> None:
+    await session.execute(insert(Author).values(name=f"{name} 1"))
+    await session.execute(insert(Author).values(name=f"{name} 2"))
+    await answer(send)
+
+
+async def commits_by_hand(session: DBSession, send: Send, name: str) -> None:
+    session.add(Author(name=f"{name} 1"))
+    await session.flush()
+    session.add(Author(name=f"{name} 2"))
+    await session.commit()
+    await answer(send)
+
+
+async def opens_a_block(session: DBSession, send: Send, name: str) -> None:
+    async with session.begin():
+        await session.execute(insert(Author).values(name=f"{name} 1"))
+        await session.execute(insert(Author).values(name=f"{name} 2"))
+    await answer(send)
+
+
+async def reads(session: DBSession, send: Send, name: str) -> None:
+    for _ in range(2):
+        assert (await session.scalars(select(Author.name).where(Author.id == 1))).all() == ["ada"]
+    await answer(send)
+
+
+async def streams(session: DBSession, send: Send, name: str) -> None:
+    await session.execute(insert(Author).values(name=f"{name} 1"))
+    await session.execute(insert(Author).values(name=f"{name} 2"))
+    await send({"type": "http.response.start", "status": 201, "headers": []})
+    for number in (3, 4):
+        await session.execute(insert(Author).values(name=f"{name} {number}"))
+        await send({"type": "http.response.body", "body": b"more", "more_body": True})
+    await send({"type": "http.response.body"})
+
+
+STYLES: dict[str, tuple[Mode, Callable[[DBSession, Send, str], Awaitable[None]]]] = {
+    "transactional": (transactional, ends_with_the_answer),
+    "by hand": (plain, commits_by_hand),
+    "begin": (plain, opens_a_block),
+    "read_only": (read_only, reads),
+    "stream": (transactional, streams),
+}
+
+
+@dataclass
+class Sweep:
+    """One style of request, cancelled in one way at each point in turn."""
+
+    site: Site
+    style: str
+    way: str
+    log: pytest.LogCaptureFixture
+    witness: Outside
+    found: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    async def calm(self) -> None:
+        """Serve a request which nobody cancels, on a connection that is there or a new one."""
+        name = f"calm {next(self.numbers)}"
+        exchange = await call(self._app(name, None))
+        assert (exchange.status, exchange.complete, exchange.error) == (201, True, None)
+        rows = {"read_only": 0, "stream": 4}.get(self.style, 2)
+        self.found[name] = [f"{name} {number}" for number in range(1, rows + 1)]
+
+    async def cut(self, name: str, *cancel_at: int) -> int:
+        """Serve a request which is cancelled at these points; how many it has passed."""
+        points = Points(self.site, *cancel_at)
+        self.log.clear()
+        request = asyncio.create_task(self.site.serve(self._app(name, points)))
+        await asyncio.wait((request,), timeout=20)
+        if points.passed < cancel_at[0]:
+            assert outcome(request) == "ended"
+        else:
+            await self.site.assert_cancelled(request, self.way)
+        passed = points.passed
+        await self.site.assert_returned()
+        await self._assert_whole(name)
+        if self.site.database.url.get_backend_name() == "postgresql":  # MariaDB's are too slow
+            await assert_idle(self.site.url, within=1)
+        return passed
+
+    def _app(self, name: str, points: Points | None) -> ASGIApp:
+        mode, endpoint = STYLES[self.style]
+
+        async def named(session: DBSession, send: Send) -> None:
+            await endpoint(session, send, name)
+
+        app = self.site.app(named, self.way, mode)
+        if points is None:
+            return app
+
+        async def watched(scope: Scope, receive: Receive, send: Send) -> None:
+            async def serve() -> None:
+                await app(scope, receive, send)
+
+            watching.set(points)
+            await Counted(serve(), points)
+
+        return watched
+
+    async def _assert_whole(self, name: str) -> None:
+        """What was acknowledged is there; else it is announced, or nothing is there."""
+        there = [row for row in await self._rows() if row.startswith(f"{name} ")]
+        # The first unit writes two rows, and each of a stream's further units writes one. What
+        # answers them is the status line, and each piece of the body.
+        committed = [] if there == [] else ["1, 2", *there[2:]]
+        assert there[:2] in ([], [f"{name} 1", f"{name} 2"])
+        assert len(committed) >= len(self.site.sent[:1]) or self.style == "read_only"
+        announced = "committed, answer not delivered" in self.log.text
+        assert announced == (len(committed) > len(self.site.delivered))
+        self.found[name] = there
+
+    async def assert_still_whole(self) -> None:
+        """Nothing has come later: no connection went back with a transaction left open."""
+        there = await self._rows()
+        for name, rows in self.found.items():
+            assert [row for row in there if row.startswith(f"{name} ")] == rows
+
+    async def _rows(self) -> list[str]:
+        rows = await self.witness.execute("SELECT name FROM author ORDER BY 1")
+        return [name for (name,) in rows]
+
+
+@pytest.fixture
+async def sweep(
+    site: Site, style: str, way: str, caplog: pytest.LogCaptureFixture
+) -> AsyncIterator[Sweep]:
+    async with site.database.transaction() as session:
+        session.add(Author(name="ada"))
+    async with outside(site.url) as witness:
+        sweep = Sweep(site, style, way, caplog, witness)
+        yield sweep
+        await assert_idle(site.url, within=1)
+        await sweep.assert_still_whole()
+    await site.assert_clean()
+    await site.database.dispose()
+    await assert_disconnected(site.url)
+
+
+each_style = pytest.mark.parametrize("style", STYLES)
+watched = pytest.mark.usefixtures("watched_tasks", "unhandled")
+
+
+@watched
+@each_style
+@pytest.mark.parametrize("way", ["task", "scope", "timeout"])
+async def test_cancelled_at_each_point_where_it_waits(sweep: Sweep) -> None:
+    for point in itertools.count(1):
+        await sweep.calm()
+        if await sweep.cut(f"{point}", point) < point:
+            break
+
+
+@watched
+@pytest.mark.parametrize("style", ["transactional", "by hand", "begin", "read_only"])
+@pytest.mark.parametrize("way", ["task"])
+async def test_cancelled_again_at_each_point_of_its_clean_up(sweep: Sweep) -> None:
+    passed = point = 1
+    while passed >= point:
+        again = point + 1
+        passed = again
+        while passed >= again:
+            await sweep.calm()
+            passed = await sweep.cut(f"{point} and {again}", point, again)
+            again += 1
+        point += 1
+
+
+@watched
+@pytest.mark.parametrize("style", ["transactional"])
+@pytest.mark.parametrize("way", ["task", "scope", "timeout", "twice"])
+async def test_cancelled_at_each_point_when_it_has_to_connect_first(sweep: Sweep) -> None:
+    for point in itertools.count(1):
+        await sweep.site.database.dispose()
+        again = [point + 1] if sweep.way == "twice" else []
+        if await sweep.cut(f"{point}", point, *again) < point:
+            break
+
+
+@pytest.mark.parametrize(("warm", "cancels"), [(True, 1), (True, 2), (False, 1)])
 def test_cancelled_at_each_point_of_its_input_and_output(
     postgresql_url: str, warm: bool, cancels: int
 ) -> None:

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import Engine, select, text
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_db import Database, DBSession, Mode, plain, read_only, transactional
 from asgi_db.engine import BEGIN_OPTION, MODE_OPTION, has_gone, variant_options, writes
-from asgi_db.pool import VERIFY_AFTER_IDLE
 from asgi_db.errors import ConfigurationError
+from asgi_db.pool import VERIFY_AFTER_IDLE
 from tests.relay import Relay
 from tests.servers import assert_disconnected, assert_idle, outside
 from tests.tables import Author, Base, Child, Deferred, Parent

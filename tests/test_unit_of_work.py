@@ -39,7 +39,7 @@ from asgi_db import unit_of_work as module
 from asgi_db.types import Receive, Scope, Send
 from asgi_db.unit_of_work import TRANSITIONS, State, UnitOfWork
 from tests.contract.client import call
-from tests.freezing import Freezer
+from tests.relay import Relay
 from tests.servers import assert_idle, outside, server_connections
 from tests.tables import Author, Base, Child, Deferred, authors
 
@@ -671,7 +671,7 @@ async def test_a_rollback_that_hangs_is_given_up_and_the_pool_recovers(
 ) -> None:
     monkeypatch.setattr(module, "CLEANUP_TIMEOUT", 0.3)
     async with (
-        Freezer(server_url) as relay,
+        Relay(server_url) as relay,
         opened_database(relay.url, pool_size=1) as database,
     ):
         unit = unit_of(database)

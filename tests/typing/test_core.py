@@ -71,7 +71,7 @@ def test_what_cannot_work_is_an_error_of_the_type_checkers_too() -> None:
     with pytest.raises(TypeError):
         read_only(isolation="SERIALIZABLE")  # type: ignore[call-overload]
     with pytest.raises(TypeError):
-        plain(isolation="SERIALIZABLE")  # type: ignore[call-arg]
+        plain(isolation="SERIALIZABLE")  # type: ignore[call-overload]
     with pytest.raises(TypeError):
         Database("sqlite://", pools="low")  # type: ignore[call-arg]
 

@@ -1,0 +1,119 @@
+"""`python -m tests.chaos`: run the scenarios, print the table."""
+
+import argparse
+import multiprocessing
+import os
+import random
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from tests import servers
+from tests.chaos import report
+from tests.chaos.contenders import CONTENDERS, OURS, Backend
+from tests.chaos.report import Row
+from tests.chaos.runner import Job, run
+from tests.chaos.scenarios import ON_FILES, SCENARIOS
+
+ROOT = Path(__file__).parents[2]
+DOCUMENT = ROOT / "docs" / "reliability.md"
+RESULTS = ROOT / ".build" / "chaos.json"
+"""The rows of all full runs so far, the last of each."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is asked for; the result is 1 if our own contender is not clean."""
+    options = _parse(arguments)
+    seed: int = options.seed if options.seed is not None else random.randrange(1_000_000)
+    print(f"seed {seed}", file=sys.stderr, flush=True)
+    jobs = [
+        Job(contender, backend, scenarios, python, seed, options.scale)
+        for contender in CONTENDERS
+        if not options.contender or contender.name in options.contender
+        for python in [options.peers if contender.is_peer else sys.executable]
+        for backend in contender.backends
+        if not options.database or backend in options.database
+        if (scenarios := _scenarios(backend, options.only))
+    ]
+    spawn = multiprocessing.get_context("spawn")
+    rows = list[Row]()
+    with ProcessPoolExecutor(options.jobs, mp_context=spawn) as pool:
+        for result in pool.map(run, jobs):
+            rows += result
+            if options.scale == 1:
+                report.merge(RESULTS, result)
+    shown = report.merge(RESULTS, []) if options.write else rows
+    text = report.table(_sorted(shown))
+    if options.write:
+        environments = {False: sys.executable, True: options.peers}
+        head = report.description(shown, _server_versions(), environments)
+        text = f"{head}\n\n{text}"
+        report.write(DOCUMENT, text)
+    print(text)
+    return int(any(row.contender == OURS and not row.outcome.is_clean for row in rows))
+
+
+def _scenarios(backend: Backend, only: Sequence[str]) -> tuple[str, ...]:
+    names = ON_FILES if backend == "sqlite" else SCENARIOS
+    return tuple(name for name in names if not only or name in only)
+
+
+def _sorted(rows: Sequence[Row]) -> list[Row]:
+    scenarios, contenders = [*SCENARIOS, *ON_FILES], [contender.name for contender in CONTENDERS]
+    databases = list(report.DATABASES)
+
+    def place(row: Row) -> tuple[int, int, int]:
+        return (
+            scenarios.index(row.scenario),
+            databases.index(row.backend),
+            contenders.index(row.contender.name),
+        )
+
+    return sorted(rows, key=place)
+
+
+def _server_versions() -> list[str]:
+    async def ask(url: str) -> str:
+        async with servers.outside(url) as connection:
+            ((version,),) = await connection.execute("SELECT version()")
+        return str(version).removeprefix("PostgreSQL ").partition(" ")[0].partition("-")[0]
+
+    with servers.postgresql(own=True) as postgresql, servers.mariadb(own=True) as mariadb:
+        return [
+            f"PostgreSQL {servers.run(ask(postgresql.url))}",
+            f"MariaDB {servers.run(ask(mariadb.url))}",
+        ]
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="make chaos ARGS=...", description=__doc__)
+
+    def choice(option: str, names: Sequence[str], help: str) -> None:
+        parser.add_argument(
+            option, nargs="+", action="extend", default=[], choices=names, metavar="NAME", help=help
+        )
+
+    choice("--only", [*SCENARIOS, *ON_FILES], f"scenarios: {', '.join([*SCENARIOS, *ON_FILES])}")
+    names = [contender.name for contender in CONTENDERS]
+    choice("--contender", names, f"contenders: {', '.join(names)}")
+    choice("--database", list(report.DATABASES), f"databases: {', '.join(report.DATABASES)}")
+    parser.add_argument("--seed", type=int, help="that of an earlier run; chosen if left out")
+    parser.add_argument("--scale", type=float, default=1, help="multiplies the numbers of tries")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="contenders at a time")
+    parser.add_argument(
+        "--peers",
+        type=os.path.abspath,
+        default=sys.executable,
+        help="Python of the environment of the other libraries",
+    )
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help=f"replace the table in {DOCUMENT.name}; what this run leaves out is kept as it was",
+    )
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""The applications which the harness compares: one module each, served by a real uvicorn.
+
+Each is written as the documentation of its library says, with the same routes, on a pool of 5
+without overflow, where a request waits 2 s for a connection.
+
+| route                        | does                                                              |
+| ---------------------------- | ----------------------------------------------------------------- |
+| `GET /nothing`               | uses no database                                                  |
+| `GET /items/{id}`            | reads; 404 if there is none                                       |
+| `POST /items/{id}`           | inserts; 201                                                      |
+| `POST /slow/{id}?seconds=`   | a query that takes so long, then an insert; 201                   |
+| `POST /pair/{id}?seconds=`   | inserts `id`, waits in Python, inserts `-id`; both or neither     |
+| `GET /stream`, `/events`     | `?chunks=&seconds=`: a query before each piece                    |
+| `GET /big`                   | reads, then sends 5 MB                                            |
+| `WS /ws`                     | inserts each message, which is an id, and answers "ok"            |
+| `POST /count`                | SQLite only: reads item 0, a number, and writes the next          |
+"""
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+Backend: TypeAlias = Literal["postgresql", "mysql", "sqlite"]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A library, or the lack of one.
+
+    Attributes:
+        name: of its module here.
+        title: for the table.
+        packages: whose versions the report names.
+        backends: on which it is measured.
+        is_peer: whether it lives in the peers' environment, not in that of the tests.
+    """
+
+    name: str
+    title: str
+    packages: tuple[str, ...]
+    backends: tuple[Backend, ...] = ("postgresql",)
+    is_peer: bool = True
+
+    @property
+    def app(self) -> str:
+        """Where its application is, `module:attribute`."""
+        return f"{__name__}.{self.name}:app"
+
+
+OURS = Contender(
+    "asgi_db",
+    "**asgi-db**",
+    ("asgi-db", "fastapi"),
+    ("postgresql", "mysql", "sqlite"),
+    is_peer=False,
+)
+
+CONTENDERS = [
+    OURS,
+    Contender(
+        "plain_depends",
+        "plain `Depends`",
+        ("fastapi",),
+        ("postgresql", "mysql", "sqlite"),
+        is_peer=False,
+    ),
+    Contender(
+        "fastapi_async_sqlalchemy", "fastapi-async-sqlalchemy", ("fastapi-async-sqlalchemy",)
+    ),
+    Contender("asgi_sqlalchemy", "asgi-sqlalchemy", ("asgi-sqlalchemy",)),
+    Contender(
+        "advanced_alchemy_fastapi", "advanced-alchemy (FastAPI)", ("advanced-alchemy", "fastapi")
+    ),
+    Contender(
+        "advanced_alchemy_litestar",
+        "advanced-alchemy (Litestar)",
+        ("advanced-alchemy", "litestar"),
+    ),
+    Contender(
+        "context_async_sqlalchemy", "context-async-sqlalchemy", ("context-async-sqlalchemy",)
+    ),
+    Contender("fastapi_sqla", "fastapi-sqla", ("fastapi-sqla",)),
+    Contender("fastapi_toolsets", "fastapi-toolsets", ("fastapi-toolsets",)),
+]
