@@ -25,13 +25,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from asgi_db.cancellation import (
-    abandon_connect,
-    background_is_over,
-    in_background,
-    running_loop,
-    terminate,
-)
+from asgi_db.cancellation import background_is_over, in_background, running_loop, terminate
+from asgi_db.engine import raise_if_connect_failed
 
 logger = logging.getLogger("asgi_db")
 
@@ -66,8 +61,8 @@ async def connection_of(engine: AsyncEngine) -> AsyncGenerator[AsyncConnection]:
     try:
         async with engine.connect() as connection:
             yield connection
-    except BaseException:
-        abandon_connect()
+    except BaseException as error:
+        raise_if_connect_failed(error)
         raise
 
 
@@ -96,7 +91,7 @@ class AbandonedStatements:
         """
         self._engine = engine
         self._numbers_are_known = not pooler and engine.dialect.name in _END_AT_SERVER
-        self._connected_at: dict[int, float] = {}
+        self._cut_off: dict[int, tuple[float, float]] = {}
         self._ending: asyncio.Task[None] | None = None
         event.listen(engine.sync_engine, "connect", self._connect)
         event.listen(engine.sync_engine, "invalidate", self._invalidate)
@@ -120,7 +115,7 @@ class AbandonedStatements:
         loop, connected = entry.info.get(_CONNECTED, (None, 0.0))
         if id is None or loop is None or loop is not running_loop():
             return
-        self._connected_at[id] = connected
+        self._cut_off[id] = connected, time.monotonic()
         if self._ending is None or self._ending.done() or self._ending.get_loop().is_closed():
             self._ending = asyncio.ensure_future(self._end_all())
         # Else SQLAlchemy would wait for a server that may not answer any more.
@@ -129,7 +124,7 @@ class AbandonedStatements:
     async def _end_all(self) -> None:
         deadline = time.monotonic() + GIVE_UP_AFTER
         delay = 0.05
-        while self._connected_at:
+        while self._cut_off:
             try:
                 with anyio.fail_after(ATTEMPT_TIMEOUT):
                     async with connection_aside(self._engine) as connection:
@@ -143,27 +138,29 @@ class AbandonedStatements:
     def _give_up(self, error: Exception) -> None:
         logger.error(
             "%d statements that were cut off may still run on the server, which cannot be told: %s",
-            len(self._connected_at),
+            len(self._cut_off),
             type(error).__name__,
         )
-        self._connected_at.clear()
+        self._cut_off.clear()
 
     async def _end_all_over(self, connection: AsyncConnection) -> None:
         statement = text(_END_AT_SERVER[connection.dialect.name])
         started = -math.inf
         if connection.dialect.name != "postgresql":
-            row = (await connection.execute(text("SHOW GLOBAL STATUS LIKE 'Uptime'"))).one()
-            started = time.monotonic() - int(row[1]) + 1  # it counts in whole seconds
-        while self._connected_at:
-            id, connected = next(iter(self._connected_at.items()))
+            # The server counts the whole seconds since the one in which it started.
+            uptime = (await connection.execute(text("SHOW GLOBAL STATUS LIKE 'Uptime'"))).one()[1]
+            fraction = await connection.scalar(text("SELECT MICROSECOND(NOW(6)) / 1000000"))
+            started = time.monotonic() - float(uptime) + 1 - float(fraction)  # at the latest
+        while self._cut_off:
+            id, (connected, cut_off) = next(iter(self._cut_off.items()))
             try:
-                if connected >= started:
+                if cut_off >= started:  # else the number may be another's since the restart
                     age = time.monotonic() - connected
                     await connection.execute(statement, {"id": id, "age": age})
             except SQLAlchemyError as error:
                 if getattr(error.__cause__, "args", (0,))[0] != _UNKNOWN_THREAD:
                     raise
-            self._connected_at.pop(id, None)
+            self._cut_off.pop(id, None)
 
     async def all_ended(self) -> None:
         """Wait, within a bound, until the server knows of every statement that was cut off."""

@@ -70,13 +70,19 @@ def connect_is_complete() -> None:
         _being_set_up.pop(task, None)
 
 
+def being_set_up() -> Any:
+    """Return the connection which this task has made and is setting up, if it is."""
+    task = current_task()
+    return None if task is None else _being_set_up.get(task)
+
+
 def abandon_connect() -> None:
     """Terminate the connection which this task has made, if it was cut off while setting it up.
 
     SQLAlchemy sends statements to set up a new connection, and forgets it if it is cut off there.
     """
-    task = current_task()
-    connection = None if task is None else _being_set_up.pop(task, None)
+    connection = being_set_up()
+    connect_is_complete()
     if connection is not None:
         terminate(connection)
 

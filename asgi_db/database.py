@@ -22,6 +22,7 @@ from asgi_db.abandoned import connection_aside, connection_of, patient_connectio
 from asgi_db.cancellation import run_to_completion
 from asgi_db.engine import base_options, lost_connection, variant_options, watch
 from asgi_db.errors import ConfigurationError, DatabaseBusyError, DatabaseDownError
+from asgi_db.fair_pool import FairPool
 from asgi_db.modes import Mode, Transactional, plain, transactional
 from asgi_db.pool import (
     EngineLife,
@@ -345,7 +346,9 @@ class Database:
     def _make_engine(self, url: URL) -> AsyncEngine:
         # A pool class of the user's own, such as NullPool, need not take the profile's values.
         has_own_pool = "poolclass" in self._engine_options
-        options = {} if has_own_pool else self._profile.engine_options()
+        options: dict[str, Any] = {}
+        if not has_own_pool:
+            options.update(self._profile.engine_options(), poolclass=FairPool)
         options.update(base_options(url))
         if url.get_backend_name() == "postgresql" and self._pooler == "transaction":
             options["connect_args"] = {

@@ -16,7 +16,7 @@ from sqlalchemy.engine import Dialect, ExceptionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from asgi_db.cancellation import connect_whole, in_background
+from asgi_db.cancellation import abandon_connect, being_set_up, connect_whole, in_background
 from asgi_db.errors import (
     ConfigurationError,
     DatabaseDownError,
@@ -24,7 +24,6 @@ from asgi_db.errors import (
     ReadOnlyError,
 )
 from asgi_db.modes import Mode
-from asgi_db.unit_of_work import UNIT_OPTION
 
 if TYPE_CHECKING:
     from asgi_db.unit_of_work import UnitOfWork
@@ -41,6 +40,12 @@ makes sure. SQLAlchemy's own `isolation_level="AUTOCOMMIT"` changes it twice per
 
 MODE_OPTION = "asgi_db_mode"
 """Execution option: the mode, where it restricts what may be sent."""
+
+UNIT_OPTION = "asgi_db_unit_of_work"
+"""The execution option by which an event of the engine finds the unit of its connection."""
+
+UNIT_INFO = "asgi_db_unit_of_work"
+"""The key in a pooled connection's `info` under which the unit stands that has it."""
 
 
 # -- how a transaction begins ------------------------------------------------------------------
@@ -322,6 +327,21 @@ class Connector:
             return await connect_whole(self._connect, *args, **kwargs)
         except self._errors as error:
             raise lost_connection(error) from error
+
+
+def raise_if_connect_failed(error: BaseException) -> None:
+    """Look after the connection that was being set up when this error came, if one was.
+
+    SQLAlchemy leaves what the driver says there as it is.
+
+    Raises:
+        DatabaseDownError: the server had closed it.
+    """
+    driver = being_set_up()
+    has_failed = driver is not None and has_gone(driver)
+    abandon_connect()
+    if has_failed and isinstance(error, Exception) and not isinstance(error, DatabaseDownError):
+        raise lost_connection(error) from error
 
 
 def _connect_sqlite(*args: Any, **kwargs: Any) -> Any:

@@ -20,8 +20,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, PoolRese
 
 from asgi_db.abandoned import AbandonedStatements, id_at_server
 from asgi_db.cancellation import connect_is_complete, terminate
-from asgi_db.engine import has_gone, watch
-from asgi_db.unit_of_work import UNIT_INFO
+from asgi_db.engine import UNIT_INFO, has_gone, lost_connection, watch
 
 if TYPE_CHECKING:
     from asgi_db.unit_of_work import UnitOfWork
@@ -33,6 +32,9 @@ VERIFY_AFTER_IDLE = 1.0
 
 DISPOSE_TIMEOUT = 10.0
 """Seconds that `dispose` waits for connections which are out, before it terminates them."""
+
+_USED = "asgi_db_used"
+"""The key in a connection's `info` that says that it is not new."""
 
 SQLITE_BUSY_TIMEOUT = 30.0
 """Seconds that SQLite waits for another connection's lock."""
@@ -69,11 +71,15 @@ class Connections:
         self, connection: DBAPIConnection, entry: ConnectionPoolEntry, proxy: PoolProxiedConnection
     ) -> None:
         if has_gone(self._engine.dialect.get_driver_connection(connection)):
-            raise DisconnectionError("the server has closed this connection")
+            closed = "the server has closed this connection"
+            if entry.info.get(_USED):
+                raise DisconnectionError(closed)  # the pool makes another, but not for ever
+            raise lost_connection(ConnectionError(closed))
         self._out[entry] = proxy, time.monotonic()
 
     def _checkin(self, _: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
         entry.info.pop(UNIT_INFO, None)
+        entry.info[_USED] = True
         self._out.pop(entry, None)
         self._returned.set()
 
@@ -216,8 +222,10 @@ def prepare_postgresql(engine: Engine) -> None:
         try:
             cursor.execute(_LOOK_AFTER_CLIENT)
             ((_, id),) = cursor.fetchall()
-        except engine.dialect.loaded_dbapi.Error:  # not on every system can the server look
-            return
+        except engine.dialect.loaded_dbapi.Error:
+            if has_gone(engine.dialect.get_driver_connection(connection)):
+                raise
+            return  # not on every system can the server look
         finally:
             cursor.close()
             connection.autocommit = False

@@ -25,8 +25,9 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from asgi_db.cancellation import abandon_connect, current_task, run_to_completion
+from asgi_db.cancellation import current_task, run_to_completion
 from asgi_db.deadline import Deadline
+from asgi_db.engine import UNIT_INFO, UNIT_OPTION, raise_if_connect_failed
 from asgi_db.errors import (
     ConcurrentUseError,
     DatabaseBusyError,
@@ -45,12 +46,6 @@ if TYPE_CHECKING:
     from asgi_db.database import Database
 
 logger = logging.getLogger("asgi_db")
-
-UNIT_OPTION = "asgi_db_unit_of_work"
-"""The execution option by which an event of the engine finds the unit of its connection."""
-
-UNIT_INFO = "asgi_db_unit_of_work"
-"""The key in a pooled connection's `info` under which the unit stands that has it."""
 
 CLEANUP_TIMEOUT = 5.0
 """Seconds that a ROLLBACK may take before its connection is terminated instead."""
@@ -497,8 +492,6 @@ class UnitOfWork:
                     session.give_back_between_statements()
         finally:
             self._leave_operation()
-            if error is not None:
-                abandon_connect()
             self._raise_instead_of(error)
 
     def _leave_operation(self) -> None:
@@ -511,7 +504,10 @@ class UnitOfWork:
         Raises:
             DatabaseTimeoutError: the statement was cut off because the unit's time is over.
             DatabaseBusyError: there was no connection for it.
+            DatabaseDownError: the connection for it was lost while it was being set up.
         """
+        if error is not None:
+            raise_if_connect_failed(error)
         deadline = self._deadline
         if deadline is not None and not self._operations:
             if self._state is State.IDLE:

@@ -157,7 +157,6 @@ async def server_connections(url: str) -> list[ServerConnection]:
             """
         case "mysql":
             await asyncio.sleep(_innodb_read_at + _INNODB_CACHE - time.monotonic())
-            _innodb_read_at = time.monotonic()
             sql = """
                 SELECT p.id, CASE WHEN p.command <> 'Sleep' THEN 'active'
                 WHEN t.trx_id IS NULL THEN 'idle' ELSE 'idle in transaction' END, p.info
@@ -169,6 +168,8 @@ async def server_connections(url: str) -> list[ServerConnection]:
             return []
     async with outside(url) as probe:
         rows = await probe.execute(sql)
+    if "innodb_trx" in sql:
+        _innodb_read_at = time.monotonic()
     return [ServerConnection(id, state or "starting", query or "") for id, state, query in rows]
 
 
@@ -368,6 +369,7 @@ def mariadb(*, own: bool = False) -> Generator[DatabaseServer, None, None]:
                 f"--socket={folder}/socket",
                 f"--pid-file={folder}/pid",
                 f"--init-file={folder}/init.sql",
+                f"--tmpdir={folder}",
                 "--innodb-buffer-pool-size=32M",
                 "--innodb-flush-log-at-trx-commit=2",  # a commit outlives SIGKILL
                 "--max-connections=500",

@@ -272,6 +272,19 @@ async def test_while_the_server_is_away_each_request_is_refused_at_once_and_then
         await writers.assert_honest(url_of_server)
 
 
+async def test_a_statement_is_ended_at_a_server_which_has_just_been_restarted(
+    server: DatabaseServer, url_of_server: str
+) -> None:
+    """The server counts its connections anew, but these are the pool's own."""
+    sleep = "SELECT pg_sleep(60)" if "postgresql" in url_of_server else "SELECT SLEEP(60)"
+    async with opened(url_of_server) as database:
+        await asyncio.to_thread(server.restart, "immediate")
+        with pytest.raises(DatabaseTimeoutError):
+            async with database.session(plain(timeout=0.2)) as session:
+                await session.execute(text(sleep))
+        await assert_idle(url_of_server)
+
+
 # -- dead connections are noticed for nothing --------------------------------------------------
 
 

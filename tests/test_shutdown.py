@@ -33,7 +33,7 @@ from tests.serving import (
 )
 
 CREATED = Answer(201, b"created")
-BOUND = 15.0
+BOUND = 30.0
 """Seconds in which every server has ended."""
 
 

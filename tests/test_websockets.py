@@ -597,7 +597,7 @@ async def test_a_task_that_only_receives_leaves_alone_the_one_that_works(
             while True:
                 name = await inbox.get()
                 await store(line, name)
-                await line.session.execute(text("SELECT pg_sleep(0.1)"))
+                await line.session.execute(text("SELECT pg_sleep(0.2)"))
                 await line.send(f"stored {name}")
 
         working = asyncio.create_task(work())
@@ -608,8 +608,9 @@ async def test_a_task_that_only_receives_leaves_alone_the_one_that_works(
             working.cancel()
 
     async with websocket(framework(database, talk, transactional)) as socket:
-        for name in "abc":
+        for name in "abc":  # the second one comes while the first is worked at
             socket.tell(name)
+            await until_active(url, "SELECT pg_sleep")
         for end, name in enumerate("abc", 1):
             assert await socket.hear() == f"stored {name}"
             assert (await authors(url))[:end] == list("abc")[:end]

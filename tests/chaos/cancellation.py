@@ -421,7 +421,8 @@ class Storm:
         async def work() -> None:
             for number, call in enumerate(left):
                 if number % 4 == 0:
-                    await self.bystander(self._calm())
+                    self.result.bystanders += 1
+                    self.result.bystanders_failed += not await self.bystander(self._calm())
                 await self._cancelled(call)
 
         await asyncio.gather(*[work() for _ in range(concurrency)])

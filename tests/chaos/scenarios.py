@@ -173,21 +173,22 @@ async def shutdown(world: World) -> Outcome:
     flight is answered. Connections that are left on the server afterwards are leaks.
     """
     outcome, ledger = Outcome(), Ledger()
+    left, killed = 0, list[Server]()
 
     async def end(server: Server) -> bool:
         server.terminate()
         try:
             await asyncio.to_thread(server.process.wait, 10)
         except subprocess.TimeoutExpired:
-            outcome.remark(1, "had to be killed")
+            killed.append(server)
             return False
         return server.process.returncode in server.program.ends
 
     async def count_leaks() -> None:
+        nonlocal left
         await asyncio.sleep(0.2)  # the server has to notice it
         clients = await server_connections(world.url)
-        outcome.leaked += len(clients)
-        outcome.remark(len(clients), "connections left after the end")
+        left += len(clients)
         async with outside(world.url) as connection:
             for client in clients:
                 kill = "SELECT pg_terminate_backend({})" if _is_postgresql(world) else "KILL {}"
@@ -220,6 +221,9 @@ async def shutdown(world: World) -> Outcome:
             await count_leaks()
             server.process.kill()
             await hanging
+    outcome.leaked = left
+    outcome.remark(len(killed), "had to be killed")
+    outcome.remark(left, "connections left after the end")
     await ledger.settle(world.url, outcome)
     return outcome
 
@@ -412,7 +416,7 @@ async def websockets(world: World) -> Outcome:
                 await asyncio.sleep(world.random.uniform(0, 0.02))
                 socket.transport.abort()
 
-        await repeat(world.times(1000), 100, talk)
+        await repeat(world.times(1000), 20, talk)
         outcome.remark(outcome.tries - outcome.survived, "sockets without an answer")
         held = len(await world.busy_connections(1))
         outcome.leaked += held

@@ -1,0 +1,103 @@
+"""A pool in which nobody is passed over.
+
+SQLAlchemy's keeps its connections in an `asyncio.Queue`. There a newcomer may take the connection
+for which a waiter has just been woken, who then waits again behind all others: under load some
+requests run into `pool_timeout` while others are served again and again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TypeVar
+
+from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
+from sqlalchemy.util import await_
+from sqlalchemy.util.queue import Empty, Full, QueueCommon
+
+T = TypeVar("T")
+
+
+class FairQueue(QueueCommon[T]):
+    """A queue that hands each item to whoever has waited longest."""
+
+    def __init__(self, maxsize: int = 0, use_lifo: bool = False) -> None:
+        self.maxsize = maxsize
+        self.use_lifo = use_lifo
+        self._items: deque[T] = deque()
+        self._waiting: deque[asyncio.Future[T]] = deque()
+
+    def empty(self) -> bool:
+        """Whether there is nothing in it."""
+        return not self._items
+
+    def full(self) -> bool:
+        """Whether there is no room in it."""
+        return 0 < self.maxsize <= len(self._items)
+
+    def qsize(self) -> int:
+        """How much is in it."""
+        return len(self._items)
+
+    def put(self, item: T, block: bool = True, timeout: float | None = None) -> None:
+        """Hand an item to who waits, or keep it; the pool never waits for room."""
+        self.put_nowait(item)
+
+    def put_nowait(self, item: T) -> None:
+        """Hand an item to who waits, or keep it.
+
+        Raises:
+            Full: nobody waits, and there is no room.
+        """
+        while self._waiting:
+            waiter = self._waiting.popleft()
+            if not waiter.done():
+                waiter.set_result(item)
+                return
+        if self.full():
+            raise Full()
+        self._items.append(item)
+
+    def get(self, block: bool = True, timeout: float | None = None) -> T:
+        """Take an item, or wait for one; who waits is served before who comes later.
+
+        Raises:
+            Empty: there is none, or none has come within `timeout` seconds.
+        """
+        if self._items or not block:
+            return self.get_nowait()
+        return await_(self._wait(timeout))
+
+    def get_nowait(self) -> T:
+        """Take an item.
+
+        Raises:
+            Empty: there is none.
+        """
+        if not self._items:
+            raise Empty()
+        return self._items.pop() if self.use_lifo else self._items.popleft()
+
+    async def _wait(self, seconds: float | None) -> T:
+        waiter: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiter)
+        try:
+            async with asyncio.timeout(seconds):
+                return await waiter
+        except BaseException as error:
+            if waiter.done() and not waiter.cancelled():  # it came at the moment of the end
+                self.put_nowait(waiter.result())
+            elif waiter in self._waiting:
+                self._waiting.remove(waiter)
+            if isinstance(error, TimeoutError):
+                raise Empty() from None
+            raise
+
+
+class FairPool(AsyncAdaptedQueuePool):
+    """SQLAlchemy's pool with a fair queue.
+
+    There is no public way to give it one; the tests in `test_fair_pool.py` break when this changes.
+    """
+
+    _queue_class = FairQueue[ConnectionPoolEntry]
