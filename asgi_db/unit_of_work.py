@@ -167,8 +167,9 @@ class UnitOfWork:
         if self._state is State.IDLE:
             self._active_mode = self.mode
             self._move(State.ACTIVE)
-            if self._active_mode.timeout is not None:
-                self._deadline = Deadline(self._active_mode.timeout)
+            timeout = self._active_mode.timeout
+            self._deadline = None if timeout is None else Deadline(timeout)
+            if self._deadline is not None:
                 self._deadline.watch_task()
         return self.database.bind_for(bind, self.mode)
 
@@ -410,7 +411,8 @@ class UnitOfWork:
     async def _roll_back_after(self, straggler: asyncio.Task[object] | None) -> None:
         if straggler is not None:
             # To end a session in the middle of another task's statement breaks it.
-            straggler.cancel()
+            if self._operations[:1] != ["commit"]:  # which is never cut off
+                straggler.cancel()
             await asyncio.wait((straggler,))
         await self._close_streams()
         if self.has_writes or self._has_changes() or self.failure is not None:

@@ -604,11 +604,12 @@ async def test_a_failed_commit_does_not_spoil_what_comes_after_a_rollback(
 SLEEP = {"postgresql": "SELECT pg_sleep(60)", "mysql": "SELECT SLEEP(60)"}
 
 
-async def sleeping_statement(url: str) -> None:
-    """Wait until the server runs a statement that sleeps."""
+async def running_statement(url: str, word: str) -> None:
+    """Wait until the server runs a statement with this word in it."""
     while True:
-        if any("sleep" in client.query.lower() for client in await server_connections(url)):
-            return
+        for client in await server_connections(url):
+            if client.state == "active" and word in client.query.lower():
+                return
         await asyncio.sleep(0.01)
 
 
@@ -627,7 +628,7 @@ async def test_a_task_that_still_uses_the_session_at_the_end_is_interrupted(
         unit = unit_of(database)
         await unit.session.execute(add("ada"))
         straggler = asyncio.create_task(unit.session.execute(text(sleep)))
-        await sleeping_statement(server_url)
+        await running_statement(server_url, "sleep")
         if success:
             with pytest.raises(ConcurrentUseError, match="session.execute"):
                 await unit.end(success=True)
@@ -641,6 +642,27 @@ async def test_a_task_that_still_uses_the_session_at_the_end_is_interrupted(
             await unit.session.rollback()
         await unit.end(success=True)
         unit.close()
+
+
+async def test_a_commit_that_another_task_has_under_way_is_not_cut_off(
+    postgresql_url: str,
+) -> None:
+    async with opened_database(postgresql_url) as database, outside(postgresql_url) as connection:
+        await connection.execute(
+            "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS"
+            " 'BEGIN PERFORM pg_sleep(0.3); RETURN NULL; END'"
+        )
+        await connection.execute(
+            "CREATE CONSTRAINT TRIGGER slow_commit AFTER INSERT ON author"
+            " DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION wait()"
+        )
+        unit = unit_of(database, plain)
+        await unit.session.execute(add("ada"))
+        committing = asyncio.create_task(unit.session.commit())
+        await running_statement(postgresql_url, "commit")
+        await unit.end(success=False)
+        await committing
+        assert await authors(postgresql_url) == ["ada"]
 
 
 async def test_a_task_cannot_slip_in_behind_the_end_of_the_unit(database: Database) -> None:
