@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import sqlite3
 import time
 from collections.abc import AsyncGenerator
@@ -42,16 +41,17 @@ PATIENCE = 2.0
 _CONNECTED = "asgi_db_connected"
 """The key in a connection's `info` for the event loop and the time of its making."""
 
-# The age is there because the server gives the number of a connection that has ended to the next.
-# MySQL counts up, from 1 after each start of the server.
-_END_AT_SERVER = {
-    "postgresql": """
-        SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = :id
-        AND backend_start <= clock_timestamp() - make_interval(secs => :age)
-    """,
-    "mysql": "KILL :id",
-    "mariadb": "KILL :id",
-}
+# The server gives the number of a connection that has ended to another: PostgreSQL at any time,
+# MySQL after it was started again. A backend that began after ours is not ours; a statement that
+# began after ours was cut off is not either.
+_TERMINATE = """
+    SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = :id
+    AND backend_start <= clock_timestamp() - make_interval(secs => :age)
+"""
+_RUNS = "SELECT 1 FROM information_schema.processlist WHERE id = :id AND command <> 'Sleep' AND "
+_RUNS_ON_MARIADB = _RUNS + "time_ms >= :age * 1000"
+_RUNS_ON_MYSQL = _RUNS + "time + 1 > :age"  # in whole seconds
+_HAS_NUMBERS = ("postgresql", "mysql", "mariadb")
 _UNKNOWN_THREAD = 1094  # MySQL: it has ended already
 
 
@@ -90,7 +90,7 @@ class AbandonedStatements:
                 not known; see `patient_connection_class`.
         """
         self._engine = engine
-        self._numbers_are_known = not pooler and engine.dialect.name in _END_AT_SERVER
+        self._numbers_are_known = not pooler and engine.dialect.name in _HAS_NUMBERS
         self._cut_off: dict[int, tuple[float, float]] = {}
         self._ending: asyncio.Task[None] | None = None
         event.listen(engine.sync_engine, "connect", self._connect)
@@ -144,23 +144,29 @@ class AbandonedStatements:
         self._cut_off.clear()
 
     async def _end_all_over(self, connection: AsyncConnection) -> None:
-        statement = text(_END_AT_SERVER[connection.dialect.name])
-        started = -math.inf
-        if connection.dialect.name != "postgresql":
-            # The server counts the whole seconds since the one in which it started.
-            uptime = (await connection.execute(text("SHOW GLOBAL STATUS LIKE 'Uptime'"))).one()[1]
-            fraction = await connection.scalar(text("SELECT MICROSECOND(NOW(6)) / 1000000"))
-            started = time.monotonic() - float(uptime) + 1 - float(fraction)  # at the latest
         while self._cut_off:
             id, (connected, cut_off) = next(iter(self._cut_off.items()))
-            try:
-                if cut_off >= started:  # else the number may be another's since the restart
-                    age = time.monotonic() - connected
-                    await connection.execute(statement, {"id": id, "age": age})
-            except SQLAlchemyError as error:
-                if getattr(error.__cause__, "args", (0,))[0] != _UNKNOWN_THREAD:
-                    raise
+            now = time.monotonic()
+            if connection.dialect.name == "postgresql":
+                values = {"id": id, "age": now - connected}
+                await connection.execute(text(_TERMINATE), values)
+            else:
+                runs = (
+                    _RUNS_ON_MARIADB
+                    if getattr(connection.dialect, "is_mariadb", False)
+                    else _RUNS_ON_MYSQL
+                )
+                values = {"id": id, "age": now - cut_off}
+                if await connection.scalar(text(runs), values):
+                    await self._kill(connection, id)
             self._cut_off.pop(id, None)
+
+    async def _kill(self, connection: AsyncConnection, id: int) -> None:
+        try:
+            await connection.execute(text(f"KILL {id}"))
+        except SQLAlchemyError as error:
+            if getattr(error.__cause__, "args", (0,))[0] != _UNKNOWN_THREAD:
+                raise
 
     async def all_ended(self) -> None:
         """Wait, within a bound, until the server knows of every statement that was cut off."""

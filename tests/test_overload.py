@@ -130,7 +130,7 @@ async def test_of_200_requests_on_a_pool_of_5_the_served_are_right_and_the_rest_
     async with Database(url, engine_options=POOL) as database:
         await database.create_tables(Base.metadata)
         gate = Gate(work)
-        app = serving(database, mode, hold=gate.hold, work=work)
+        app = serving(database, mode, hold=gate.hold, once=work)
         requests = [asyncio.create_task(call(app, f"/hold/{n}")) for n in range(REQUESTS)]
         await gate.filled_by(5)
         async with asyncio.timeout(30):  # of which `pool_timeout` is half a second
@@ -152,7 +152,7 @@ async def test_of_200_requests_on_a_pool_of_5_the_served_are_right_and_the_rest_
         assert checked_out(database) == 0
         await assert_idle(url)
         assert await authors(url) == sorted(str(n) for n in served if work is write)
-        assert (await call(app, "/work/next")).status == 201
+        assert (await call(app, "/once/next")).status == 201
 
 
 @pytest.mark.parametrize("mode", [plain, transactional, read_only], ids=lambda mode: mode.name)
