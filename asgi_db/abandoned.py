@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import sqlite3
 import time
 from collections.abc import AsyncGenerator
@@ -42,15 +43,11 @@ _CONNECTED = "asgi_db_connected"
 """The key in a connection's `info` for the event loop and the time of its making."""
 
 # The server gives the number of a connection that has ended to another: PostgreSQL at any time,
-# MySQL after it was started again. A backend that began after ours is not ours; a statement that
-# began after ours was cut off is not either.
+# MySQL after it was started again.
 _TERMINATE = """
     SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = :id
     AND backend_start <= clock_timestamp() - make_interval(secs => :age)
 """
-_RUNS = "SELECT 1 FROM information_schema.processlist WHERE id = :id AND command <> 'Sleep' AND "
-_RUNS_ON_MARIADB = _RUNS + "time_ms >= :age * 1000"
-_RUNS_ON_MYSQL = _RUNS + "time + 1 > :age"  # in whole seconds
 _HAS_NUMBERS = ("postgresql", "mysql", "mariadb")
 _UNKNOWN_THREAD = 1094  # MySQL: it has ended already
 
@@ -144,21 +141,15 @@ class AbandonedStatements:
         self._cut_off.clear()
 
     async def _end_all_over(self, connection: AsyncConnection) -> None:
+        is_postgresql = connection.dialect.name == "postgresql"
+        started = -math.inf if is_postgresql else await _latest_start(connection)
         while self._cut_off:
             id, (connected, cut_off) = next(iter(self._cut_off.items()))
             now = time.monotonic()
-            if connection.dialect.name == "postgresql":
-                values = {"id": id, "age": now - connected}
-                await connection.execute(text(_TERMINATE), values)
-            else:
-                runs = (
-                    _RUNS_ON_MARIADB
-                    if getattr(connection.dialect, "is_mariadb", False)
-                    else _RUNS_ON_MYSQL
-                )
-                values = {"id": id, "age": now - cut_off}
-                if await connection.scalar(text(runs), values):
-                    await self._kill(connection, id)
+            if is_postgresql:
+                await connection.execute(text(_TERMINATE), {"id": id, "age": now - connected})
+            elif connected >= started or await _runs(connection, id, now - cut_off):
+                await self._kill(connection, id)
             self._cut_off.pop(id, None)
 
     async def _kill(self, connection: AsyncConnection, id: int) -> None:
@@ -177,6 +168,25 @@ class AbandonedStatements:
                 self._ending.cancel()
                 await asyncio.wait((self._ending,))
                 self._give_up(TimeoutError())
+
+
+async def _latest_start(connection: AsyncConnection) -> float:
+    """The time at which a MySQL server was running for sure; it says so in whole seconds."""
+    uptime = (await connection.execute(text("SHOW GLOBAL STATUS LIKE 'Uptime'"))).one()[1]
+    return time.monotonic() - float(uptime) + 1
+
+
+async def _runs(connection: AsyncConnection, id: int, age: float) -> bool:
+    """Say whether a connection's statement has run for so many seconds.
+
+    That of another connection with the same number has begun after ours was cut off.
+    """
+    is_mariadb = getattr(connection.dialect, "is_mariadb", False)
+    seconds = "time_ms / 1000" if is_mariadb else "time + 1"  # MySQL counts whole ones
+    statement = (
+        f"SELECT 1 FROM information_schema.processlist WHERE id = {id} AND {seconds} >= {age}"
+    )
+    return bool(await connection.scalar(text(f"{statement} AND command <> 'Sleep'")))
 
 
 async def _interrupt(driver: Any) -> None:
