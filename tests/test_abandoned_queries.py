@@ -15,6 +15,7 @@ from typing import Any
 import asyncpg
 import pytest
 from sqlalchemy import insert, text
+from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_db import Database, DBSession, Mode, plain, read_only, transactional
@@ -33,7 +34,7 @@ from tests.cancelling import (
     tables_on,
     turns,
 )
-from tests.relay import Relay
+from tests.relay import Fate, Relay, once
 from tests.servers import (
     DatabaseServer,
     Outside,
@@ -533,3 +534,21 @@ async def test_sqlite_does_not_begin_to_compute_for_nobody(sqlite_url: str, numb
         await site.assert_cancelled(request, "task")
         await site.assert_clean()
     await assert_no_thread_is_left()
+
+
+@each_server
+async def test_a_query_that_was_cut_off_on_its_way_to_the_server_is_ended_there(url: str) -> None:
+    """It begins at the server after it has been cut off here."""
+    async with Relay(url) as relay, Database(relay.url, engine_options=POOL) as database:
+        async with database.session() as session:
+            await session.execute(text("SELECT 1"))
+        relay.fate_of = once(b"SLEEP" if "mysql" in url else b"pg_sleep", Fate.HELD)
+        async with database.session() as session:
+            query = SLEEP[make_url(url).get_backend_name()]
+            sleeping = asyncio.create_task(session.execute(text(query)))
+            await relay.holds_something.wait()
+            sleeping.cancel()
+            await asyncio.wait((sleeping,))
+        relay.thaw()
+        await database.ping()  # what was held has arrived
+        await assert_idle(url, within=GONE)

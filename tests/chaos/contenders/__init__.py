@@ -1,7 +1,7 @@
 """The applications which the harness compares: one module each, served by a real uvicorn.
 
-Each is written as the documentation of its library says, with the same routes, on a pool of 5
-without overflow, where a request waits 2 s for a connection.
+Each is written as the documentation of its library says, with the same routes (`routes.py` has
+those of most), on a pool of 5 without overflow, where a request waits 2 s for a connection.
 
 | route                        | does                                                              |
 | ---------------------------- | ----------------------------------------------------------------- |

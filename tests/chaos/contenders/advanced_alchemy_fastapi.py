@@ -8,30 +8,16 @@
 Its dependency is for HTTP alone; sockets use its session factory.
 """
 
-import asyncio
-from typing import Annotated
-
 from advanced_alchemy.extensions.fastapi import (
     AdvancedAlchemy,
     AsyncSessionConfig,
     EngineConfig,
     SQLAlchemyAsyncConfig,
 )
-from fastapi import Depends, FastAPI, HTTPException, WebSocket
-from fastapi.responses import StreamingResponse
-from sqlalchemy.ext.asyncio import AsyncSession
+from fastapi import FastAPI, WebSocket
 
-from tests.chaos.contenders.shared import (
-    EVENT,
-    FIRST_VALUE,
-    POOL,
-    URL,
-    Item,
-    item,
-    megabytes,
-    pieces,
-    sleep,
-)
+from tests.chaos.contenders.routes import add_routes
+from tests.chaos.contenders.shared import POOL, URL, item
 
 config = SQLAlchemyAsyncConfig(
     connection_string=URL,
@@ -41,60 +27,13 @@ config = SQLAlchemyAsyncConfig(
 )
 app = FastAPI()
 alchemy = AdvancedAlchemy(config=config, app=app)
-Session = Annotated[AsyncSession, Depends(alchemy.provide_session())]
 
 
 def checked_out() -> int:
     return config.get_engine().pool.checkedout()
 
 
-@app.get("/nothing")
-async def nothing() -> None:
-    pass
-
-
-@app.get("/items/{id}")
-async def read(id: int, session: Session) -> dict:
-    found = await session.get(Item, id)
-    if found is None:
-        raise HTTPException(404)
-    return {"id": found.id, "value": found.value}
-
-
-@app.post("/items/{id}", status_code=201)
-async def write(id: int, session: Session) -> None:
-    session.add(item(id))
-
-
-@app.post("/slow/{id}", status_code=201)
-async def write_slowly(id: int, seconds: float, session: Session) -> None:
-    await session.execute(sleep(seconds))
-    session.add(item(id))
-
-
-@app.post("/pair/{id}", status_code=201)
-async def write_pair(id: int, seconds: float, session: Session) -> None:
-    session.add(item(id))
-    await session.flush()
-    await asyncio.sleep(seconds)
-    session.add(item(-id))
-
-
-@app.get("/stream")
-async def stream(chunks: int, seconds: float, session: Session) -> StreamingResponse:
-    return StreamingResponse(pieces(lambda: session.scalar(FIRST_VALUE), chunks, seconds))
-
-
-@app.get("/events")
-async def events(chunks: int, seconds: float, session: Session) -> StreamingResponse:
-    body = pieces(lambda: session.scalar(FIRST_VALUE), chunks, seconds, EVENT)
-    return StreamingResponse(body, media_type="text/event-stream")
-
-
-@app.get("/big")
-async def big(session: Session) -> StreamingResponse:
-    await session.scalar(FIRST_VALUE)
-    return StreamingResponse(megabytes())
+add_routes(app, alchemy.provide_session())
 
 
 @app.websocket("/ws")

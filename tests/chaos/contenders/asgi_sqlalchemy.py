@@ -8,26 +8,15 @@
 Its dependency is for HTTP alone; sockets use its session factory.
 """
 
-import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 from asgi_sqlalchemy import DatabaseContext, SessionMiddleware
-from asgi_sqlalchemy.fastapi import SessionDependency
-from fastapi import FastAPI, HTTPException, WebSocket
-from fastapi.responses import StreamingResponse
+from asgi_sqlalchemy.fastapi import get_session
+from fastapi import FastAPI, WebSocket
 
-from tests.chaos.contenders.shared import (
-    EVENT,
-    FIRST_VALUE,
-    POOL,
-    URL,
-    Item,
-    item,
-    megabytes,
-    pieces,
-    sleep,
-)
+from tests.chaos.contenders.routes import add_routes
+from tests.chaos.contenders.shared import POOL, URL, item
 
 
 @asynccontextmanager
@@ -36,60 +25,22 @@ async def lifespan(app: FastAPI) -> AsyncGenerator[dict]:
         yield {"db": db}
 
 
-app = FastAPI(lifespan=lifespan)
-app.add_middleware(SessionMiddleware)
+site = FastAPI(lifespan=lifespan)
+site.add_middleware(SessionMiddleware)
+state = {}
 
 
-@app.get("/nothing")
-async def nothing() -> None:
-    pass
+async def app(scope: dict, receive: object, send: object) -> None:
+    """The site, with lifespan state also where nobody keeps it (`cancellation.py`)."""
+    if "state" not in scope:
+        scope["state"] = state if scope["type"] == "lifespan" else dict(state)
+    await site(scope, receive, send)
 
 
-@app.get("/items/{id}")
-async def read(id: int, session: SessionDependency) -> dict:
-    found = await session.get(Item, id)
-    if found is None:
-        raise HTTPException(404)
-    return {"id": found.id, "value": found.value}
+add_routes(site, get_session)
 
 
-@app.post("/items/{id}", status_code=201)
-async def write(id: int, session: SessionDependency) -> None:
-    session.add(item(id))
-
-
-@app.post("/slow/{id}", status_code=201)
-async def write_slowly(id: int, seconds: float, session: SessionDependency) -> None:
-    await session.execute(sleep(seconds))
-    session.add(item(id))
-
-
-@app.post("/pair/{id}", status_code=201)
-async def write_pair(id: int, seconds: float, session: SessionDependency) -> None:
-    session.add(item(id))
-    await session.flush()
-    await asyncio.sleep(seconds)
-    session.add(item(-id))
-
-
-@app.get("/stream")
-async def stream(chunks: int, seconds: float, session: SessionDependency) -> StreamingResponse:
-    return StreamingResponse(pieces(lambda: session.scalar(FIRST_VALUE), chunks, seconds))
-
-
-@app.get("/events")
-async def events(chunks: int, seconds: float, session: SessionDependency) -> StreamingResponse:
-    body = pieces(lambda: session.scalar(FIRST_VALUE), chunks, seconds, EVENT)
-    return StreamingResponse(body, media_type="text/event-stream")
-
-
-@app.get("/big")
-async def big(session: SessionDependency) -> StreamingResponse:
-    await session.scalar(FIRST_VALUE)
-    return StreamingResponse(megabytes())
-
-
-@app.websocket("/ws")
+@site.websocket("/ws")
 async def talk(websocket: WebSocket) -> None:
     await websocket.accept()
     async for message in websocket.iter_text():

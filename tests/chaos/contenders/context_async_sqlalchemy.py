@@ -8,14 +8,12 @@
 Sockets, which its middleware leaves alone, use a session outside its context.
 """
 
-import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 from context_async_sqlalchemy import DBConnect, db_session, new_non_ctx_atomic_session
 from context_async_sqlalchemy.asgi_utils import ASGIHTTPDBSessionMiddleware
-from fastapi import FastAPI, HTTPException, WebSocket
-from fastapi.responses import StreamingResponse
+from fastapi import FastAPI, WebSocket
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
@@ -24,17 +22,8 @@ from sqlalchemy.ext.asyncio import (
     create_async_engine,
 )
 
-from tests.chaos.contenders.shared import (
-    EVENT,
-    FIRST_VALUE,
-    POOL,
-    URL,
-    Item,
-    item,
-    megabytes,
-    pieces,
-    sleep,
-)
+from tests.chaos.contenders.routes import add_routes
+from tests.chaos.contenders.shared import POOL, URL, item
 
 
 def create_engine(host: str) -> AsyncEngine:
@@ -62,60 +51,11 @@ app = FastAPI(lifespan=lifespan)
 app.add_middleware(ASGIHTTPDBSessionMiddleware)
 
 
-@app.get("/nothing")
-async def nothing() -> None:
-    pass
+async def get_session() -> AsyncSession:
+    return await db_session(connection)
 
 
-@app.get("/items/{id}")
-async def read(id: int) -> dict:
-    session = await db_session(connection)
-    found = await session.get(Item, id)
-    if found is None:
-        raise HTTPException(404)
-    return {"id": found.id, "value": found.value}
-
-
-@app.post("/items/{id}", status_code=201)
-async def write(id: int) -> None:
-    session = await db_session(connection)
-    session.add(item(id))
-
-
-@app.post("/slow/{id}", status_code=201)
-async def write_slowly(id: int, seconds: float) -> None:
-    session = await db_session(connection)
-    await session.execute(sleep(seconds))
-    session.add(item(id))
-
-
-@app.post("/pair/{id}", status_code=201)
-async def write_pair(id: int, seconds: float) -> None:
-    session = await db_session(connection)
-    session.add(item(id))
-    await session.flush()
-    await asyncio.sleep(seconds)
-    session.add(item(-id))
-
-
-@app.get("/stream")
-async def stream(chunks: int, seconds: float) -> StreamingResponse:
-    session = await db_session(connection)
-    return StreamingResponse(pieces(lambda: session.scalar(FIRST_VALUE), chunks, seconds))
-
-
-@app.get("/events")
-async def events(chunks: int, seconds: float) -> StreamingResponse:
-    session = await db_session(connection)
-    body = pieces(lambda: session.scalar(FIRST_VALUE), chunks, seconds, EVENT)
-    return StreamingResponse(body, media_type="text/event-stream")
-
-
-@app.get("/big")
-async def big() -> StreamingResponse:
-    session = await db_session(connection)
-    await session.scalar(FIRST_VALUE)
-    return StreamingResponse(megabytes())
+add_routes(app, get_session)
 
 
 @app.websocket("/ws")

@@ -9,23 +9,13 @@ Its session is of the request's context; a stream opens one of its own, as code 
 does.
 """
 
-import asyncio
-
-from fastapi import FastAPI, HTTPException, WebSocket
+from fastapi import FastAPI, WebSocket
 from fastapi.responses import StreamingResponse
 from fastapi_async_sqlalchemy import SQLAlchemyMiddleware, db
+from sqlalchemy.ext.asyncio import AsyncSession
 
-from tests.chaos.contenders.shared import (
-    EVENT,
-    FIRST_VALUE,
-    POOL,
-    URL,
-    Item,
-    item,
-    megabytes,
-    pieces,
-    sleep,
-)
+from tests.chaos.contenders.routes import add_routes
+from tests.chaos.contenders.shared import EVENT, FIRST_VALUE, POOL, URL, item, pieces
 
 app = FastAPI()
 app.add_middleware(
@@ -36,40 +26,8 @@ app.add_middleware(
 )
 
 
-@app.get("/nothing")
-async def nothing() -> None:
-    pass
-
-
-@app.get("/items/{id}")
-async def read(id: int) -> dict:
-    session = db.session
-    found = await session.get(Item, id)
-    if found is None:
-        raise HTTPException(404)
-    return {"id": found.id, "value": found.value}
-
-
-@app.post("/items/{id}", status_code=201)
-async def write(id: int) -> None:
-    session = db.session
-    session.add(item(id))
-
-
-@app.post("/slow/{id}", status_code=201)
-async def write_slowly(id: int, seconds: float) -> None:
-    session = db.session
-    await session.execute(sleep(seconds))
-    session.add(item(id))
-
-
-@app.post("/pair/{id}", status_code=201)
-async def write_pair(id: int, seconds: float) -> None:
-    session = db.session
-    session.add(item(id))
-    await session.flush()
-    await asyncio.sleep(seconds)
-    session.add(item(-id))
+async def get_session() -> AsyncSession:
+    return db.session
 
 
 async def read_first() -> str | None:
@@ -88,11 +46,7 @@ async def events(chunks: int, seconds: float) -> StreamingResponse:
     return StreamingResponse(body, media_type="text/event-stream")
 
 
-@app.get("/big")
-async def big() -> StreamingResponse:
-    session = db.session
-    await session.scalar(FIRST_VALUE)
-    return StreamingResponse(megabytes())
+add_routes(app, get_session)
 
 
 @app.websocket("/ws")

@@ -8,28 +8,16 @@
 Sockets, which its middleware leaves alone, use its context manager.
 """
 
-import asyncio
 import os
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 import structlog
-from fastapi import FastAPI, HTTPException, WebSocket
-from fastapi.responses import StreamingResponse
-from fastapi_sqla import AsyncSession as Session
-from fastapi_sqla import open_async_session, setup_middlewares, startup
+from fastapi import FastAPI, WebSocket
+from fastapi_sqla import AsyncSessionDependency, open_async_session, setup_middlewares, startup
 
-from tests.chaos.contenders.shared import (
-    EVENT,
-    FIRST_VALUE,
-    POOL,
-    URL,
-    Item,
-    item,
-    megabytes,
-    pieces,
-    sleep,
-)
+from tests.chaos.contenders.routes import add_routes
+from tests.chaos.contenders.shared import POOL, URL, item
 
 # Its log would be rendered by Rich, which others have brought along: seconds for each traceback.
 structlog.configure(
@@ -52,53 +40,7 @@ app = FastAPI(lifespan=lifespan)
 setup_middlewares(app)
 
 
-@app.get("/nothing")
-async def nothing() -> None:
-    pass
-
-
-@app.get("/items/{id}")
-async def read(id: int, session: Session) -> dict:
-    found = await session.get(Item, id)
-    if found is None:
-        raise HTTPException(404)
-    return {"id": found.id, "value": found.value}
-
-
-@app.post("/items/{id}", status_code=201)
-async def write(id: int, session: Session) -> None:
-    session.add(item(id))
-
-
-@app.post("/slow/{id}", status_code=201)
-async def write_slowly(id: int, seconds: float, session: Session) -> None:
-    await session.execute(sleep(seconds))
-    session.add(item(id))
-
-
-@app.post("/pair/{id}", status_code=201)
-async def write_pair(id: int, seconds: float, session: Session) -> None:
-    session.add(item(id))
-    await session.flush()
-    await asyncio.sleep(seconds)
-    session.add(item(-id))
-
-
-@app.get("/stream")
-async def stream(chunks: int, seconds: float, session: Session) -> StreamingResponse:
-    return StreamingResponse(pieces(lambda: session.scalar(FIRST_VALUE), chunks, seconds))
-
-
-@app.get("/events")
-async def events(chunks: int, seconds: float, session: Session) -> StreamingResponse:
-    body = pieces(lambda: session.scalar(FIRST_VALUE), chunks, seconds, EVENT)
-    return StreamingResponse(body, media_type="text/event-stream")
-
-
-@app.get("/big")
-async def big(session: Session) -> StreamingResponse:
-    await session.scalar(FIRST_VALUE)
-    return StreamingResponse(megabytes())
+add_routes(app, AsyncSessionDependency())
 
 
 @app.websocket("/ws")
