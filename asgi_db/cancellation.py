@@ -37,7 +37,6 @@ async def run_to_completion(coroutine: Coroutine[Any, Any, T]) -> T:
     return task.result()
 
 
-_abandoned: set[asyncio.Task[Any]] = set()
 _being_set_up: WeakKeyDictionary[asyncio.Task[Any], Any] = WeakKeyDictionary()
 
 
@@ -56,7 +55,7 @@ async def connect_whole(connect: Callable[..., Awaitable[Any]], *args: Any, **kw
     try:
         connection = await asyncio.shield(task)
     except asyncio.CancelledError:
-        _abandoned.add(task)
+        in_background(task)
         task.add_done_callback(_terminate_abandoned)
         raise
     if (caller := asyncio.current_task()) is not None:
@@ -101,7 +100,6 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
 
 
 def _terminate_abandoned(task: asyncio.Task[Any]) -> None:
-    _abandoned.discard(task)
     if not task.cancelled() and task.exception() is None:
         terminate(task.result())
 
@@ -114,10 +112,10 @@ def terminate(connection: Any) -> None:
             break
 
 
-_background: set[asyncio.Future[None]] = set()
+_background: set[asyncio.Future[Any]] = set()
 
 
-def in_background(work: Awaitable[None]) -> asyncio.Future[None]:
+def in_background(work: Awaitable[Any]) -> asyncio.Future[Any]:
     """Let something that ends by itself go on beside everything else."""
     task = asyncio.ensure_future(work)
     _background.add(task)
