@@ -100,4 +100,6 @@ class FairPool(AsyncAdaptedQueuePool):
     There is no public way to give it one; the tests in `test_fair_pool.py` break when this changes.
     """
 
+    __module__ = "sqlalchemy.pool"  # after which SQLAlchemy names the logger
+
     _queue_class = FairQueue[ConnectionPoolEntry]

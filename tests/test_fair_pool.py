@@ -1,6 +1,7 @@
 """Nobody who waits for a connection is passed over."""
 
 import asyncio
+import logging
 from collections import Counter
 
 import pytest
@@ -136,3 +137,16 @@ async def test_the_engine_has_this_pool_unless_the_user_chooses_another(sqlite_u
     async with Database(sqlite_url) as database:
         assert type(database.engine.pool) is FairPool
         assert type(database.engine.pool.recreate()) is FairPool
+
+
+async def test_it_logs_where_sqlalchemys_pools_do(
+    sqlite_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """So that an application which logs at INFO is not told of each pool that is disposed."""
+    caplog.set_level(logging.INFO)
+    async with Database(sqlite_url) as database:
+        await database.ping()
+    assert caplog.records == []
+    async with Database(sqlite_url, engine_options={"echo_pool": True}) as database:
+        await database.ping()
+    assert {record.name for record in caplog.records} == {"sqlalchemy.pool.FairPool"}
