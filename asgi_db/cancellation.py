@@ -55,7 +55,7 @@ async def connect_whole(connect: Callable[..., Awaitable[Any]], *args: Any, **kw
     try:
         connection = await asyncio.shield(task)
     except asyncio.CancelledError:
-        in_background(task)
+        _abandoned.add(task)
         task.add_done_callback(_terminate_abandoned)
         raise
     if (caller := asyncio.current_task()) is not None:
@@ -99,7 +99,11 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
+_abandoned: set[asyncio.Task[Any]] = set()
+
+
 def _terminate_abandoned(task: asyncio.Task[Any]) -> None:
+    _abandoned.discard(task)
     if not task.cancelled() and task.exception() is None:
         terminate(task.result())
 
