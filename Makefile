@@ -16,12 +16,15 @@ SOURCES := pyproject.toml LICENSE README.md $(shell find asgi_db adapters -name 
 HOST ?= 127.0.0.1
 PORT ?= 8000
 ARGS ?=
+WORKERS ?= 3
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 export COVERAGE_FILE = $(CURDIR)/.build/coverage/data
 # The tests refuse to run against the source tree: what they test is the installed wheel.
 PYTEST = ASGI_DB_TEST_INSTALLED=1 $(BIN)/python -P -m
+# Most tests wait for servers, so there are more workers than processors; each has servers of its own.
+PARALLEL = --numprocesses=$(WORKERS) --dist=loadfile
 
 .PHONY: help demo serve test test-pythons suite chaos check format coverage build servers clean
 .NOTPARALLEL:
@@ -31,7 +34,7 @@ help:
 	@echo "make serve         leave the example application running (HOST=$(HOST) PORT=$(PORT))"
 	@echo "make test          check, then the whole suite with coverage, on the built wheel"
 	@echo "make test-pythons  the suite on the other supported versions of Python found here"
-	@echo "make suite         the suite alone; ARGS='-k name' goes to pytest"
+	@echo "make suite         the suite alone; ARGS='-k name' goes to pytest, WORKERS=1 runs one test at a time"
 	@echo "make chaos         the long runs with real faults, here and with other libraries, as one table;"
 	@echo "                   ARGS='--only restart --contender asgi_db' selects, --help says what there is"
 	@echo "make check         ruff, mypy, pyright"
@@ -52,7 +55,7 @@ test-pythons:
 	@$(PYTHON) -m scripts.pythons
 
 suite: $(VENV)/installed servers
-	$(PYTEST) pytest $(ARGS)
+	$(PYTEST) pytest $(PARALLEL) $(ARGS)
 
 chaos: $(VENV)/installed $(PEERS)/installed servers
 	$(BIN)/python -m tests.chaos --peers=$(PEERS)/bin/python $(ARGS)
@@ -69,7 +72,7 @@ format: $(VENV)/tools
 
 coverage: $(VENV)/installed servers
 	@rm -rf .build/coverage && mkdir .build/coverage
-	$(PYTEST) coverage run -m pytest $(ARGS)
+	$(PYTEST) coverage run -m pytest $(PARALLEL) $(ARGS)
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage html --quiet --fail-under=0 --directory .build/coverage/html
 	$(BIN)/coverage report

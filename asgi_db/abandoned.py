@@ -36,6 +36,9 @@ ATTEMPT_TIMEOUT = 5.0
 GIVE_UP_AFTER = 60.0
 """Seconds after which a server that cannot be told is left alone."""
 
+INTERRUPT_AGAIN = 0.05
+"""Seconds after which SQLite is interrupted again: time enough to end a statement and to close."""
+
 PATIENCE = 2.0
 """Seconds in which a request to cancel a statement may get through a pooler."""
 
@@ -190,8 +193,16 @@ async def _runs(connection: AsyncConnection, id: int, age: float) -> bool:
 
 
 async def _interrupt(driver: Any) -> None:
-    with contextlib.suppress(ValueError, sqlite3.Error):  # it is closed already
-        await driver.interrupt()
+    """Interrupt what an SQLite connection runs, until it is closed.
+
+    SQLite forgets an interrupt that comes before the statement has begun, and the statement may
+    still be on its way to the connection's thread. There it is closed too, after the statement.
+    """
+    with contextlib.suppress(ValueError, sqlite3.Error):  # it is closed
+        with anyio.move_on_after(GIVE_UP_AFTER):
+            while True:
+                await driver.interrupt()
+                await anyio.sleep(INTERRUPT_AGAIN)
 
 
 def id_at_server(driver: Any) -> int | None:

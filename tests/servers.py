@@ -19,6 +19,7 @@ import socket
 import sqlite3
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -181,6 +182,14 @@ async def assert_idle(url: str, within: float = 5) -> None:
 async def assert_disconnected(url: str, within: float = 5) -> None:
     """Waits until no client is connected to this database, and fails with those that stay."""
     await _assert_none(url, within, "connected", lambda client: True)
+
+
+async def assert_no_thread_of_sqlite(within: float = 10) -> None:
+    """Waits until the threads of closed SQLite connections have ended; the driver does not wait."""
+    for thread in threading.enumerate():
+        if "_connection_worker_thread" in thread.name:
+            await asyncio.to_thread(thread.join, within)
+            assert not thread.is_alive(), f"{thread.name} still runs after {within} s"
 
 
 async def _assert_none(
@@ -356,7 +365,12 @@ def mariadb(*, own: bool = False) -> Generator[DatabaseServer, None, None]:
             f"CREATE USER IF NOT EXISTS {user}@'%' IDENTIFIED BY 'password';\n"
             f"GRANT ALL ON *.* TO {user}@'%' WITH GRANT OPTION;\n"
         )
-        data = ["--no-defaults", f"--datadir={folder}/data", "--innodb-log-file-size=16M"]
+        data = [
+            "--no-defaults",
+            f"--datadir={folder}/data",
+            f"--tmpdir={folder}",  # in a shared one each removes what others have there
+            "--innodb-log-file-size=16M",
+        ]
         _setup(
             [install, *data, "--skip-test-db", "--auth-root-authentication-method=normal"], folder
         )
@@ -369,7 +383,6 @@ def mariadb(*, own: bool = False) -> Generator[DatabaseServer, None, None]:
                 f"--socket={folder}/socket",
                 f"--pid-file={folder}/pid",
                 f"--init-file={folder}/init.sql",
-                f"--tmpdir={folder}",
                 "--innodb-buffer-pool-size=32M",
                 "--innodb-flush-log-at-trx-commit=2",  # a commit outlives SIGKILL
                 "--max-connections=500",

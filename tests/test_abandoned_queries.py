@@ -7,9 +7,10 @@ when it has something to send.
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 import asyncpg
@@ -40,6 +41,7 @@ from tests.servers import (
     Outside,
     assert_disconnected,
     assert_idle,
+    assert_no_thread_of_sqlite,
     outside,
     run,
     server_connections,
@@ -495,13 +497,6 @@ begun = threading.Event()
 about_to_begin = threading.Event()
 
 
-async def assert_no_thread_is_left() -> None:
-    for thread in threading.enumerate():
-        if "_connection_worker" in thread.name:
-            await asyncio.to_thread(thread.join, 10)
-            assert not thread.is_alive()
-
-
 @each_way
 async def test_sqlite_stops_computing(sqlite_url: str, way: str) -> None:
     begun.clear()
@@ -516,7 +511,7 @@ async def test_sqlite_stops_computing(sqlite_url: str, way: str) -> None:
             site.cancel()
         await site.assert_cancelled(request, way)
         await site.assert_clean()
-    await assert_no_thread_is_left()
+    await assert_no_thread_of_sqlite()
 
 
 @pytest.mark.parametrize("number", range(6))
@@ -533,7 +528,46 @@ async def test_sqlite_does_not_begin_to_compute_for_nobody(sqlite_url: str, numb
         site.cancel()
         await site.assert_cancelled(request, "task")
         await site.assert_clean()
-    await assert_no_thread_is_left()
+    await assert_no_thread_of_sqlite()
+
+
+async def test_sqlite_does_not_compute_what_comes_after_the_interrupt(sqlite_url: str) -> None:
+    """The thread is busy, so that the query begins long after it was cut off."""
+    begun.clear()
+    busy, go_on = threading.Event(), threading.Event()
+
+    def keep_busy() -> None:
+        busy.set()
+        go_on.wait(10)
+
+    async def compute_later(session: DBSession, send: Send) -> None:
+        connection = await (await session.connection()).get_raw_connection()
+        driver: Any = connection.driver_connection
+        await driver.create_function("begin", 0, begun.set)
+        await driver.create_function("keep_busy", 0, keep_busy)
+        before = asyncio.ensure_future(driver.execute_fetchall("SELECT keep_busy()"))
+        await asyncio.to_thread(busy.wait)
+        about_to_begin.set()
+        try:
+            await session.execute(text(ENDLESS))
+        finally:
+            with suppress(sqlite3.OperationalError):  # that the interrupt has met
+                await before
+
+    about_to_begin.clear()
+    async with Database(sqlite_url) as database:
+        await database.create_tables(Base.metadata)
+        site = Site(sqlite_url, database)
+        request = asyncio.create_task(site.serve(site.app(compute_later, "task")))
+        await asyncio.to_thread(about_to_begin.wait)
+        await turns(5)
+        site.cancel()
+        await turns(5)
+        assert not begun.is_set()
+        go_on.set()
+        await site.assert_cancelled(request, "task")
+        await site.assert_clean()
+    await assert_no_thread_of_sqlite()
 
 
 @each_server

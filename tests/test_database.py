@@ -5,7 +5,6 @@ import gc
 import logging
 import os
 import sqlite3
-import threading
 import traceback
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
@@ -35,7 +34,13 @@ from asgi_db import (
     transactional,
 )
 from asgi_db.settings import PoolName
-from tests.servers import DatabaseServer, assert_disconnected, assert_idle, outside
+from tests.servers import (
+    DatabaseServer,
+    assert_disconnected,
+    assert_idle,
+    assert_no_thread_of_sqlite,
+    outside,
+)
 from tests.tables import Author, Base, Child, Deferred, authors
 
 ONE_CONNECTION = {"pool_size": 1, "max_overflow": 0}
@@ -455,7 +460,7 @@ async def test_ping_answers_only_if_the_database_does(
     async with Database(nowhere[Database(database_url).url.get_backend_name()]) as database:
         with pytest.raises(DBAPIError):
             await database.ping()
-    await sqlite_threads_have_ended()
+    await assert_no_thread_of_sqlite()
 
 
 async def test_ping_says_so_if_no_connection_is_free_in_time(database_url: str) -> None:
@@ -466,13 +471,6 @@ async def test_ping_says_so_if_no_connection_is_free_in_time(database_url: str) 
             with pytest.raises(PoolTimeoutError):
                 await database.ping()
         await database.ping()
-
-
-async def sqlite_threads_have_ended() -> None:
-    """Wait for the driver, which does not wait for the thread of a connection that failed."""
-    for thread in threading.enumerate():
-        if "_connection_worker_thread" in thread.name:
-            await asyncio.to_thread(thread.join)
 
 
 async def test_tables_are_created_and_dropped_and_both_may_be_repeated(database_url: str) -> None:
