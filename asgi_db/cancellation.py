@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -16,25 +17,31 @@ async def run_to_completion(coroutine: Coroutine[Any, Any, T]) -> T:
     """Await the coroutine to its end, also when this task is cancelled meanwhile, even twice.
 
     It runs in a task of its own, because a cancelled task throws into whatever it awaits.
-    The shield is against anyio's cancellation, which raises again at each await: without it the
-    loop below would spin. asyncio's own `shield` does not help there.
 
     Raises:
         asyncio.CancelledError: this task was cancelled; the coroutine has nevertheless ended.
     """
     task = asyncio.ensure_future(coroutine)
-    cancelled: asyncio.CancelledError | None = None
-    with anyio.CancelScope(shield=True):
-        while not task.done():
-            try:
-                await asyncio.wait((task,))
-            except asyncio.CancelledError as error:
-                cancelled = error
-    if cancelled is not None:
+    try:
+        await asyncio.wait((task,))
+    except asyncio.CancelledError:
+        await _wait_shielded(task)
         if not task.cancelled():
             task.exception()  # taken note of: the coroutine itself has logged what failed
-        raise cancelled
+        raise
     return task.result()
+
+
+async def _wait_shielded(task: asyncio.Task[Any]) -> None:
+    """Wait for a task, however often this one is cancelled meanwhile.
+
+    The shield is against anyio's cancellation, which raises again at each await: without it the
+    loop would spin. asyncio's own `shield` does not help there.
+    """
+    with anyio.CancelScope(shield=True):
+        while not task.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait((task,))
 
 
 _being_set_up: WeakKeyDictionary[asyncio.Task[Any], Any] = WeakKeyDictionary()

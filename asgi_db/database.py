@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -20,17 +20,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from asgi_db.abandoned import connection_aside, connection_of, patient_connection_class
 from asgi_db.cancellation import run_to_completion
-from asgi_db.engine import base_options, lost_connection, variant_options, watch
+from asgi_db.engine import base_options, lost_connection, variant
 from asgi_db.errors import ConfigurationError, DatabaseBusyError, DatabaseDownError
 from asgi_db.fair_pool import FairPool
 from asgi_db.modes import Mode, Transactional, plain, transactional
-from asgi_db.pool import (
-    EngineLife,
-    prepare_postgresql,
-    prepare_sqlite,
-    reset_mysql,
-    verify_before_use,
-)
+from asgi_db.pool import EngineLife, prepare_postgresql, prepare_sqlite, reset_mysql
 from asgi_db.session import DBSession
 from asgi_db.settings import (
     PoolName,
@@ -41,7 +35,7 @@ from asgi_db.settings import (
     parse_database_url,
     pool_profile,
 )
-from asgi_db.unit_of_work import UnitOfWork
+from asgi_db.unit_of_work import Origin
 
 logger = logging.getLogger("asgi_db")
 
@@ -112,7 +106,7 @@ class Database:
         else:
             self.url = database_url_from_env(os.environ) or _embedded()
             self._engine_options = {**engine_options_from_env(os.environ), **self._engine_options}
-        self._session_options: dict[str, Any] = {
+        self.session_options: dict[str, Any] = {
             "autoflush": False,
             "expire_on_commit": False,
             **(session_options or {}),
@@ -161,9 +155,11 @@ class Database:
 
     @property
     def _life(self) -> EngineLife:
+        return self._given or self._life_on(asyncio.get_running_loop())
+
+    def _life_on(self, loop: asyncio.AbstractEventLoop) -> EngineLife:
         if self._given is not None:
             return self._given
-        loop = asyncio.get_running_loop()
         life = self._lives.get(loop)
         if life is None:
             self._forget_closed_loops()
@@ -185,7 +181,8 @@ class Database:
             prepare_sqlite(engine.sync_engine, durable=folder is None)
         elif self._pooler is None:
             prepare_postgresql(engine.sync_engine)
-        return EngineLife(engine, folder=folder, pooler=self._pooler is not None)
+        verify = self._profile.verify and not self._engine_options.get("pool_pre_ping")
+        return EngineLife(engine, folder=folder, pooler=self._pooler is not None, verify=verify)
 
     async def start(self) -> None:
         """Make the engine, and wait for the database where `wait_for=` says so.
@@ -290,17 +287,19 @@ class Database:
             mode: how its unit of work ends with the block; `plain` rolls back what is not
                 committed by hand.
         """
-        block = f"`async with database.{'transaction' if mode.commits else 'session'}()`"
-        unit = self.unit_of_work(default_mode=lambda: mode, describe=lambda: block)
+        kind = "transaction" if mode.commits else "session"
+        block = Block(self, mode, f"`async with database.{kind}()`")
+        session = DBSession(block)
+        unit = block.unit_of_work(session)
         try:
-            yield unit.session
+            yield session
         except BaseException:
             await unit.end(success=False)
             raise
         else:
             await unit.end(success=True)
         finally:
-            unit.close()
+            block.close()
 
     @asynccontextmanager
     async def transaction(self, mode: Transactional = transactional) -> AsyncGenerator[DBSession]:
@@ -317,31 +316,19 @@ class Database:
 
     # -- for the unit of work ------------------------------------------------------------------
 
-    def unit_of_work(
-        self,
-        *,
-        default_mode: Callable[[], Mode],
-        describe: Callable[[], str],
-        route_mode: Callable[[], Mode | None] = lambda: None,
-    ) -> UnitOfWork:
-        """Prepare a unit of work; see `UnitOfWork`."""
-        return UnitOfWork(self, default_mode=default_mode, describe=describe, route_mode=route_mode)
-
-    def make_session(self, unit: UnitOfWork) -> DBSession:
-        """Make the session of a unit of work; nothing is opened."""
-        return DBSession(self.engine, unit_of_work=unit, **self._session_options)
+    def engine_on(self, loop: asyncio.AbstractEventLoop) -> AsyncEngine:
+        """Return the engine of an event loop, also to a thread beside it; made at first use."""
+        return self._life_on(loop).engine
 
     def bind_for(self, bind: Engine | Connection, mode: Mode) -> Engine | Connection:
         """Return the variant of an engine on which transactions begin as the mode says."""
         if isinstance(bind, Connection):
             return bind
         key = bind, mode.characteristics
-        variant = self._variants.get(key)
-        if variant is None:
-            watch(bind)
-            variant = bind.execution_options(**variant_options(bind, mode))
-            self._variants[key] = variant
-        return variant
+        found = self._variants.get(key)
+        if found is None:
+            found = self._variants[key] = variant(bind, mode)
+        return found
 
     def _make_engine(self, url: URL) -> AsyncEngine:
         # A pool class of the user's own, such as NullPool, need not take the profile's values.
@@ -359,10 +346,7 @@ class Database:
         for name, value in self._engine_options.items():
             both = isinstance(value, Mapping) and isinstance(options.get(name), Mapping)
             options[name] = {**options[name], **value} if both else value
-        engine = create_async_engine(url, **options)
-        if self._profile.verify and not options.get("pool_pre_ping"):
-            verify_before_use(engine.sync_engine)
-        return engine
+        return create_async_engine(url, **options)
 
     def holders(self) -> list[str]:
         """Say which routes have the connections that are out of the pool, and for how long."""
@@ -395,6 +379,21 @@ def _leave_all_to_parent() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_leave_all_to_parent)
+
+
+class Block(Origin):
+    """An `async with` block, for which a session is."""
+
+    def __init__(self, database: Database, mode: Mode, name: str) -> None:
+        self.database = database
+        self._mode = mode
+        self._name = name
+
+    def default_mode(self) -> Mode:
+        return self._mode
+
+    def describe(self) -> str:
+        return self._name
 
 
 async def _ask(connecting: AbstractAsyncContextManager[AsyncConnection]) -> None:

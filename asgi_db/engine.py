@@ -10,9 +10,11 @@ import re
 from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, ref
 
 from sqlalchemy import URL, Connection, Engine, event
-from sqlalchemy.engine import Dialect, ExceptionContext
+from sqlalchemy.engine import Dialect, ExceptionContext, ExecutionContext
+from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -32,20 +34,27 @@ BEGIN_OPTION = "asgi_db_begin"
 """Execution option: the statements with which a transaction begins."""
 
 AUTOCOMMIT_OPTION = "asgi_db_autocommit"
-"""Execution option: whether a MySQL connection is to be in autocommit.
+"""Execution option: whether the connection is to be in autocommit.
 
-To change it costs a round trip there, so a connection stays as it was last used, and each begin
-makes sure. SQLAlchemy's own `isolation_level="AUTOCOMMIT"` changes it twice per request.
+On MySQL it costs a round trip to change that, so a connection stays as it was last used, and each
+begin makes sure. With asyncpg it costs nothing; the connection goes back to the pool as it was.
+SQLAlchemy's own `isolation_level="AUTOCOMMIT"` changes it twice per request, and listens to events
+of the engine (see `watch`).
 """
 
 MODE_OPTION = "asgi_db_mode"
 """Execution option: the mode, where it restricts what may be sent."""
 
-UNIT_OPTION = "asgi_db_unit_of_work"
-"""The execution option by which an event of the engine finds the unit of its connection."""
-
 UNIT_INFO = "asgi_db_unit_of_work"
 """The key in a pooled connection's `info` under which the unit stands that has it."""
+
+_units: WeakKeyDictionary[Connection, ref[UnitOfWork]] = WeakKeyDictionary()
+"""Where the unit of a connection is found also when it is lost, and has no `info` any more."""
+
+
+def _unit_of(connection: Connection | None) -> UnitOfWork | None:
+    found = None if connection is None else _units.get(connection)
+    return None if found is None else found()
 
 
 # -- how a transaction begins ------------------------------------------------------------------
@@ -79,11 +88,36 @@ def variant_options(engine: Engine, mode: Mode) -> dict[str, Any]:
             " out of transactional(...)."
         )
     options = _BEGIN.get(dialect, _begin_standard)(mode)
-    if mode.autocommit and AUTOCOMMIT_OPTION in engine.get_execution_options():
+    if mode.autocommit and _has_autocommit_option(engine):
         options = dict[str, Any]({AUTOCOMMIT_OPTION: True})
     if mode.read_only:
         options[MODE_OPTION] = mode
     return options
+
+
+def _has_autocommit_option(engine: Engine) -> bool:
+    return _is_asyncpg(engine.dialect) or AUTOCOMMIT_OPTION in engine.get_execution_options()
+
+
+def _is_asyncpg(dialect: Dialect) -> bool:
+    return dialect.driver == "asyncpg"
+
+
+def begin_unit(connection: Connection, unit: UnitOfWork) -> None:
+    """Let the events of the engine and of the pool find the unit that now has this connection."""
+    connection.info[UNIT_INFO] = unit
+    _units[connection] = ref(unit)
+    if unit.mode.autocommit and _is_asyncpg(connection.dialect):
+        _set_autocommit(connection.connection.dbapi_connection, True)
+
+
+def _set_autocommit(connection: Any, value: bool) -> None:
+    connection.autocommit = value
+
+
+def _leave_autocommit(connection: DBAPIConnection | None, _: ConnectionPoolEntry) -> None:
+    if connection is not None:
+        _set_autocommit(connection, False)
 
 
 def _begin_standard(mode: Mode) -> dict[str, Any]:
@@ -179,12 +213,10 @@ def writes(statement: str) -> bool:
     return _WRITE.match(_NOT_CODE.sub(" ", statement)) is not None
 
 
-def _before_cursor_execute(
-    connection: Connection, _cursor: Any, statement: str, _params: Any, context: Any, _many: bool
-) -> None:
-    options = connection.get_execution_options()
-    mode: Mode | None = options.get(MODE_OPTION)
-    unit: UnitOfWork | None = options.get(UNIT_OPTION)
+def _check_statement(statement: str, context: ExecutionContext) -> None:
+    """Hold a statement that is about to be sent against the mode."""
+    mode: Mode | None = context.execution_options.get(MODE_OPTION)
+    unit = _unit_of(context.root_connection)
     if writes(statement):
         if mode is not None:
             raise ReadOnlyError(
@@ -193,7 +225,7 @@ def _before_cursor_execute(
                 " transactional session."
             )
         if unit is not None:
-            unit.has_writes = True
+            unit.transaction.has_writes = True
     elif mode is not None and mode.autocommit and context.execution_options.get("stream_results"):
         raise ReadOnlyError(
             f"{_where(unit)}a server-side cursor lives in a transaction, and the read_only mode has"
@@ -201,14 +233,16 @@ def _before_cursor_execute(
         )
 
 
+def _do_execute(_cursor: Any, statement: str, _parameters: Any, context: ExecutionContext) -> None:
+    _check_statement(statement, context)
+
+
+def _do_execute_no_params(_cursor: Any, statement: str, context: ExecutionContext) -> None:
+    _check_statement(statement, context)
+
+
 def _where(unit: UnitOfWork | None) -> str:
     return "" if unit is None else f"{unit.describe()}: "
-
-
-def _commit(connection: Connection) -> None:
-    unit: UnitOfWork | None = connection.get_execution_options().get(UNIT_OPTION)
-    if unit is not None:
-        unit.commit_sent = not has_gone(connection.connection.driver_connection)
 
 
 def _handle_error(context: ExceptionContext) -> None:
@@ -225,13 +259,12 @@ def _handle_error(context: ExceptionContext) -> None:
     is_the_drivers = hasattr(original, "sqlstate")  # asyncpg's own, out of a server-side cursor
     if context.is_pre_ping or not (isinstance(error, DBAPIError) or is_the_drivers):
         return
-    unit: UnitOfWork | None = None
+    unit = _unit_of(connection)
     if connection is not None:
-        unit = connection.get_execution_options().get(UNIT_OPTION)
         lost_savepoint = (context.statement or "").startswith("ROLLBACK TO SAVEPOINT")
         if unit is not None and (lost_savepoint or not connection.in_nested_transaction()):
-            unit.note_failure(error)
-    if unit is not None and unit.streams and unit.is_overdue:
+            unit.transaction.note_failure(error)
+    if unit is not None and unit.transaction.streams and unit.is_overdue:
         raise unit.overdue()
     if isinstance(error, DBAPIError) and _is_about_a_prepared_statement(original):
         error.add_detail(
@@ -283,12 +316,30 @@ def has_gone(driver: Any) -> bool:
 
 
 def watch(engine: Engine) -> None:
-    """Let the modes take effect on this engine and its variants; harmless to other users of it."""
+    """Let the modes take effect on this engine and its variants; harmless to other users of it.
+
+    An engine that has a single event of its own (`begin`) pays at each turn of each connection;
+    those of its dialect and its pool cost no more than what they do.
+    """
     event.listen(engine, "do_connect", _connect)
-    event.listen(engine, "begin", _begin)
-    event.listen(engine, "before_cursor_execute", _before_cursor_execute)
-    event.listen(engine, "commit", _commit)
+    event.listen(engine, "do_execute", _do_execute)
+    event.listen(engine, "do_executemany", _do_execute)
+    event.listen(engine, "do_execute_no_params", _do_execute_no_params)
     event.listen(engine, "handle_error", _handle_error)
+    if _is_asyncpg(engine.dialect):
+        event.listen(engine, "checkin", _leave_autocommit)
+    else:
+        event.listen(engine, "begin", _begin)
+
+
+def variant(engine: Engine, mode: Mode) -> Engine:
+    """Make the variant of an engine on which transactions begin as the mode says.
+
+    Raises:
+        ConfigurationError: the mode asks for what this database does not have.
+    """
+    watch(engine)
+    return engine.execution_options(**variant_options(engine, mode))
 
 
 # -- how it connects ---------------------------------------------------------------------------

@@ -22,6 +22,20 @@ from asgi_db.modes import MODE_ATTRIBUTE, Mode
 from asgi_db.types import Receive, Scope, Send
 
 
+def marks_of(scope: Scope) -> Scope:
+    """Return the part of a scope that says which route it was, for when the call is over."""
+    get = scope.get
+    return {
+        "type": scope["type"],
+        "method": get("method"),
+        "path": get("path"),
+        "endpoint": get("endpoint"),
+        "route": get("route"),
+        "route_handler": get("route_handler"),
+        "path_template": get("path_template"),
+    }
+
+
 def mode_of_route(scope: Scope, key: str) -> Mode | None:
     """Return the mode that the route of this request sets, or None.
 
@@ -48,7 +62,7 @@ def _marked_places(scope: Scope) -> Iterator[Any]:
     """The objects on which this request's decorator may be, the nearest to the code first."""
     endpoint = _endpoint(scope)
     if inspect.isclass(endpoint):  # Starlette's HTTPEndpoint: one method for each HTTP method
-        method = scope.get("method", "").lower()
+        method = (scope.get("method") or "").lower()
         yield getattr(endpoint, method, None)
         if method == "head":
             yield getattr(endpoint, "get", None)
@@ -88,7 +102,7 @@ def describe_route(scope: Scope) -> str:
         or getattr(scope.get("route"), "path", None)  # FastAPI
         or scope.get("path", "")
     )
-    where = f"{scope.get('method', scope['type'].upper())} {path}"
+    where = f"{scope.get('method') or scope['type'].upper()} {path}"
     name = getattr(endpoint, "__qualname__", None) or type(endpoint).__name__
     return where if endpoint is None else f"{where} ({name})"
 

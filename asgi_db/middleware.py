@@ -20,6 +20,7 @@ import sys
 
 import anyio
 import anyio.lowlevel
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from asgi_db.database import Database
 from asgi_db.errors import MissingMiddlewareError, UnavailableError
@@ -27,6 +28,7 @@ from asgi_db.frameworks import (
     answer_error,
     describe_route,
     has_handler,
+    marks_of,
     mode_of_route,
     reopen_response,
 )
@@ -35,7 +37,7 @@ from asgi_db.modes import Mode, ModeDefault, plain, should_commit
 from asgi_db.readiness import refuse
 from asgi_db.session import DBSession
 from asgi_db.types import ASGIApp, Message, Receive, Scope, Send
-from asgi_db.unit_of_work import UnitOfWork
+from asgi_db.unit_of_work import Origin, UnitOfWork
 
 logger = logging.getLogger("asgi_db")
 
@@ -43,9 +45,9 @@ DELIVERY_TIMEOUT = 1.0
 """Seconds in which an answer may still leave, after its request was cancelled during COMMIT."""
 
 
-def unit_key(key: str) -> str:
-    """The key of the scope under which the unit of work stands."""
-    return f"asgi_db.unit_of_work.{key}"
+def session_key(key: str) -> str:
+    """The key of the scope under which the session stands."""
+    return f"asgi_db.session.{key}"
 
 
 class DBSessionMiddleware:
@@ -82,35 +84,31 @@ class DBSessionMiddleware:
         self.database = database if database is not None else Database()
         self.mode = mode
         self.key = key
+        self._session_key = session_key(key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
+        make_call = _CALLS.get(scope["type"])
+        if make_call is None:
+            await self._pass_through(scope, receive, send)
+            return
+        placed: DBSession | None = scope.get(self._session_key)
+        if placed is not None and placed.origin.database is self.database:
+            await self.app(scope, receive, send)  # installed twice, it acts once
+            return
+        call = make_call(self, scope, receive, send)
+        session = DBSession(call)
+        scope[self._session_key] = scope.setdefault("state", {})[self.key] = session
+        try:
+            await call.run()
+        finally:
+            call.close()
+
+    async def _pass_through(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await serve_lifespan(self.app, self.database, self.key, scope, receive, send)
-        elif scope["type"] not in ("http", "websocket") or self._is_placed(scope):
-            await self.app(scope, receive, send)
         else:
-            unit = self._place_session(scope)
-            call = Exchange if scope["type"] == "http" else Socket
-            try:
-                await call(self.app, unit, scope, receive, send).run()
-            finally:
-                unit.close()
-
-    def _is_placed(self, scope: Scope) -> bool:
-        """Whether the same middleware stands further out already; installed twice, it acts once."""
-        unit: UnitOfWork | None = scope.get(unit_key(self.key))
-        return unit is not None and unit.database is self.database
-
-    def _place_session(self, scope: Scope) -> UnitOfWork:
-        unit = self.database.unit_of_work(
-            default_mode=lambda: self.mode if isinstance(self.mode, Mode) else self.mode(scope),
-            route_mode=lambda: mode_of_route(scope, self.key),
-            describe=lambda: describe_route(scope),
-        )
-        scope[unit_key(self.key)] = unit
-        scope.setdefault("state", {})[self.key] = unit.session
-        return unit
+            await self.app(scope, receive, send)
 
 
 def session_of(scope: Scope, mode: Mode | None = None, *, key: str = "db") -> DBSession:
@@ -125,32 +123,66 @@ def session_of(scope: Scope, mode: Mode | None = None, *, key: str = "db") -> DB
         MissingMiddlewareError: no middleware has placed a session.
         ModeConflictError: a statement has already run in a weaker mode.
     """
-    unit: UnitOfWork | None = scope.get(unit_key(key))
-    if unit is None:
+    session: DBSession | None = scope.get(session_key(key))
+    if session is None:
         raise MissingMiddlewareError(key)
     if mode is not None:
-        unit.ask(mode)
-    return unit.session
+        session.origin.unit_of_work(session).ask(mode)
+    return session
 
 
-class Call:
-    """One call of the application, with the unit of work that goes along with it."""
+class Call(Origin):
+    """One call of the application, and what becomes of the session that goes along with it.
+
+    A call that does not use its session costs this object and the session's empty shell.
+    """
+
+    _exception_at_receive: BaseException | None = None
+    _was_cancelled_in_commit = False
+    _late_cancellation: asyncio.CancelledError | None = None
+    """The cancellation that came during COMMIT and waits until the answer has left; an anyio
+    scope raises its own at the next await."""
 
     def __init__(
-        self, app: ASGIApp, unit: UnitOfWork, scope: Scope, receive: Receive, send: Send
+        self, middleware: DBSessionMiddleware, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        self._app = app
-        self._unit = unit
+        self.database = middleware.database
+        self._middleware = middleware
         self._scope = scope
         self._receive = receive
         self._send = send
         self._task = asyncio.current_task()
         self._outer_exception = sys.exc_info()[1]
-        self._exception_at_receive: BaseException | None = None
-        self._was_cancelled_in_commit = False
-        self._late_cancellation: asyncio.CancelledError | None = None
-        """The cancellation that came during COMMIT and waits until the answer has left; an anyio
-        scope raises its own at the next await."""
+
+    async def run(self) -> None:
+        """Run the application, then end what its last event has left open."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        super().close()
+        self._scope = marks_of(self._scope)  # the scope has the session, and so this
+
+    def engine(self) -> AsyncEngine:
+        # The session may be used first in a thread, where there is no running loop.
+        task = self._task
+        return self.database.engine if task is None else self.database.engine_on(task.get_loop())
+
+    def route_mode(self) -> Mode | None:
+        """Return the mode that the route sets."""
+        return mode_of_route(self._scope, self._middleware.key)
+
+    def default_mode(self) -> Mode:
+        """Return the mode of the middleware."""
+        mode = self._middleware.mode
+        return mode if isinstance(mode, Mode) else mode(self._scope)
+
+    def describe(self) -> str:
+        """Name the route, for messages."""
+        return describe_route(self._scope)
+
+    async def _end(self, *, success: bool) -> None:
+        if self._unit is not None:
+            await self._unit.end(success=success)
 
     def _exception_being_handled(self) -> BaseException | None:
         """The exception of which the application is making a response, if it is.
@@ -163,20 +195,22 @@ class Call:
             error = self._exception_at_receive
         return None if error is self._outer_exception else error
 
-    async def _end_before_answer(self, *, success: bool, answer: str = "") -> None:
+    async def _end_before_answer(
+        self, unit: UnitOfWork, *, success: bool, answer: str = ""
+    ) -> None:
         """End the unit; where the request is cancelled during its COMMIT, let the answer leave."""
         try:
-            await self._unit.end(success=success, answer=answer)
+            await unit.end(success=success, answer=answer)
         except asyncio.CancelledError as error:
-            if not self._unit.is_unanswered:
+            if not unit.is_unanswered:
                 raise
             self._late_cancellation = error
-        if self._unit.is_unanswered:
+        if unit.is_unanswered:
             in_cancelled_scope = anyio.current_effective_deadline() == -math.inf
             late = self._late_cancellation is not None
             self._was_cancelled_in_commit = late or in_cancelled_scope
 
-    async def _send_answer(self, message: Message) -> None:
+    async def _send_answer(self, unit: UnitOfWork, message: Message) -> None:
         """Send what tells the client of a COMMIT."""
         try:
             if self._was_cancelled_in_commit:
@@ -188,12 +222,12 @@ class Call:
             self._log_unanswered()
             await self._be_cancelled_late()
             raise
-        self._unit.is_unanswered = False
+        unit.is_unanswered = False
 
     def _log_unanswered(self) -> None:
-        if self._unit.is_unanswered:
+        if self._unit is not None and self._unit.is_unanswered:
             self._unit.is_unanswered = False
-            logger.warning("%s: committed, answer not delivered", self._unit.describe())
+            logger.warning("%s: committed, answer not delivered", self.describe())
 
     async def _be_cancelled_late(self) -> None:
         """Raise the cancellation that had to wait."""
@@ -229,22 +263,27 @@ class Exchange(Call):
     async def run(self) -> None:
         """Run the application, then end what its last event has left open."""
         enclosing_app = self._scope.get("app")
+        app = self._middleware.app
         try:
-            await self._app(self._scope, self._receive_noting, self._send_after_commit)
+            await app(self._scope, self._receive_noting, self._send_after_commit)
         except BaseException as error:
-            await self._unit.end(success=False)
+            await self._end(success=False)
             if isinstance(error, Exception):
                 await self._answer(error, enclosing_app)
             else:
                 self._log_unanswered()
                 raise
         else:
-            # A stream whose client has gone may just end: what it left half done is not kept.
-            is_complete = self._response is Response.COMPLETE
-            await self._unit.end(success=is_complete and not self._unit.was_cut_off)
-            if self._commit_error is not None:
-                await self._answer(self._commit_error, enclosing_app)
-            await self._be_cancelled_late()
+            if self._unit is not None:
+                await self._finish(self._unit, enclosing_app)
+
+    async def _finish(self, unit: UnitOfWork, enclosing_app: object) -> None:
+        # A stream whose client has gone may just end: what it left half done is not kept.
+        is_complete = self._response is Response.COMPLETE
+        await unit.end(success=is_complete and not unit.was_cut_off)
+        if self._commit_error is not None:
+            await self._answer(self._commit_error, enclosing_app)
+        await self._be_cancelled_late()
 
     async def _receive_noting(self) -> Message:
         self._exception_at_receive = sys.exc_info()[1]
@@ -252,50 +291,66 @@ class Exchange(Call):
 
     async def _send_after_commit(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            await self._begin_response(message)
+            if self._unit is not None or message["status"] == 500:
+                await self._begin_response(message)
+            else:
+                self._response = Response.STARTED
+                await self._send(message)
         elif self._commit_error is not None:
             raise self._commit_error
         elif self._response is Response.PENDING:  # early hints come before the status line
             await self._send(message)
         elif self._response is not Response.REPLACED:
-            if not self._is_at_work_beside():
-                await self._unit.end(success=self._exception_being_handled() is None)
             if message["type"] in _BODY and not message.get("more_body"):
                 self._response = Response.COMPLETE
-            await self._send_answer(message)
-            await self._be_cancelled_late()
+            if self._unit is not None:
+                await self._send_body(self._unit, message)
+            else:
+                await self._send(message)
 
-    def _is_at_work_beside(self) -> bool:
+    async def _send_body(self, unit: UnitOfWork, message: Message) -> None:
+        if unit.in_use and not self._is_at_work_beside(unit):
+            await unit.end(success=self._exception_being_handled() is None)
+        await self._send_answer(unit, message)
+        await self._be_cancelled_late()
+
+    def _is_at_work_beside(self, unit: UnitOfWork) -> bool:
         """Whether the body is made in a task of its own, which is not to be disturbed.
 
         FastAPI makes the events of an `EventSourceResponse` so, ahead of those that it sends.
         """
-        unit = self._unit
         return unit.is_used_by_another_task or (
             unit.is_work_of_another_task and unit.has_uncommitted_work
         )
 
     async def _begin_response(self, message: Message) -> None:
+        status = message["status"]
         error = self._exception_being_handled()
-        if message["status"] == 500 and isinstance(error, UnavailableError):
+        if status == 500 and isinstance(error, UnavailableError):
             if not has_handler(self._scope, error):
                 await self._refuse(error)
                 return
-        await self._end_before_response(message["status"], error)
+        if self._unit is None:
+            self._response = Response.STARTED
+            await self._send(message)
+            return
+        await self._end_before_response(self._unit, status, error)
         self._response = Response.STARTED
         self._commit_error = None
-        if self._unit.commit_outlived_request and message["status"] >= 400:
+        if self._unit.commit_outlived_request and status >= 400:
             self._log_unanswered()
-        await self._send_answer(message)
+        await self._send_answer(self._unit, message)
 
-    async def _end_before_response(self, status: int, error: BaseException | None) -> None:
-        if not self._unit.in_use:  # then even to find out its mode would be too much
+    async def _end_before_response(
+        self, unit: UnitOfWork, status: int, error: BaseException | None
+    ) -> None:
+        if not unit.in_use:  # then even to find out its mode would be too much
             return
-        if self._unit.is_used_by_another_task and not self._unit.mode.commits:
+        if unit.is_used_by_another_task and not unit.mode.commits:
             return
-        success = should_commit(self._unit.mode, status, error)
+        success = should_commit(unit.mode, status, error)
         try:
-            await self._end_before_answer(success=success, answer=f"the response {status}")
+            await self._end_before_answer(unit, success=success, answer=f"the response {status}")
         except Exception as commit_error:
             self._commit_error = commit_error
             reopen_response(self._scope)
@@ -317,7 +372,7 @@ class Exchange(Call):
                     error, commit_error, enclosing_app, self._scope, self._receive, send
                 )
             finally:
-                await self._unit.end(success=False)
+                await self._end(success=False)
         except UnavailableError as unanswered:
             if self._response is Response.PENDING:
                 await self._refuse(unanswered)
@@ -325,10 +380,10 @@ class Exchange(Call):
                 raise
 
     async def _refuse(self, error: UnavailableError) -> None:
-        await self._unit.end(success=False)
+        await self._end(success=False)
         self._response = Response.REPLACED
         self._commit_error = None
-        logger.error("%s: answered with 503: %s", self._unit.describe(), error)
+        logger.error("%s: answered with 503: %s", self.describe(), error)
         await refuse(self._send, error)
 
 
@@ -337,27 +392,35 @@ class Socket(Call):
 
     async def run(self) -> None:
         """Run the application, then end what its last event has left open."""
+        app = self._middleware.app
         try:
-            await self._app(self._scope, self._receive_between_units, self._send_after_commit)
+            await app(self._scope, self._receive_between_units, self._send_after_commit)
         except BaseException as error:
-            await self._unit.end(success=False)
+            await self._end(success=False)
             if not isinstance(error, Exception):
                 self._log_unanswered()
             raise
         else:
-            await self._unit.end(success=not self._unit.was_cut_off)
+            await self._end(success=self._unit is None or not self._unit.was_cut_off)
 
     async def _receive_between_units(self) -> Message:
-        if not self._unit.is_work_of_another_task:
-            await self._unit.end(success=self._exception_being_handled() is None)
-            self._unit.is_unanswered = False  # the application has chosen to say nothing
+        unit = self._unit
+        if unit is not None and not unit.is_work_of_another_task:
+            await unit.end(success=self._exception_being_handled() is None)
+            unit.is_unanswered = False  # the application has chosen to say nothing
         return await self._receive()
 
     async def _send_after_commit(self, message: Message) -> None:
-        if self._unit.is_work_of_another_task:  # this is not the answer to it: a broadcast, say
-            await self._unit.wait_for_end()
+        unit = self._unit
+        if unit is None:
             await self._send(message)
-            return
-        await self._end_before_answer(success=self._exception_being_handled() is None)
-        await self._send_answer(message)
-        await self._be_cancelled_late()
+        elif unit.is_work_of_another_task:  # this is not the answer to it: a broadcast, say
+            await unit.wait_for_end()
+            await self._send(message)
+        else:
+            await self._end_before_answer(unit, success=self._exception_being_handled() is None)
+            await self._send_answer(unit, message)
+            await self._be_cancelled_late()
+
+
+_CALLS: dict[str, type[Call]] = {"http": Exchange, "websocket": Socket}

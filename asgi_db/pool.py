@@ -33,8 +33,8 @@ VERIFY_AFTER_IDLE = 1.0
 DISPOSE_TIMEOUT = 10.0
 """Seconds that `dispose` waits for connections which are out, before it terminates them."""
 
-_USED = "asgi_db_used"
-"""The key in a connection's `info` that says that it is not new."""
+_RETURNED = "asgi_db_returned"
+"""The key in a connection's `info` for when it was last returned; one that is new has none."""
 
 SQLITE_BUSY_TIMEOUT = 30.0
 """Seconds that SQLite waits for another connection's lock."""
@@ -43,14 +43,18 @@ SQLITE_BUSY_TIMEOUT = 30.0
 class Connections:
     """The open connections of an engine, and those of them which are out of the pool."""
 
-    def __init__(self, engine: AsyncEngine, *, pooler: bool = False) -> None:
+    def __init__(self, engine: AsyncEngine, *, pooler: bool, verify: bool) -> None:
         """Watch an engine.
 
         Args:
             pooler: there is one in between.
+            verify: ping a connection before it is used, if it has been idle for a while.
+                SQLAlchemy's `pool_pre_ping` pings each time, which triples the round trips of a
+                short read.
         """
         self._engine = engine
         self._behind_pooler = pooler
+        self._verify = verify
         self._open: dict[ConnectionPoolEntry, DBAPIConnection] = {}
         self._out: dict[ConnectionPoolEntry, tuple[PoolProxiedConnection, float]] = {}
         self._returned = anyio.Event()
@@ -70,16 +74,26 @@ class Connections:
     def _checkout(
         self, connection: DBAPIConnection, entry: ConnectionPoolEntry, proxy: PoolProxiedConnection
     ) -> None:
+        now = time.monotonic()
+        returned: float | None = entry.info.get(_RETURNED)
         if has_gone(self._engine.dialect.get_driver_connection(connection)):
             closed = "the server has closed this connection"
-            if entry.info.get(_USED):
+            if returned is not None:
                 raise DisconnectionError(closed)  # the pool makes another, but not for ever
             raise lost_connection(ConnectionError(closed))
-        self._out[entry] = proxy, time.monotonic()
+        if self._verify and returned is not None and now - returned > VERIFY_AFTER_IDLE:
+            self._ping(connection)
+        self._out[entry] = proxy, now
+
+    def _ping(self, connection: DBAPIConnection) -> None:
+        try:
+            self._engine.dialect.do_ping(connection)
+        except Exception as error:  # whatever it is: the pool replaces this and all older ones
+            raise InvalidatePoolError(str(error)) from error
 
     def _checkin(self, _: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
         entry.info.pop(UNIT_INFO, None)
-        entry.info[_USED] = True
+        entry.info[_RETURNED] = time.monotonic()
         self._out.pop(entry, None)
         self._returned.set()
 
@@ -154,6 +168,7 @@ class EngineLife:
         *,
         given: bool = False,
         pooler: bool = False,
+        verify: bool = False,
         folder: str | None = None,
     ) -> None:
         """Look after an engine.
@@ -161,11 +176,12 @@ class EngineLife:
         Args:
             given: it belongs to the user: it is not disposed.
             pooler: there is a pooler between it and its server.
+            verify: ping its connections before use; see `Connections`.
             folder: removed with it, at the latest when the program ends.
         """
         watch(engine.sync_engine)
         self.engine = engine
-        self.connections = Connections(engine, pooler=pooler)
+        self.connections = Connections(engine, pooler=pooler, verify=verify)
         self._abandoned = AbandonedStatements(engine, pooler=pooler)
         self._given = given
         self._remove_folder = (
@@ -244,28 +260,6 @@ _LOOK_AFTER_CLIENT = """
     SELECT CASE WHEN current_setting('client_connection_check_interval', true) = '0'
     THEN set_config('client_connection_check_interval', '1s', false) END, pg_backend_pid()
 """
-
-
-def verify_before_use(engine: Engine) -> None:
-    """Ping a connection before it is used, but only if it has been idle for a while.
-
-    SQLAlchemy's `pool_pre_ping` pings each time, which triples the round trips of a short read.
-    """
-    returned = "asgi_db_returned"
-
-    def note_return(_connection: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
-        entry.info[returned] = time.monotonic()
-
-    def ping(connection: DBAPIConnection, entry: ConnectionPoolEntry, _proxy: Any) -> None:
-        since = entry.info.pop(returned, None)
-        if since is not None and time.monotonic() - since > VERIFY_AFTER_IDLE:
-            try:
-                engine.dialect.do_ping(connection)
-            except Exception as error:  # whatever it is: the pool replaces this and all older ones
-                raise InvalidatePoolError(str(error)) from error
-
-    event.listen(engine, "checkin", note_return)
-    event.listen(engine, "checkout", ping)
 
 
 def reset_mysql(engine: Engine) -> None:

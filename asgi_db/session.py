@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 
 if TYPE_CHECKING:
-    from asgi_db.unit_of_work import UnitOfWork
+    from asgi_db.unit_of_work import Origin, UnitOfWork
 
 
 class UnitSession(Session):
@@ -26,6 +26,7 @@ class UnitSession(Session):
     def __init__(self, *args: Any, unit_of_work: UnitOfWork, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.unit_of_work = unit_of_work
+        unit_of_work.sync_session = self
 
     def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
         """Choose the engine by the mode; SQLAlchemy asks here before it takes a connection."""
@@ -55,11 +56,17 @@ def _inside_the_unit(name: str) -> Callable[..., Any]:
 
     @functools.wraps(operation)
     def guarded(self: UnitSession, *args: Any, **kwargs: Any) -> Any:
-        with self.unit_of_work.operation(name):
+        unit = self.unit_of_work
+        unit.enter(name)
+        try:
             result = operation(self, *args, **kwargs)
-        options: Mapping[str, Any] = kwargs.get("execution_options") or {}
-        if options.get("stream_results"):  # `AsyncSession.stream`
-            self.unit_of_work.stream_opened(result)
+        except BaseException as error:
+            unit.leave(self, error)
+            raise
+        unit.leave(self, None)
+        options: Mapping[str, Any] | None = kwargs.get("execution_options")
+        if options and options.get("stream_results"):  # `AsyncSession.stream`
+            unit.stream_opened(result)
         return result
 
     return guarded
@@ -159,9 +166,27 @@ class DBSession(AsyncSession):
 
     sync_session_class = UnitSession
 
-    def __init__(self, *args: Any, unit_of_work: UnitOfWork, **kwargs: Any) -> None:
-        super().__init__(*args, unit_of_work=unit_of_work, **kwargs)
-        self._unit_of_work = unit_of_work
+    def __init__(self, origin: Origin) -> None:
+        """Place a session; what it is made of comes with its first use.
+
+        Args:
+            origin: what it is for.
+        """
+        self.origin = origin
+
+    if not TYPE_CHECKING:  # where it would make a wrong name look right
+
+        def __getattr__(self, name: str) -> Any:
+            """Make what `AsyncSession.__init__` makes, when something of it is first missed."""
+            if name.startswith("__") or "sync_session" in self.__dict__:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            unit = self._unit_of_work
+            super().__init__(unit.engine, unit_of_work=unit, **unit.database.session_options)
+            return getattr(self, name)
+
+    @property
+    def _unit_of_work(self) -> UnitOfWork:
+        return self.origin.unit_of_work(self)
 
     def begin(self) -> AsyncSessionTransaction:
         """Begin a transaction in a block, at whose end it is committed or rolled back."""

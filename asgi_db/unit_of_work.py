@@ -15,19 +15,18 @@ import asyncio
 import enum
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import anyio
 from sqlalchemy import Connection, Engine, Result
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from asgi_db.cancellation import current_task, run_to_completion
 from asgi_db.deadline import Deadline
-from asgi_db.engine import UNIT_INFO, UNIT_OPTION, raise_if_connect_failed
+from asgi_db.engine import begin_unit, has_gone, raise_if_connect_failed
 from asgi_db.errors import (
     ConcurrentUseError,
     DatabaseBusyError,
@@ -67,12 +66,90 @@ class State(enum.Enum):
     CLOSED = enum.auto()
 
 
-TRANSITIONS = {
-    State.IDLE: {State.ACTIVE, State.ENDING, State.CLOSED},
-    State.ACTIVE: {State.IDLE, State.ENDING},
-    State.ENDING: {State.IDLE},
-    State.CLOSED: set[State](),
+TRANSITIONS: dict[State, tuple[State, ...]] = {
+    State.IDLE: (State.ACTIVE, State.ENDING, State.CLOSED),
+    State.ACTIVE: (State.IDLE, State.ENDING),
+    State.ENDING: (State.IDLE,),
+    State.CLOSED: (),
 }
+
+
+class Origin:
+    """What a session is for: a request, or a block of code.
+
+    It has the session's unit of work, which is made when somebody first asks for it.
+
+    Attributes:
+        database: where the session comes from.
+    """
+
+    database: Database
+    _unit: UnitOfWork | None = None
+    _is_over = False
+
+    def engine(self) -> AsyncEngine:
+        """Return the engine of the session's event loop."""
+        return self.database.engine
+
+    def route_mode(self) -> Mode | None:
+        """Return the mode that the route itself sets, which wins over everything."""
+        return None
+
+    def default_mode(self) -> Mode:
+        """Return the mode that holds if nothing stronger says otherwise."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """Name it, for messages."""
+        raise NotImplementedError
+
+    def unit_of_work(self, session: DBSession) -> UnitOfWork:
+        """Return the unit of work of the session, which is the same for as long as this lasts."""
+        unit = self._unit
+        if unit is None:
+            unit = UnitOfWork(session, self)
+            if self._is_over:
+                unit.close()
+            else:
+                self._unit = unit
+        return unit
+
+    def close(self) -> None:
+        """Let the session go for good: whoever still uses it gets an error.
+
+        What refers to each other comes apart here, so that nothing waits for the garbage
+        collector, and the memory serves the next request while it is warm.
+        """
+        self._is_over = True
+        if (unit := self._unit) is not None:
+            self._unit = None
+            unit.close()
+
+
+class Transaction:
+    """What a unit knows of its open transaction.
+
+    Attributes:
+        connections: those on which it is open.
+        failure: why it cannot be committed any more, if it cannot.
+        has_writes: whether it holds writes.
+        streams: its results which live on a server-side cursor.
+        was_cut_off: whether a statement of it was cancelled in the middle.
+    """
+
+    __slots__ = ("connections", "failure", "has_writes", "streams", "was_cut_off")
+
+    def __init__(self) -> None:
+        self.connections: list[Connection] = []
+        self.failure: BaseException | None = None
+        self.has_writes = False
+        self.streams: list[Result[Any]] = []
+        self.was_cut_off = False
+
+    def note_failure(self, error: BaseException) -> None:
+        """Note that it cannot be committed; the first reason is the cause."""
+        if self.failure is None:
+            self.failure = error
 
 
 class UnitOfWork:
@@ -80,55 +157,45 @@ class UnitOfWork:
 
     Attributes:
         session: the session that handlers get.
-        failure: why the open transaction cannot be committed any more, if it cannot.
-        has_writes: whether the open transaction holds writes.
-        streams: the results of the open transaction which live on a server-side cursor.
+        sync_session: its synchronous half; there is none before the session is first used.
+        transaction: the open transaction.
         commit_sent: whether the last COMMIT has reached the connection.
         is_unanswered: whether writes were committed which the client does not know of yet.
         commit_outlived_request: whether a COMMIT by hand was still under way when the request
             was cancelled.
     """
 
-    def __init__(
-        self,
-        database: Database,
-        *,
-        default_mode: Callable[[], Mode],
-        route_mode: Callable[[], Mode | None],
-        describe: Callable[[], str],
-    ) -> None:
+    def __init__(self, session: DBSession, origin: Origin) -> None:
         """Prepare a unit; nothing is opened before the first statement.
 
         Args:
-            database: where engine and session come from.
-            default_mode: the mode if nothing stronger says otherwise.
-            route_mode: the mode that the route itself sets; wins over everything.
-            describe: names the request or block, for messages.
+            session: the session.
+            origin: what it is for.
         """
-        self.database = database
-        self.describe = describe
-        self.failure: BaseException | None = None
-        self.has_writes = False
-        self.streams: list[Result[Any]] = []
+        self.database = origin.database
+        self.engine = origin.engine()
+        self.session = session
+        self.sync_session: UnitSession | None = None
+        self.transaction = Transaction()
         self.commit_sent = False
         self.is_unanswered = False
         self.commit_outlived_request = False
-        self._default_mode = default_mode
-        self._route_mode = route_mode
+        self._origin = origin
         self._asked: Mode | None = None
         self._active_mode: Mode | None = None
         self._state = State.IDLE
         self._operations: list[str] = []
         self._task: asyncio.Task[object] | None = None
         self._owner: asyncio.Task[object] | None = None
-        self._connections: list[Connection] = []
-        self._cut_off = False
         self._ended = asyncio.Event()
+        self._is_committing = False
         self._has_lost_work = False  # because the handler closed the session
         self._kept_changes = False  # by `release`, for the next transaction
         self._deadline: Deadline | None = None
-        self.session: DBSession = database.make_session(self)
-        self._sync_session = cast(UnitSession, self.session.sync_session)
+
+    def describe(self) -> str:
+        """Name what the unit is for, for messages."""
+        return self._origin.describe()
 
     def __repr__(self) -> str:
         return f"<UnitOfWork {self._state.name} {self.mode.name} {self.describe()}>"
@@ -141,7 +208,8 @@ class UnitOfWork:
 
         Strongest first: the route, the dependency that the handler takes, the default.
         """
-        return self._active_mode or self._route_mode() or self._asked or self._default_mode()
+        origin = self._origin
+        return self._active_mode or origin.route_mode() or self._asked or origin.default_mode()
 
     def ask(self, mode: Mode) -> None:
         """Take note of the mode that a dependency stands for; the strongest asked for wins.
@@ -152,15 +220,12 @@ class UnitOfWork:
         if self._asked is not None and self._asked.strength >= mode.strength:
             return
         begun = self._active_mode
-        if begun is not None and begun.strength < mode.strength and self._route_mode() is None:
-            raise ModeConflictError(mode.name, begun.name, self.describe())
+        if begun is not None and begun.strength < mode.strength:
+            if self._origin.route_mode() is None:
+                raise ModeConflictError(mode.name, begun.name, self.describe())
         self._asked = mode
 
     # -- what the session asks and tells -------------------------------------------------------
-
-    def operation(self, name: str) -> Operation:
-        """The span of one operation of the session: one task at a time."""
-        return Operation(self, name)
 
     def bind(self, bind: Engine | Connection) -> Engine | Connection:
         """Return the engine on which the mode's transactions begin as they should."""
@@ -184,11 +249,21 @@ class UnitOfWork:
 
     def check_commit(self) -> None:
         """Refuse to commit what the database has given up already."""
-        if self.failure is not None:
-            raise FailedTransactionError(statement_failed=True) from self.failure
-        for connection in self._connections:
+        transaction = self.transaction
+        if transaction.failure is not None:
+            raise FailedTransactionError(statement_failed=True) from transaction.failure
+        for connection in transaction.connections:
             if not connection.invalidated and not connection.connection.is_valid:
                 raise FailedTransactionError(statement_failed=False)
+        self._is_committing = True
+        self.commit_sent = self._commit_comes_next()
+
+    def _commit_comes_next(self) -> bool:
+        """Whether the session is in its COMMIT, on a connection that is still there."""
+        return self._is_committing and not any(
+            connection.invalidated or has_gone(connection.connection.driver_connection)
+            for connection in self.transaction.connections
+        )
 
     def transaction_created(self) -> None:
         """Note whose work the transaction is, from before its first statement."""
@@ -196,36 +271,30 @@ class UnitOfWork:
 
     def transaction_began(self, connection: Connection) -> None:
         """Note the connection, and mark it so that the events of the engine find this unit."""
-        if connection not in self._connections:
-            self._connections.append(connection)
-            connection.execution_options(**{UNIT_OPTION: self})
-            connection.info[UNIT_INFO] = self
-            self.commit_sent = False
+        if connection not in self.transaction.connections:
+            self.transaction.connections.append(connection)
+            begin_unit(connection, self)
 
     def stream_opened(self, stream: Result[Any]) -> None:
         """Note a result that lives on a server-side cursor; its rows are yet to come."""
-        self.streams.append(stream)
+        self.transaction.streams.append(stream)
         if self._deadline is not None:
             self._deadline.when_over(self._cut_off_streams)
 
     def _cut_off_streams(self) -> None:
         # To fetch is no operation of the session, which its deadline could cancel.
-        if self.streams and not self._operations and self.is_overdue:
-            for connection in self._connections:
+        if self.transaction.streams and not self._operations and self.is_overdue:
+            for connection in self.transaction.connections:
                 connection.invalidate()
-
-    def note_failure(self, error: BaseException) -> None:
-        """Note that the open transaction cannot be committed; the first reason is the cause."""
-        if self.failure is None:
-            self.failure = error
 
     def transaction_committed(self) -> None:
         """Note that the session has committed; the client is to know."""
-        self.is_unanswered = self.is_unanswered or self.has_writes
+        self.is_unanswered = self.is_unanswered or self.transaction.has_writes
 
     def transaction_ended(self) -> None:
         """Forget the transaction that the session has ended, by itself or by the handler."""
-        self._forget_transaction()
+        self._is_committing = False
+        self.transaction = Transaction()
         if self._state is State.ACTIVE and not self.mode.autocommit:
             self._become_idle()
 
@@ -234,6 +303,8 @@ class UnitOfWork:
     @property
     def in_use(self) -> bool:
         """Whether there is anything to end."""
+        if self.sync_session is None:
+            return False
         is_busy = self._state in (State.ACTIVE, State.ENDING) or bool(self._operations)
         return is_busy or self._has_lost_work or self._has_work()
 
@@ -260,7 +331,7 @@ class UnitOfWork:
     @property
     def has_uncommitted_work(self) -> bool:
         """Whether there is anything that a ROLLBACK would undo."""
-        return self.has_writes or self._has_changes()
+        return self.transaction.has_writes or self._has_changes()
 
     async def wait_for_end(self) -> None:
         """Wait for a COMMIT or ROLLBACK that another task has under way."""
@@ -270,7 +341,7 @@ class UnitOfWork:
     @property
     def was_cut_off(self) -> bool:
         """Whether a statement of the open transaction was cancelled in the middle."""
-        return self._cut_off
+        return self.transaction.was_cut_off
 
     async def end(self, *, success: bool, answer: str = "") -> None:
         """End the unit: COMMIT where it succeeded and its mode commits, else ROLLBACK.
@@ -310,7 +381,8 @@ class UnitOfWork:
             raise problem
 
     def _warn_of_lost_work(self) -> None:
-        if self.has_writes or self._has_lost_work or self.session.new:
+        has_new = self.sync_session is not None and self.sync_session.new
+        if self.transaction.has_writes or self._has_lost_work or has_new:
             logger.warning(
                 "%s: uncommitted work was rolled back at the end of the %s unit: commit it with"
                 " `await session.commit()`, or put @transactional on the route.",
@@ -322,9 +394,9 @@ class UnitOfWork:
         """Give the connection back before the unit's end; see `DBSession.release`."""
         if self._other_task() is not None or self._state is State.ENDING:
             raise self._concurrent_use("release")
-        if self.has_writes:
+        if self.transaction.has_writes:
             raise UncommittedWorkError(self.describe(), is_lost=False)
-        if self.session.in_transaction():
+        if self.sync_session is not None and self.sync_session.in_transaction():
             await self._end_by(self._give_back())
             self._kept_changes = self._has_changes()
         elif self._state is State.ACTIVE:
@@ -333,6 +405,8 @@ class UnitOfWork:
     def close(self) -> None:
         """Let the session go for good: whoever still uses it gets an error."""
         self._move(State.CLOSED)
+        self.sync_session = None
+        del self.session
 
     async def _end_by(self, ending: Coroutine[Any, Any, None]) -> None:
         self._move(State.ENDING)
@@ -372,12 +446,16 @@ class UnitOfWork:
         left = COMMIT_TIMEOUT
         if self._deadline is not None:
             left = max(self._deadline.left, LEAST_COMMIT_TIMEOUT)
+        limit = asyncio.timeout(left)
         try:
-            with anyio.move_on_after(left) as limit:
+            async with limit:
                 await commit()
-            if limit.cancelled_caught:
-                raise self._overdue(left)
+        except TimeoutError:
+            if limit.expired():
+                raise self._overdue(left) from None
+            raise
         finally:
+            self._is_committing = False
             self.commit_sent = False
 
     def _overdue(self, seconds: float) -> Exception:
@@ -406,7 +484,7 @@ class UnitOfWork:
 
     async def _give_back(self) -> None:
         self._task = asyncio.current_task()
-        await self._close_by(self.session.run_sync(lambda _: self._sync_session.give_back()))
+        await self._close_by(self._give_back_whole())
 
     async def _roll_back_after(self, straggler: asyncio.Task[object] | None) -> None:
         if straggler is not None:
@@ -415,33 +493,39 @@ class UnitOfWork:
                 straggler.cancel()
             await asyncio.wait((straggler,))
         await self._close_streams()
-        if self.has_writes or self._has_changes() or self.failure is not None:
+        if self.has_uncommitted_work or self.transaction.failure is not None:
             await self.session.rollback()
         else:  # what was only loaded stays usable
-            await self.session.run_sync(lambda _: self._sync_session.give_back())
+            await self._give_back_whole()
+
+    async def _give_back_whole(self) -> None:
+        if (session := self.sync_session) is not None:
+            await self.session.run_sync(lambda _: session.give_back())
 
     async def _close_streams(self) -> None:
         """Close what lives on a cursor: MariaDB's would seem to be at its end, not cut off."""
 
         def close(_: Session) -> None:
-            for stream in self.streams:
+            for stream in streams:
                 stream.close()
 
-        if self.streams:
+        if streams := self.transaction.streams:
             await self.session.run_sync(close)
 
     def _has_work(self) -> bool:
         """Whether there is a transaction; a change of an object begins one too, in SQLAlchemy."""
-        return self.session.in_transaction() or self._kept_changes
+        session = self.sync_session
+        return session is not None and (session.in_transaction() or self._kept_changes)
 
     def _has_changes(self) -> bool:
-        return bool(self.session.new or self.session.dirty or self.session.deleted)
+        session = self.sync_session
+        return session is not None and bool(session.new or session.dirty or session.deleted)
 
     async def _close_by(self, closing: Coroutine[Any, Any, None]) -> None:
         """Close the transaction; where that fails or takes too long, terminate the connection."""
-        connections = list(self._connections)
+        connections = list(self.transaction.connections)
         try:
-            with anyio.fail_after(CLEANUP_TIMEOUT):
+            async with asyncio.timeout(CLEANUP_TIMEOUT):
                 await closing
         except Exception as error:
             logger.error("%s: ROLLBACK failed: %s", self.describe(), _brief(error))
@@ -474,26 +558,30 @@ class UnitOfWork:
         if not is_free and task is not self._task:
             raise self._concurrent_use(operation)
         if operation in _LETS_GO and self._state in (State.IDLE, State.ACTIVE):
-            self._has_lost_work = self._has_lost_work or self.has_writes or self._has_changes()
+            self._has_lost_work = self._has_lost_work or self.has_uncommitted_work
         self._task = task
         self._operations.append(operation)
+        self.commit_sent = False  # what is done within a COMMIT comes before it: a flush, above all
         if self._deadline is not None and self._state is State.ACTIVE and operation != "commit":
             self._deadline.watch_task()
 
-    def leave(self, error: BaseException | None) -> None:
+    def leave(self, session: UnitSession, error: BaseException | None) -> None:
         """End an operation; in autocommit the connection goes back at once."""
-        session = self._sync_session
         if error is not None and session.in_transaction():  # else it has ended with the error
-            self._cut_off = self._cut_off or isinstance(error, asyncio.CancelledError)
+            transaction = self.transaction
+            if isinstance(error, asyncio.CancelledError):
+                transaction.was_cut_off = True
             if _is_failure(error) and not session.in_nested_transaction():
-                self.note_failure(error)
+                transaction.note_failure(error)
         try:
             outermost = len(self._operations) == 1 and self._state is State.ACTIVE
-            if outermost and self.mode.autocommit and isinstance(error, Exception | None):
+            if outermost and self.mode.autocommit and (error is None or _is_ordinary(error)):
                 if self._operations[0] not in _KEEPS_CONNECTION:
                     session.give_back_between_statements()
         finally:
             self._leave_operation()
+            if error is None and self._is_committing:
+                self.commit_sent = self._commit_comes_next()
             self._raise_instead_of(error)
 
     def _leave_operation(self) -> None:
@@ -528,15 +616,7 @@ class UnitOfWork:
 
     # -- the state -----------------------------------------------------------------------------
 
-    def _forget_transaction(self) -> None:
-        self.failure = None
-        self.has_writes = False
-        self._cut_off = False
-        self.streams.clear()
-        self._connections.clear()
-
     def _become_idle(self) -> None:
-        self._forget_transaction()
         self._kept_changes = False
         self._active_mode = None
         if not self._operations:  # else `leave` does it
@@ -547,27 +627,6 @@ class UnitOfWork:
         if to not in TRANSITIONS[self._state]:
             raise RuntimeError(f"a unit of work cannot move from {self._state.name} to {to.name}")
         self._state = to
-
-
-class Operation:
-    """One operation of a session, from call to return; they nest."""
-
-    __slots__ = ("_name", "_unit")
-
-    def __init__(self, unit: UnitOfWork, name: str) -> None:
-        self._unit = unit
-        self._name = name
-
-    def __enter__(self) -> None:
-        self._unit.enter(self._name)
-
-    def __exit__(
-        self,
-        _: type[BaseException] | None,
-        error: BaseException | None,
-        __: TracebackType | None,
-    ) -> None:
-        self._unit.leave(error)
 
 
 _LETS_GO = frozenset({"close", "invalidate", "reset"})
@@ -582,7 +641,12 @@ _KEEPS_CONNECTION = frozenset({"connection", "begin", "begin_nested"})
 
 def _is_failure(error: BaseException) -> bool:
     """Whether the error means that a statement failed or was cut off, not that a row is missing."""
-    return isinstance(error, DBAPIError | PoolTimeoutError) or not isinstance(error, Exception)
+    return isinstance(error, (DBAPIError, PoolTimeoutError)) or not _is_ordinary(error)
+
+
+def _is_ordinary(error: BaseException) -> bool:
+    """Whether the error is none that ends the task, such as a cancellation."""
+    return isinstance(error, Exception)
 
 
 def _terminate(connections: list[Connection]) -> None:

@@ -14,7 +14,14 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_db import Database, DBSession, Mode, plain, read_only, transactional
-from asgi_db.engine import BEGIN_OPTION, MODE_OPTION, has_gone, variant_options, writes
+from asgi_db.engine import (
+    AUTOCOMMIT_OPTION,
+    BEGIN_OPTION,
+    MODE_OPTION,
+    has_gone,
+    variant_options,
+    writes,
+)
 from asgi_db.errors import ConfigurationError
 from asgi_db.pool import VERIFY_AFTER_IDLE
 from tests.relay import Relay
@@ -164,7 +171,7 @@ def engine_on(url: str) -> Engine:
                 "postgresql_deferrable": True,
             },
         ),
-        ("postgresql+asyncpg://db/shop", read_only, {"isolation_level": "AUTOCOMMIT"}),
+        ("postgresql+asyncpg://db/shop", read_only, {AUTOCOMMIT_OPTION: True}),
         (
             "postgresql+asyncpg://db/shop",
             SNAPSHOT,

@@ -41,9 +41,8 @@ from asgi_db import (
     read_only,
     transactional,
 )
-from asgi_db.middleware import unit_key
+from asgi_db.middleware import session_key
 from asgi_db.types import ASGIApp, Receive, Scope, Send
-from asgi_db.unit_of_work import UnitOfWork
 from asgi_db_litestar import DatabasePlugin
 from tests.contract.client import Exchange, call
 from tests.sockets import websocket
@@ -85,8 +84,8 @@ def app_without_plugin(database: Database, *handlers: Any, **options: Any) -> Li
 
 def mode_in_force(connection: AnyRequest | AnySocket) -> str:
     scope: Scope = connection.scope
-    unit: UnitOfWork = scope[unit_key("db")]
-    return unit.mode.name
+    session: DBSession = scope[session_key("db")]
+    return session.origin.unit_of_work(session).mode.name
 
 
 @post("/")
@@ -375,7 +374,7 @@ async def test_a_provider_without_the_middleware_says_what_to_install(database: 
             self.app = app
 
         async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-            del scope[unit_key("db")]
+            del scope[session_key("db")]
             await self.app(scope, receive, send)
 
     @get("/")

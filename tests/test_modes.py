@@ -22,6 +22,7 @@ from starlette.routing import Mount, Route
 
 from asgi_db import (
     Database,
+    DBSession,
     DBSessionMiddleware,
     Mode,
     ModeConflictError,
@@ -31,11 +32,12 @@ from asgi_db import (
     session_of,
     transactional,
 )
-from asgi_db.middleware import unit_key
+from asgi_db.middleware import session_key
 from asgi_db.modes import ModeDefault, should_commit
 from asgi_db.types import ASGIApp, Receive, Scope, Send
 from asgi_db.unit_of_work import UnitOfWork
 from tests.contract.client import call
+from tests.units import new_unit
 
 MODES: list[Any] = [plain, transactional, read_only]
 STATUSES = st.integers(min_value=100, max_value=599)
@@ -227,8 +229,8 @@ def test_by_method_is_transactional_on_a_websocket() -> None:
 
 
 def mode_in_force(scope: Scope) -> Mode:
-    unit: UnitOfWork = scope[unit_key("db")]
-    return unit.mode
+    session: DBSession = scope[session_key("db")]
+    return session.origin.unit_of_work(session).mode
 
 
 def bare(
@@ -329,9 +331,7 @@ async def test_of_two_dependencies_the_stronger_wins(
 
 
 def unit_in(database: Database, default: Mode, *, route: Mode | None = None) -> UnitOfWork:
-    return database.unit_of_work(
-        default_mode=lambda: default, route_mode=lambda: route, describe=lambda: "GET /late"
-    )
+    return new_unit(database, default, "GET /late", route=route)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from asgi_db.session import OPERATIONS
 from asgi_db.unit_of_work import UnitOfWork
 from tests.servers import assert_idle
 from tests.tables import Author, Base, Book, authors
+from tests.units import new_unit
 
 POOL = {"pool_size": 2, "max_overflow": 0, "pool_timeout": 5}
 BLOCK = "GET /books (list_books)"
@@ -62,7 +63,7 @@ async def unit_of(
     database: Database, mode: Mode = transactional, *, success: bool = True
 ) -> AsyncGenerator[UnitOfWork, None]:
     """A unit of work, which is ended and closed with the block."""
-    unit = database.unit_of_work(default_mode=lambda: mode, describe=lambda: BLOCK)
+    unit = new_unit(database, mode, BLOCK)
     try:
         yield unit
     except BaseException:

@@ -42,6 +42,7 @@ from tests.contract.client import call
 from tests.relay import Relay
 from tests.servers import assert_idle, outside, server_connections
 from tests.tables import Author, Base, Child, Deferred, authors
+from tests.units import new_unit
 
 POOL = {"pool_size": 2, "max_overflow": 0, "pool_timeout": 5}
 ROUTE = "POST /orders (create_order)"
@@ -82,7 +83,7 @@ made: list[UnitOfWork] = []
 
 
 def unit_of(database: Database, mode: Mode = transactional) -> UnitOfWork:
-    unit = database.unit_of_work(default_mode=lambda: mode, describe=lambda: ROUTE)
+    unit = new_unit(database, mode, ROUTE)
     made.append(unit)
     return unit
 
