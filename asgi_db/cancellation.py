@@ -13,10 +13,14 @@ import anyio
 T = TypeVar("T")
 
 
-async def run_to_completion(coroutine: Coroutine[Any, Any, T]) -> T:
+async def run_to_completion(coroutine: Coroutine[Any, Any, T], *, grace: float | None = None) -> T:
     """Await the coroutine to its end, also when this task is cancelled meanwhile, even twice.
 
     It runs in a task of its own, because a cancelled task throws into whatever it awaits.
+
+    Args:
+        coroutine: what is to be awaited.
+        grace: seconds that it still gets when this task is cancelled; no limit if None.
 
     Raises:
         asyncio.CancelledError: this task was cancelled; the coroutine has nevertheless ended.
@@ -25,23 +29,26 @@ async def run_to_completion(coroutine: Coroutine[Any, Any, T]) -> T:
     try:
         await asyncio.wait((task,))
     except asyncio.CancelledError:
-        await _wait_shielded(task)
+        await _wait_shielded(task, grace)
         if not task.cancelled():
             task.exception()  # taken note of: the coroutine itself has logged what failed
         raise
     return task.result()
 
 
-async def _wait_shielded(task: asyncio.Task[Any]) -> None:
+async def _wait_shielded(task: asyncio.Task[Any], grace: float | None) -> None:
     """Wait for a task, however often this one is cancelled meanwhile.
 
     The shield is against anyio's cancellation, which raises again at each await: without it the
     loop would spin. asyncio's own `shield` does not help there.
     """
+    timer = None if grace is None else task.get_loop().call_later(grace, task.cancel)
     with anyio.CancelScope(shield=True):
         while not task.done():
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait((task,))
+    if timer is not None:
+        timer.cancel()
 
 
 _being_set_up: WeakKeyDictionary[asyncio.Task[Any], Any] = WeakKeyDictionary()

@@ -298,6 +298,7 @@ class Database:
             raise
         else:
             await unit.end(success=True)
+            await unit.run_late_hooks()
         finally:
             block.close()
 

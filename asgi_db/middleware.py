@@ -276,6 +276,9 @@ class Exchange(Call):
         else:
             if self._unit is not None:
                 await self._finish(self._unit, enclosing_app)
+        finally:
+            if self._unit is not None:
+                await self._unit.run_late_hooks()
 
     async def _finish(self, unit: UnitOfWork, enclosing_app: object) -> None:
         # A stream whose client has gone may just end: what it left half done is not kept.
@@ -313,6 +316,8 @@ class Exchange(Call):
             await unit.end(success=self._exception_being_handled() is None)
         await self._send_answer(unit, message)
         await self._be_cancelled_late()
+        if self._response is Response.COMPLETE:
+            await unit.run_late_hooks()
 
     def _is_at_work_beside(self, unit: UnitOfWork) -> bool:
         """Whether the body is made in a task of its own, which is not to be disturbed.
@@ -402,6 +407,9 @@ class Socket(Call):
             raise
         else:
             await self._end(success=self._unit is None or not self._unit.was_cut_off)
+        finally:
+            if self._unit is not None:
+                await self._unit.run_late_hooks()
 
     async def _receive_between_units(self) -> Message:
         unit = self._unit
@@ -421,6 +429,7 @@ class Socket(Call):
             await self._end_before_answer(unit, success=self._exception_being_handled() is None)
             await self._send_answer(unit, message)
             await self._be_cancelled_late()
+            await unit.run_late_hooks()
 
 
 _CALLS: dict[str, type[Call]] = {"http": Exchange, "websocket": Socket}

@@ -10,11 +10,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
+
+from asgi_db.hooks import Hook, HookFunction, When
 
 if TYPE_CHECKING:
     from asgi_db.unit_of_work import Origin, UnitOfWork
@@ -129,12 +131,19 @@ def _after_begin(session: UnitSession, _: SessionTransaction, connection: Connec
 def _after_transaction_create(session: UnitSession, transaction: SessionTransaction) -> None:
     if transaction.parent is None:
         session.unit_of_work.transaction_created()
+    elif transaction.nested:
+        session.unit_of_work.savepoint_began(transaction)
 
 
 @event.listens_for(UnitSession, "after_transaction_end")
 def _after_transaction_end(session: UnitSession, transaction: SessionTransaction) -> None:
     if transaction.parent is None:
         session.unit_of_work.transaction_ended()
+
+
+@event.listens_for(UnitSession, "after_soft_rollback")
+def _after_soft_rollback(session: UnitSession, transaction: SessionTransaction) -> None:
+    session.unit_of_work.rolled_back(transaction)
 
 
 class _Transaction(AsyncSessionTransaction):
@@ -200,6 +209,63 @@ class DBSession(AsyncSession):
             OutcomeUnknownError: COMMIT was sent, and its answer was lost or did not come in time.
         """
         await self._unit_of_work.commit(super().commit)
+
+    async def rollback(self) -> None:
+        """Roll the transaction back, and run the hooks that wait for that."""
+        await super().rollback()
+        await self._unit_of_work.run_hooks()
+
+    def on_commit(
+        self,
+        function: HookFunction,
+        *,
+        when: When = "before_response",
+        robust: bool = False,
+    ) -> None:
+        """Call a function after the transaction that is open, or comes next, was committed.
+
+        The functions are called in the order in which they were added. It is forgotten if the
+        transaction is rolled back, or the savepoint in which it was added. Whatever it does, the
+        commit stands. Where nothing is to be committed, it is called if the request succeeds.
+
+        Args:
+            function: takes nothing; may be `async`. It has `HOOKS_TIMEOUT` seconds left if the
+                request is cancelled meanwhile.
+            when: "before_response" (right after the COMMIT), or "after_response".
+            robust: an error of the function is only logged. Otherwise it is logged too, and then
+                raised like one of the endpoint, when all functions were called; after the response
+                there is nobody to raise it to.
+
+        Raises:
+            TypeError: `function` cannot be called.
+            SessionExpiredError: the request is over.
+        """
+        if when not in get_args(When):
+            raise ValueError(f"when={when!r} is unknown: use one of {', '.join(get_args(When))}.")
+        self._add_hook(Hook(function, "commit", when, robust))
+
+    def on_rollback(self, function: HookFunction) -> None:
+        """Call a function after the transaction that is open, or comes next, was rolled back.
+
+        Its errors are only logged: they mask none that led there. It is forgotten with the
+        savepoint in which it was added.
+
+        Args:
+            function: takes nothing; may be `async`.
+
+        Raises:
+            TypeError: `function` cannot be called.
+            SessionExpiredError: the request is over.
+        """
+        self._add_hook(Hook(function, "rollback"))
+
+    def _add_hook(self, hook: Hook) -> None:
+        if not callable(hook.function):
+            raise TypeError(
+                f"session.on_{hook.outcome}() takes a function, not {hook.function!r}: leave out"
+                " the brackets behind it, or use functools.partial for its arguments."
+            )
+        self._unit_of_work.add_hook(hook)
 
     async def release(self) -> None:
         """Give the connection back to the pool now, for instance around a slow outgoing call.

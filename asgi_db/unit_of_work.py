@@ -12,6 +12,7 @@ final: the request is over, and the session refuses to work.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
@@ -22,7 +23,7 @@ from sqlalchemy import Connection, Engine, Result
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, SessionTransaction
 
 from asgi_db.cancellation import current_task, run_to_completion
 from asgi_db.deadline import Deadline
@@ -38,6 +39,7 @@ from asgi_db.errors import (
     SessionExpiredError,
     UncommittedWorkError,
 )
+from asgi_db.hooks import Hook, Hooks
 from asgi_db.modes import Mode
 from asgi_db.session import DBSession, UnitSession
 
@@ -159,6 +161,7 @@ class UnitOfWork:
         session: the session that handlers get.
         sync_session: its synchronous half; there is none before the session is first used.
         transaction: the open transaction.
+        hooks: what is to be done after its end; None if there has been nothing yet.
         commit_sent: whether the last COMMIT has reached the connection.
         is_unanswered: whether writes were committed which the client does not know of yet.
         commit_outlived_request: whether a COMMIT by hand was still under way when the request
@@ -177,6 +180,7 @@ class UnitOfWork:
         self.session = session
         self.sync_session: UnitSession | None = None
         self.transaction = Transaction()
+        self.hooks: Hooks | None = None
         self.commit_sent = False
         self.is_unanswered = False
         self.commit_outlived_request = False
@@ -290,6 +294,21 @@ class UnitOfWork:
     def transaction_committed(self) -> None:
         """Note that the session has committed; the client is to know."""
         self.is_unanswered = self.is_unanswered or self.transaction.has_writes
+        if self.hooks is not None:
+            self.hooks.settle("commit")
+
+    def savepoint_began(self, savepoint: SessionTransaction) -> None:
+        """Note a savepoint, with which its hooks are to be forgotten."""
+        if self.hooks is not None:
+            self.hooks.savepoint_began(savepoint)
+
+    def rolled_back(self, transaction: SessionTransaction) -> None:
+        """Note that the session has rolled back to a savepoint, or the whole transaction."""
+        if self.hooks is not None:
+            if transaction.nested:
+                self.hooks.savepoint_rolled_back(transaction)
+            else:
+                self.hooks.settle("rollback")
 
     def transaction_ended(self) -> None:
         """Forget the transaction that the session has ended, by itself or by the handler."""
@@ -303,6 +322,8 @@ class UnitOfWork:
     @property
     def in_use(self) -> bool:
         """Whether there is anything to end."""
+        if self.hooks is not None and self.hooks.are_waiting:
+            return True
         if self.sync_session is None:
             return False
         is_busy = self._state in (State.ACTIVE, State.ENDING) or bool(self._operations)
@@ -346,7 +367,7 @@ class UnitOfWork:
     async def end(self, *, success: bool, answer: str = "") -> None:
         """End the unit: COMMIT where it succeeded and its mode commits, else ROLLBACK.
 
-        Costs nothing if no statement has run.
+        Then its hooks are run. Costs nothing if no statement has run.
 
         Args:
             success: whether what the unit belongs to has succeeded.
@@ -356,9 +377,45 @@ class UnitOfWork:
             SQLAlchemyError: the commit failed; the transaction has been rolled back.
             ConcurrentUseError: it was to succeed while another task used the session.
             UncommittedWorkError: it was to be committed, but the handler had closed the session.
+            Exception: the error of a hook that is not robust.
         """
         if not self.in_use:
             return
+        if self.hooks is None:
+            await self._end(success, answer)
+            return
+        keeps = success and (self.mode.commits or self.mode.read_only)  # or there is nothing to
+        try:
+            await self._end(success, answer)
+        except BaseException:
+            self.hooks.settle("rollback")  # unless the COMMIT has succeeded, and they are due
+            with contextlib.suppress(Exception):  # it is logged, and masks no other
+                await self.hooks.run(self.describe)
+            raise
+        self.hooks.settle("commit" if keeps else "rollback")
+        await self.hooks.run(self.describe)
+        await self.end(success=True)  # what the hooks have done with the session
+
+    async def run_late_hooks(self) -> None:
+        """Run the hooks that were to wait for the response."""
+        if self.hooks is not None:
+            await self.hooks.run_late(self.describe)
+            with contextlib.suppress(Exception):  # it is logged, and the answer has left
+                await self.end(success=True)
+
+    def add_hook(self, hook: Hook) -> None:
+        """Let a function be called after the COMMIT, or the ROLLBACK, of what is open now.
+
+        Raises:
+            SessionExpiredError: the request is over.
+        """
+        if self._state is State.CLOSED:
+            raise SessionExpiredError(f"on_{hook.outcome}", self.describe())
+        if self.hooks is None:
+            self.hooks = Hooks()
+        self.hooks.add(hook)
+
+    async def _end(self, success: bool, answer: str) -> None:
         problem: Exception | None = None
         if self._has_lost_work and self.mode.commits:
             problem = UncommittedWorkError(self.describe(), is_lost=True)
@@ -439,7 +496,20 @@ class UnitOfWork:
             await run_to_completion(whole())
         except asyncio.CancelledError:
             self.commit_outlived_request = self.is_unanswered
+            if self.hooks is not None:
+                with contextlib.suppress(Exception):  # it is logged
+                    await self.hooks.run(self.describe)
             raise
+        await self.run_hooks()
+
+    async def run_hooks(self) -> None:
+        """Run the hooks that are due, after the handler itself has committed or rolled back.
+
+        Raises:
+            Exception: the error of a hook that is not robust.
+        """
+        if self.hooks is not None:
+            await self.hooks.run(self.describe)
 
     async def _limit(self, commit: Callable[[], Awaitable[None]]) -> None:
         """Wait for a COMMIT, but not for ever on a server that does not answer."""

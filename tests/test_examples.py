@@ -450,6 +450,20 @@ async def first(session: CurrentSessionTransaction) -> None:
         assert items(database_url) == ["tea"]
 
 
+@covers("README: After the commit")
+def test_the_readmes_mail_waits_for_the_commit(run_readme: Run, database_url: str) -> None:
+    mail = """
+sent = []
+
+async def send_mail(text: str) -> None:
+    sent.append(text)
+"""
+    with fragment(run_readme, "After the commit", mail) as client:
+        assert client.post("/orders/mailed?item=tea").status_code == 201
+        assert items(database_url) == ["tea"]
+        assert sys.modules["readme"].sent == ["ordered: tea"]
+
+
 @covers("README: A long read in a stream")
 def test_the_readmes_long_read_is_whole(run_readme: Run, database_url: str) -> None:
     """As long that no driver fetches it all at once."""

@@ -1,0 +1,123 @@
+"""What is to be done after the commit, or after the rollback.
+
+A hook belongs to the unit of work in which it was added, and to the savepoint, if one was open.
+It waits until the database has answered; then it is due, or forgotten:
+
+    pending ──COMMIT──▶ due (`on_commit`)      pending ──ROLLBACK──▶ due (`on_rollback`)
+            ──ROLLBACK TO SAVEPOINT──▶ forgotten, as what was done in the savepoint
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Literal, NamedTuple, TypeAlias
+
+from sqlalchemy.orm import SessionTransaction
+
+from asgi_db.cancellation import run_to_completion
+
+logger = logging.getLogger("asgi_db")
+
+HookFunction: TypeAlias = Callable[[], Awaitable[object] | object]
+Outcome: TypeAlias = Literal["commit", "rollback"]
+When: TypeAlias = Literal["before_response", "after_response"]
+
+HOOKS_TIMEOUT = 5.0
+"""Seconds that hooks still get when their request was cancelled after its COMMIT."""
+
+
+class Hook(NamedTuple):
+    """A function, and when it is to be called."""
+
+    function: HookFunction
+    outcome: Outcome
+    when: When = "before_response"
+    robust: bool = True
+
+    @property
+    def names(self) -> tuple[str, HookFunction]:
+        """What it waited for and what it is, for the log."""
+        return self.outcome.upper(), self.function
+
+
+class Hooks:
+    """The hooks of one session."""
+
+    def __init__(self) -> None:
+        self._pending: list[Hook] = []
+        self._savepoints: dict[SessionTransaction, int] = {}
+        self._due: deque[Hook] = deque()
+        self._late: deque[Hook] = deque()
+
+    @property
+    def are_waiting(self) -> bool:
+        """Whether there are some whose COMMIT or ROLLBACK is yet to come, or has just come."""
+        return bool(self._pending or self._due)
+
+    def add(self, hook: Hook) -> None:
+        """Let a hook wait for the end of what is open now."""
+        self._pending.append(hook)
+
+    def savepoint_began(self, savepoint: SessionTransaction) -> None:
+        """Note where the hooks of a savepoint begin."""
+        self._savepoints[savepoint] = len(self._pending)
+
+    def savepoint_rolled_back(self, savepoint: SessionTransaction) -> None:
+        """Forget the hooks of a savepoint, with what else was done there."""
+        # One that is not known began before the first hook was added.
+        del self._pending[self._savepoints.pop(savepoint, 0) :]
+
+    def settle(self, outcome: Outcome) -> None:
+        """Let those be due that have waited for this outcome, and forget the others."""
+        for hook in self._pending:
+            if hook.outcome == outcome:
+                (self._late if hook.when == "after_response" else self._due).append(hook)
+        self._pending.clear()
+        self._savepoints.clear()
+
+    async def run(self, describe: Callable[[], str]) -> None:
+        """Run what is due, in order; an error stops none of them.
+
+        Args:
+            describe: names the request or block, for the log.
+
+        Raises:
+            Exception: the first error of a hook that is not robust, when all have run.
+            asyncio.CancelledError: the request was cancelled; the hooks have nevertheless run, for
+                up to `HOOKS_TIMEOUT` seconds.
+        """
+        if self._due:
+            error = await run_to_completion(_call_each(self._due, describe), grace=HOOKS_TIMEOUT)
+            if error is not None:
+                raise error
+
+    async def run_late(self, describe: Callable[[], str]) -> None:
+        """Run what was to wait for the response; there is nobody to tell of an error but the log.
+
+        Raises:
+            asyncio.CancelledError: as for `run`.
+        """
+        if self._late:
+            await run_to_completion(_call_each(self._late, describe), grace=HOOKS_TIMEOUT)
+
+
+async def _call_each(hooks: deque[Hook], describe: Callable[[], str]) -> Exception | None:
+    """Call each hook, and return the first error of one that is not robust."""
+    first: Exception | None = None
+    while hooks:
+        hook = hooks.popleft()
+        try:
+            result = hook.function()
+            if inspect.isawaitable(result):
+                await result
+        except Exception as error:
+            logger.exception("%s: a hook failed after %s: %r", describe(), *hook.names)
+            if first is None and not hook.robust:
+                first = error
+        except BaseException:
+            logger.error("%s: a hook was cut off after %s: %r", describe(), *hook.names)
+            raise
+    return first
