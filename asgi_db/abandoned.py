@@ -25,7 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from asgi_db.cancellation import background_is_over, in_background, running_loop, terminate
+from asgi_db.cancellation import background_is_over, in_background, running_loop
 from asgi_db.engine import raise_if_connect_failed
 
 logger = logging.getLogger("asgi_db")
@@ -118,8 +118,6 @@ class AbandonedStatements:
         self._cut_off[id] = connected, time.monotonic()
         if self._ending is None or self._ending.done() or self._ending.get_loop().is_closed():
             self._ending = asyncio.ensure_future(self._end_all())
-        # Else SQLAlchemy would wait for a server that may not answer any more.
-        terminate(driver)
 
     async def _end_all(self) -> None:
         deadline = time.monotonic() + GIVE_UP_AFTER

@@ -6,8 +6,10 @@ One engine and one pool serve all modes. For each mode there is a variant of the
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import re
-from functools import lru_cache
+import sqlite3
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
@@ -18,7 +20,13 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from asgi_db.cancellation import abandon_connect, being_set_up, connect_whole, in_background
+from asgi_db.cancellation import (
+    abandon_connect,
+    being_set_up,
+    connect_whole,
+    in_background,
+    terminate,
+)
 from asgi_db.errors import (
     ConfigurationError,
     DatabaseDownError,
@@ -26,6 +34,7 @@ from asgi_db.errors import (
     ReadOnlyError,
 )
 from asgi_db.modes import Mode
+from asgi_db.retry import is_conflict
 
 if TYPE_CHECKING:
     from asgi_db.unit_of_work import UnitOfWork
@@ -203,7 +212,7 @@ _NOT_CODE = re.compile(r"""'[^']*'|"[^"]*"|/\*.*?\*/|--[^\n]*|\#[^\n]*""", re.DO
 """Literals, quoted names and comments (`#` begins one in MySQL only)."""
 
 
-@lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=1024)
 def writes(statement: str) -> bool:
     """Say whether this SQL changes data or tables, by its keywords.
 
@@ -260,6 +269,8 @@ def _handle_error(context: ExceptionContext) -> None:
     if context.is_pre_ping or not (isinstance(error, DBAPIError) or is_the_drivers):
         return
     unit = _unit_of(connection)
+    if unit is not None and is_conflict(error):
+        unit.conflict = error
     if connection is not None:
         lost_savepoint = (context.statement or "").startswith("ROLLBACK TO SAVEPOINT")
         if unit is not None and (lost_savepoint or not connection.in_nested_transaction()):
@@ -321,12 +332,15 @@ def watch(engine: Engine) -> None:
     An engine that has a single event of its own (`begin`) pays at each turn of each connection;
     those of its dialect and its pool cost no more than what they do.
     """
+    dialect = engine.dialect
+    if dialect.driver in _DRIVERS:
+        dialect.do_terminate = functools.partial(_terminate, dialect)  # type: ignore[method-assign]
     event.listen(engine, "do_connect", _connect)
     event.listen(engine, "do_execute", _do_execute)
     event.listen(engine, "do_executemany", _do_execute)
     event.listen(engine, "do_execute_no_params", _do_execute_no_params)
     event.listen(engine, "handle_error", _handle_error)
-    if _is_asyncpg(engine.dialect):
+    if _is_asyncpg(dialect):
         event.listen(engine, "checkin", _leave_autocommit)
     else:
         event.listen(engine, "begin", _begin)
@@ -340,6 +354,15 @@ def variant(engine: Engine, mode: Mode) -> Engine:
     """
     watch(engine)
     return engine.execution_options(**variant_options(engine, mode))
+
+
+def _terminate(dialect: Dialect, connection: DBAPIConnection) -> None:
+    """Close a connection that is given up, without waiting for anything.
+
+    SQLAlchemy's own way takes leave of the server first; and cut off there by a cancellation, the
+    pool has one connection less for ever.
+    """
+    terminate(dialect.get_driver_connection(connection))
 
 
 # -- how it connects ---------------------------------------------------------------------------
@@ -395,7 +418,21 @@ def raise_if_connect_failed(error: BaseException) -> None:
         raise lost_connection(error) from error
 
 
+class _SQLiteConnection(sqlite3.Connection):
+    """Rolls back before it closes.
+
+    To SQLite a connection is closed only when its last statement is gone: one that was cut off
+    would keep the transaction, and its lock, until the garbage collector finds it.
+    """
+
+    def close(self) -> None:
+        with contextlib.suppress(sqlite3.Error):
+            self.rollback()
+        super().close()
+
+
 def _connect_sqlite(*args: Any, **kwargs: Any) -> Any:
+    kwargs.setdefault("factory", _SQLiteConnection)
     connection = import_module("aiosqlite").connect(*args, **kwargs)
     # As SQLAlchemy does where it connects by itself; there is no public way. Otherwise a program
     # that does not dispose its database could not end.

@@ -293,11 +293,4 @@ def prepare_sqlite(engine: Engine, *, durable: bool) -> None:
             cursor.execute("PRAGMA synchronous = OFF")
         cursor.close()
 
-    def roll_back(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
-        # To SQLite a connection is closed only when its last statement is gone: one that was cut
-        # off would keep the transaction, and its lock, until the garbage collector finds it.
-        with contextlib.suppress(Exception):
-            connection.rollback()
-
     event.listen(engine, "connect", connect)
-    event.listen(engine, "close", roll_back)

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 import pytest
+from sqlalchemy import text
 from sqlalchemy.pool import QueuePool
 
 from asgi_db import Database, DBSession, DBSessionMiddleware, Mode, transactional
+from asgi_db.engine import has_gone
 from asgi_db.types import ASGIApp, Message, Receive, Scope, Send
 from tests.chaos.cancellation import cancellable
 from tests.contract.client import Exchange, call
@@ -176,6 +178,21 @@ class Site:
         async with self.database.transaction() as session:  # on the same connection, or a new one
             session.add(Author(name="next"))
         assert "next" in await authors(self.url)
+
+    async def lose_connection(self) -> None:
+        """Let the server close the pool's connection, and the driver notice it; SQLite has none."""
+        number = {"postgresql": "SELECT pg_backend_pid()", "mysql": "SELECT connection_id()"}
+        kill = {"postgresql": "SELECT pg_terminate_backend({})", "mysql": "KILL {}"}
+        backend = self.database.url.get_backend_name()
+        if backend not in number:
+            return
+        async with self.database.session() as session:
+            id = await session.scalar(text(number[backend]))
+            driver = (await (await session.connection()).get_raw_connection()).driver_connection
+        async with outside(self.url) as connection:
+            await connection.execute(kill[backend].format(id))
+        while not has_gone(driver):  # noqa: ASYNC110 - the driver gives no event for it
+            await asyncio.sleep(0.001)
 
     async def assert_returned(self) -> None:
         pool = self.database.engine.pool

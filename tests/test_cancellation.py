@@ -738,6 +738,19 @@ async def test_cancelled_at_each_point_when_it_has_to_connect_first(sweep: Sweep
             break
 
 
+@watched
+@pytest.mark.parametrize("style", ["transactional"])
+@pytest.mark.parametrize("way", ["task", "scope", "timeout", "twice"])
+async def test_cancelled_at_each_point_when_its_connection_has_gone(sweep: Sweep) -> None:
+    """SQLAlchemy's pool forgets a connection whose replacement is cut off."""
+    for point in itertools.count(1):
+        await sweep.calm()
+        await sweep.site.lose_connection()
+        again = [point + 1] if sweep.way == "twice" else []
+        if await sweep.cut(f"{point}", point, *again) < point:
+            break
+
+
 @pytest.mark.parametrize(("warm", "cancels"), [(True, 1), (True, 2), (False, 1)])
 def test_cancelled_at_each_point_of_its_input_and_output(
     postgresql_url: str, warm: bool, cancels: int
