@@ -287,6 +287,11 @@ class Database:
             mode: how its unit of work ends with the block; `plain` rolls back what is not
                 committed by hand.
         """
+        if mode.retries:
+            raise ConfigurationError(
+                f"A block cannot be run again: leave out retries={mode.retries}, and put the block"
+                " into a loop of your own."
+            )
         kind = "transaction" if mode.commits else "session"
         block = Block(self, mode, f"`async with database.{kind}()`")
         session = DBSession(block)

@@ -12,10 +12,16 @@ class Deadline:
     As `asyncio.timeout`, but it watches only while an operation of the session runs.
     """
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, at: float | None = None) -> None:
+        """Let the time begin.
+
+        Args:
+            timeout: seconds.
+            at: its end in the event loop's time, if it has begun before.
+        """
         self.timeout = timeout
         self._loop = asyncio.get_running_loop()
-        self._at = self._loop.time() + timeout
+        self.at = self._loop.time() + timeout if at is None else at
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[object] | None = None
         self._cancellations = 0
@@ -24,14 +30,14 @@ class Deadline:
     @property
     def left(self) -> float:
         """Seconds until then."""
-        return self._at - self._loop.time()
+        return self.at - self._loop.time()
 
     def watch_task(self) -> None:
         """Cancel the running task when the time is over."""
         if self._timer is None and (task := asyncio.current_task()) is not None:
             self._task = task
             self._cancellations = task.cancelling()
-            self._timer = self._loop.call_at(self._at, self._cut_off)
+            self._timer = self._loop.call_at(self.at, self._cut_off)
 
     def _cut_off(self) -> None:
         if self._task is not None:
@@ -45,7 +51,7 @@ class Deadline:
 
     def when_over(self, callback: Callable[[], None]) -> None:
         """Call a function when the time is over."""
-        self._loop.call_at(self._at, callback)
+        self._loop.call_at(self.at, callback)
 
     def stop_watching(self) -> None:
         """Leave the task alone."""

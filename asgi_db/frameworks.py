@@ -13,6 +13,7 @@ loaded; whoever wrote these marks has its framework loaded already.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator
 from importlib import import_module
@@ -34,6 +35,16 @@ def marks_of(scope: Scope) -> Scope:
         "route_handler": get("route_handler"),
         "path_template": get("path_template"),
     }
+
+
+def copy_scope(scope: Scope) -> Scope:
+    """Return a scope which an application can write into without changing this one."""
+    copied = dict(scope)
+    if "state" in copied:
+        copied["state"] = copy.copy(copied["state"])
+    if "litestar_app" in copied:
+        import_module("asgi_db_litestar").copy_connection_state(copied)
+    return copied
 
 
 def mode_of_route(scope: Scope, key: str) -> Mode | None:

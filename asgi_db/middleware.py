@@ -33,8 +33,9 @@ from asgi_db.frameworks import (
     reopen_response,
 )
 from asgi_db.lifespan import serve_lifespan
-from asgi_db.modes import Mode, ModeDefault, plain, should_commit
+from asgi_db.modes import Mode, ModeDefault, plain, retries_are_wanted, should_commit
 from asgi_db.readiness import refuse
+from asgi_db.retry import Attempts
 from asgi_db.session import DBSession
 from asgi_db.types import ASGIApp, Message, Receive, Scope, Send
 from asgi_db.unit_of_work import Origin, UnitOfWork
@@ -84,7 +85,7 @@ class DBSessionMiddleware:
         self.database = database if database is not None else Database()
         self.mode = mode
         self.key = key
-        self._session_key = session_key(key)
+        self.session_key = session_key(key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
@@ -92,17 +93,32 @@ class DBSessionMiddleware:
         if make_call is None:
             await self._pass_through(scope, receive, send)
             return
-        placed: DBSession | None = scope.get(self._session_key)
+        placed: DBSession | None = scope.get(self.session_key)
         if placed is not None and placed.origin.database is self.database:
             await self.app(scope, receive, send)  # installed twice, it acts once
             return
+        if make_call is Exchange and retries_are_wanted():
+            await self._run_attempts(scope, receive, send)
+            return
         call = make_call(self, scope, receive, send)
-        session = DBSession(call)
-        scope[self._session_key] = scope.setdefault("state", {})[self.key] = session
         try:
             await call.run()
         finally:
             call.close()
+
+    async def _run_attempts(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application until an attempt has not lost against another transaction."""
+        attempts = Attempts(scope, receive)
+        while True:
+            exchange = Exchange(self, scope, attempts.receive, send)
+            exchange.join(attempts)
+            try:
+                await exchange.run()
+            finally:
+                exchange.close()
+            if not exchange.is_lost:
+                return
+            scope = await attempts.next()
 
     async def _pass_through(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -147,6 +163,8 @@ class Call(Origin):
         self, middleware: DBSessionMiddleware, scope: Scope, receive: Receive, send: Send
     ) -> None:
         self.database = middleware.database
+        session = DBSession(self)
+        scope[middleware.session_key] = scope.setdefault("state", {})[middleware.key] = session
         self._middleware = middleware
         self._scope = scope
         self._receive = receive
@@ -254,8 +272,14 @@ _BODY = frozenset({"http.response.body", "http.response.zerocopysend", "http.res
 
 
 class Exchange(Call):
-    """One HTTP request and its response."""
+    """One HTTP request and its response; or one attempt at it, see `Attempts`.
 
+    Attributes:
+        is_lost: whether it is to be run again; nothing has been sent.
+    """
+
+    is_lost = False
+    _attempts: Attempts | None = None
     _response = Response.PENDING
     _commit_error: Exception | None = None
     """Why the response that the application began was refused, until it begins another."""
@@ -267,12 +291,13 @@ class Exchange(Call):
         try:
             await app(self._scope, self._receive_noting, self._send_after_commit)
         except BaseException as error:
+            self._lose_if_it_has_lost(error)
             await self._end(success=False)
-            if isinstance(error, Exception):
-                await self._answer(error, enclosing_app)
-            else:
+            if not isinstance(error, Exception):
                 self._log_unanswered()
                 raise
+            if not self.is_lost:
+                await self._answer(error, enclosing_app)
         else:
             if self._unit is not None:
                 await self._finish(self._unit, enclosing_app)
@@ -284,9 +309,53 @@ class Exchange(Call):
         # A stream whose client has gone may just end: what it left half done is not kept.
         is_complete = self._response is Response.COMPLETE
         await unit.end(success=is_complete and not unit.was_cut_off)
+        if self.is_lost:
+            return
         if self._commit_error is not None:
             await self._answer(self._commit_error, enclosing_app)
         await self._be_cancelled_late()
+
+    # -- another attempt -----------------------------------------------------------------------
+
+    def join(self, attempts: Attempts) -> None:
+        """Be one of several attempts, should this one lose."""
+        self.attempt = attempts.number
+        self.ends_at = attempts.ends_at
+        self._attempts = attempts
+        attempts.keep_body_if(lambda: (self.route_mode() or self.default_mode()).retries > 0)
+
+    def _lose_if_it_has_lost(self, error: BaseException | None) -> None:
+        """Give the attempt up if the database has preferred another transaction to it."""
+        unit, attempts = self._unit, self._attempts
+        if unit is None or attempts is None or unit.conflict is None or self.is_lost:
+            return
+        if not unit.mode.retries or not isinstance(error, Exception | None):
+            return
+        attempts.ends_at = unit.ends_at or attempts.ends_at
+        obstacle = self._obstacle(unit) or attempts.obstacle(unit.mode.retries)
+        if obstacle:
+            self._attempts = None
+            note = f"{self.describe()}: will not be run again after a conflict: {obstacle}."
+            unit.conflict.add_note(note)
+            logger.warning(note)
+            return
+        logger.info("%s: attempt %d has lost in a conflict", self.describe(), attempts.number)
+        self.is_lost = True
+        self._response = Response.REPLACED
+
+    def _obstacle(self, unit: UnitOfWork) -> str:
+        """Say what has happened in this attempt that must not happen twice."""
+        if self._response is not Response.PENDING:
+            return "its response has begun"
+        if unit.is_unanswered:
+            return "it has committed by hand before"
+        for session in self._scope.values():
+            if isinstance(session, DBSession) and session.origin is not self:
+                if session.origin.was_used:
+                    return "it has used another database too"
+        return ""
+
+    # -- what comes and goes -------------------------------------------------------------------
 
     async def _receive_noting(self) -> Message:
         self._exception_at_receive = sys.exc_info()[1]
@@ -302,6 +371,7 @@ class Exchange(Call):
         elif self._commit_error is not None:
             raise self._commit_error
         elif self._response is Response.PENDING:  # early hints come before the status line
+            self._attempts = None
             await self._send(message)
         elif self._response is not Response.REPLACED:
             if message["type"] in _BODY and not message.get("more_body"):
@@ -329,6 +399,8 @@ class Exchange(Call):
         )
 
     async def _begin_response(self, message: Message) -> None:
+        if self._response is Response.REPLACED:
+            return
         status = message["status"]
         error = self._exception_being_handled()
         if status == 500 and isinstance(error, UnavailableError):
@@ -349,15 +421,21 @@ class Exchange(Call):
     async def _end_before_response(
         self, unit: UnitOfWork, status: int, error: BaseException | None
     ) -> None:
-        if not unit.in_use:  # then even to find out its mode would be too much
+        if not unit.in_use and unit.conflict is None:  # to find out its mode would be too much
             return
         if unit.is_used_by_another_task and not unit.mode.commits:
             return
         success = should_commit(unit.mode, status, error)
+        if not success:
+            self._lose_if_it_has_lost(error)
         try:
             await self._end_before_answer(unit, success=success, answer=f"the response {status}")
+            if self.is_lost and unit.conflict is not None:
+                raise unit.conflict
         except Exception as commit_error:
-            self._commit_error = commit_error
+            self._lose_if_it_has_lost(commit_error)
+            if not self.is_lost:
+                self._commit_error = commit_error
             reopen_response(self._scope)
             raise
 

@@ -32,6 +32,9 @@ Target = TypeVar("Target", bound=Callable[..., Any])
 
 MODE_ATTRIBUTE = "__asgi_db_mode__"
 
+_retrying: set[int] = set()
+"""The `retries=` of all modes that were ever made."""
+
 
 @dataclass(frozen=True, slots=True)
 class Mode:
@@ -44,6 +47,7 @@ class Mode:
         snapshot: several statements see one consistent view.
         commit_on: replaces the rule "any status below 400 commits".
         timeout: seconds from the first statement to the end of the unit; no limit if None.
+        retries: how often a request is run again that has lost against another transaction.
     """
 
     name: ClassVar[str] = "mode"
@@ -56,8 +60,13 @@ class Mode:
     snapshot: bool = False
     commit_on: CommitRule | None = None
     timeout: float | None = None
+    retries: int = 0
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.retries, int) and self.retries >= 0):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"retries={self.retries!r} must be a whole number, 0 or more.")
+        if self.retries:
+            _retrying.add(self.retries)
         if self.timeout is not None and not self.timeout > 0:
             raise ValueError(f"timeout={self.timeout!r} must be seconds, more than 0.")
         if self.isolation is not None and self.isolation not in get_args(Isolation):
@@ -144,6 +153,7 @@ class Transactional(Mode):
         "deferrable",
         "commit_on",
         "timeout",
+        "retries",
     )
 
     @property
@@ -162,6 +172,7 @@ class Transactional(Mode):
         deferrable: bool = False,
         commit_on: CommitRule | None = None,
         timeout: float | None = None,
+        retries: int = 0,
     ) -> Transactional: ...
 
     def __call__(self, *target: Any, **options: Any) -> Any:
@@ -174,7 +185,12 @@ class Transactional(Mode):
                 `isolation="SERIALIZABLE", read_only=True`.
             commit_on: `(status) -> bool`, replaces the rule "any status below 400 commits".
             timeout: seconds from the first statement to the end of the unit; then the running
-                statement is ended, on the server too, and `DatabaseTimeoutError` is raised.
+                statement is ended, on the server too, and `DatabaseTimeoutError` is raised. It
+                counts for all attempts together.
+            retries: how often a request is run again, with its body and a session as new, whose
+                transaction the database has ended in favour of another one: a serialization
+                failure, a deadlock, a lock that was not to be had. Everything that the endpoint
+                does besides must bear being done twice.
 
         Raises:
             ValueError: an option has a value that cannot work.
@@ -216,6 +232,12 @@ class ReadOnly(Mode):
 plain = Plain()
 transactional = Transactional()
 read_only = ReadOnly()
+
+
+def retries_are_wanted() -> bool:
+    """Whether any mode of this process has `retries=`: else no request is prepared for that."""
+    return bool(_retrying)
+
 
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 

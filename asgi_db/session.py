@@ -210,6 +210,11 @@ class DBSession(AsyncSession):
         """
         await self._unit_of_work.commit(super().commit)
 
+    @property
+    def attempt(self) -> int:
+        """Which attempt at the request this is, from 1; see `transactional(retries=…)`."""
+        return self.origin.attempt
+
     async def rollback(self) -> None:
         """Roll the transaction back, and run the hooks that wait for that."""
         await super().rollback()

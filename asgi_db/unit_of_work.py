@@ -30,6 +30,7 @@ from asgi_db.deadline import Deadline
 from asgi_db.engine import begin_unit, has_gone, raise_if_connect_failed
 from asgi_db.errors import (
     ConcurrentUseError,
+    ConfigurationError,
     DatabaseBusyError,
     DatabaseTimeoutError,
     FailedTransactionError,
@@ -83,9 +84,16 @@ class Origin:
 
     Attributes:
         database: where the session comes from.
+        attempt: which attempt at the request it is, from 1.
+        ends_at: when the mode's `timeout=` is over, in the event loop's time, if an earlier attempt
+            has let it begin.
+        was_used: whether anybody has asked for the unit of work.
     """
 
     database: Database
+    attempt = 1
+    ends_at: float | None = None
+    was_used = False
     _unit: UnitOfWork | None = None
     _is_over = False
 
@@ -110,6 +118,7 @@ class Origin:
         unit = self._unit
         if unit is None:
             unit = UnitOfWork(session, self)
+            self.was_used = True
             if self._is_over:
                 unit.close()
             else:
@@ -162,6 +171,7 @@ class UnitOfWork:
         sync_session: its synchronous half; there is none before the session is first used.
         transaction: the open transaction.
         hooks: what is to be done after its end; None if there has been nothing yet.
+        conflict: the last error with which the database has preferred another transaction.
         commit_sent: whether the last COMMIT has reached the connection.
         is_unanswered: whether writes were committed which the client does not know of yet.
         commit_outlived_request: whether a COMMIT by hand was still under way when the request
@@ -181,6 +191,7 @@ class UnitOfWork:
         self.sync_session: UnitSession | None = None
         self.transaction = Transaction()
         self.hooks: Hooks | None = None
+        self.conflict: BaseException | None = None
         self.commit_sent = False
         self.is_unanswered = False
         self.commit_outlived_request = False
@@ -220,7 +231,13 @@ class UnitOfWork:
 
         Raises:
             ModeConflictError: a statement has already run in a weaker mode.
+            ConfigurationError: the mode has `retries=`.
         """
+        if mode.retries:
+            raise ConfigurationError(
+                f"{self.describe()}: a dependency comes too late for retries={mode.retries}, when"
+                " the body may have been read: put the mode on the route, or into the middleware."
+            )
         if self._asked is not None and self._asked.strength >= mode.strength:
             return
         begun = self._active_mode
@@ -237,8 +254,11 @@ class UnitOfWork:
             self._active_mode = self.mode
             self._move(State.ACTIVE)
             timeout = self._active_mode.timeout
-            self._deadline = None if timeout is None else Deadline(timeout)
-            if self._deadline is not None:
+            if timeout is None:
+                self._deadline = None
+            else:
+                self._deadline = Deadline(timeout, self._origin.ends_at)
+                self._origin.ends_at = None
                 self._deadline.watch_task()
         return self.database.bind_for(bind, self.mode)
 
@@ -328,6 +348,11 @@ class UnitOfWork:
             return False
         is_busy = self._state in (State.ACTIVE, State.ENDING) or bool(self._operations)
         return is_busy or self._has_lost_work or self._has_work()
+
+    @property
+    def ends_at(self) -> float | None:
+        """When the time of the mode's `timeout=` is over, in the event loop's time."""
+        return None if self._deadline is None else self._deadline.at
 
     @property
     def is_overdue(self) -> bool:
@@ -544,7 +569,9 @@ class UnitOfWork:
             await self._limit(lambda: AsyncSession.commit(self.session))
         except BaseException as error:
             unsent = f", and {answer} was not sent" if answer else ""
-            logger.error("%s: COMMIT failed%s: %s", self.describe(), unsent, _brief(error))
+            expected = self.mode.retries > 0 and self.conflict is not None
+            level = logging.WARNING if expected else logging.ERROR
+            logger.log(level, "%s: COMMIT failed%s: %s", self.describe(), unsent, _brief(error))
             await self._close_by(self.session.rollback())
             raise
 

@@ -431,6 +431,16 @@ def test_the_readmes_decorated_route_commits(run_readme: Run, database_url: str)
         assert items(database_url) == []
 
 
+@covers("README: A conflict is run again")
+def test_the_readmes_claim_says_how_many_attempts_it_took(
+    run_readme: Run, database_url: str
+) -> None:
+    with fragment(run_readme, "A conflict is run again") as client:
+        client.post("/orders?item=tea")
+        assert client.post("/orders/1/claim").json() == {"attempts": 1}
+        assert items(database_url) == ["claimed: tea"]
+
+
 @covers("README: A database that is busy or down")
 def test_the_readmes_endpoint_says_that_the_database_is_ready(run_readme: Run) -> None:
     with fragment(run_readme, "A database that is busy or down") as client:
