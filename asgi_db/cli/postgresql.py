@@ -32,9 +32,9 @@ _ABOUT = text("""
     current_setting('server_version_num')::int AS version_number,
     pg_backend_pid() AS pid, pg_is_in_recovery() AS is_standby,
     (SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()) AS encrypted,
-    (SELECT datconnlimit FROM pg_database WHERE datname = current_database()) AS database_limit,
-    (SELECT CASE WHEN rolsuper THEN -1 ELSE rolconnlimit END FROM pg_roles
-     WHERE rolname = current_user) AS user_limit
+    CASE WHEN rolsuper THEN -1 ELSE datconnlimit END AS database_limit,
+    CASE WHEN rolsuper THEN -1 ELSE rolconnlimit END AS user_limit
+    FROM pg_database, pg_roles WHERE datname = current_database() AND rolname = current_user
 """)
 _FIRST_WITH_CHECK_INTERVAL = 14
 _NOT_DURABLE = {
