@@ -397,6 +397,17 @@ def test_a_wrong_password_is_an_error_that_does_not_show_it(mysql_url: str) -> N
     assert_found(done.stdout, "error", "Access denied", "Correct the user and the password")
 
 
+@pytest.mark.parametrize("backend", ["postgresql", "mysql"])
+@pytest.mark.parametrize("option", ["nonsense", "ssl"])
+def test_an_option_of_the_url_that_the_driver_does_not_take_is_an_error(
+    request: pytest.FixtureRequest, backend: str, option: str
+) -> None:
+    url = make_url(request.getfixturevalue(f"{backend}_url")).update_query_dict({option: "1x"})
+    done = asgi_db("check", "--url", url.render_as_string(hide_password=False))
+    assert done.returncode == 1, done.stderr
+    assert_found(done.stdout, "error", option, "the options in the URL")
+
+
 @pytest.mark.timing
 def test_a_server_that_takes_a_connection_and_never_answers_is_an_error_in_time() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -7,7 +7,7 @@ import socket
 import statistics
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -20,6 +20,7 @@ from asgi_db.abandoned import connection_of
 from asgi_db.cli import mysql, postgresql, sqlite
 from asgi_db.cli.report import Plan, Report
 from asgi_db.database import Database
+from asgi_db.errors import ConfigurationError
 
 TIMEOUT = 10.0
 """Seconds that the whole check may take."""
@@ -45,7 +46,7 @@ async def check(database: Database, plan: Plan) -> Report:
                 await _check_file(report, plan)
             else:
                 await _check_server(report, database, plan)
-    except (SQLAlchemyError, OSError) as error:
+    except (SQLAlchemyError, OSError, ConfigurationError) as error:
         report.error(f"The database cannot be used: {describe(error)}.", _remedy(error, plan.url))
     return report
 
@@ -67,7 +68,11 @@ async def _check_server(report: Report, database: Database, plan: Plan) -> None:
 
 @asynccontextmanager
 async def _connected(database: Database) -> AsyncGenerator[AsyncConnection]:
-    async with connection_of(database.engine) as connection:
+    async with AsyncExitStack() as stack:
+        try:
+            connection = await stack.enter_async_context(connection_of(database.engine))
+        except (TypeError, ValueError) as error:  # of what the URL gives to the driver's `connect`
+            raise ConfigurationError(f"the driver does not take the URL ({error})") from error
         await connection.execution_options(isolation_level="AUTOCOMMIT")
         yield connection
 
@@ -98,7 +103,8 @@ def describe(error: BaseException) -> str:
     """Say what an error is, in one line and without SQLAlchemy's advice."""
     cause = error.orig if isinstance(error, DBAPIError) and error.orig else error
     what = str(cause).partition("\n")[0].rstrip(".") or "no answer in time"
-    return f"{type(cause).__name__}: {what}"
+    name = type(cause).__name__
+    return what if name in ("Error", "ConfigurationError") else f"{name}: {what}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -143,4 +149,6 @@ def _remedy(error: BaseException, url: URL) -> str:
             )
         if isinstance(cause, TimeoutError):
             return f"No answer from {place}: look at the server, and at firewalls on the way."
-    return "See what the log of the server says at this moment."
+        if isinstance(cause, FileNotFoundError):
+            return "Look at the socket or the certificate in the URL: there is no such file."
+    return "Look at the options in the URL, and at what the log of the server says."

@@ -18,7 +18,7 @@ from asgi_db.cli.report import Plan, Report, Severity
 from asgi_db.cli.tables import existing, load_metadata
 from asgi_db.database import Database
 from asgi_db.errors import ConfigurationError
-from asgi_db.settings import POOL_PROFILES, pool_profile
+from asgi_db.settings import POOL_PROFILES, PoolName, pool_profile
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ _tables = click.argument("tables", metavar="MODULE:BASE")
     show_default=True,
     help="How many processes of the application there are, on all machines.",
 )
-def check_command(url: str | None, pool: Any, processes: int) -> None:
+def check_command(url: str | None, pool: PoolName, processes: int) -> None:
     """Say how the database is set up, and what to change.
 
     The exit code is 1 if there is an error: something with which the application cannot work.
