@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pty
 import re
@@ -20,9 +21,11 @@ from sqlalchemy import text
 from sqlalchemy.engine import make_url
 
 from asgi_db import Database
+from asgi_db.cli.check import PINGS
 from asgi_db.cli.sqlite import file_system
 from tests import servers
 from tests.pgbouncer import pgbouncer, through
+from tests.relay import Fate, Relay, once
 from tests.servers import DatabaseServer, Row, assert_disconnected, outside, run
 
 COMMAND = Path(sys.executable).with_name("asgi-db")
@@ -316,6 +319,7 @@ AS_NOBODY = """
 import os, sys
 from sqlalchemy import make_url
 from asgi_db.cli.report import Plan, Report
+from asgi_db.cli.check import PINGS
 from asgi_db.cli.sqlite import check_file
 from asgi_db.settings import PoolProfile
 if os.geteuid() == 0:  # who may write everywhere
@@ -395,6 +399,32 @@ def test_a_wrong_password_is_an_error_that_does_not_show_it(mysql_url: str) -> N
     done = asgi_db("check", "--url", with_password(mysql_url, SECRET))
     assert done.returncode == 1
     assert_found(done.stdout, "error", "Access denied", "Correct the user and the password")
+
+
+@pytest.mark.parametrize("backend", ["postgresql", "mysql"])
+async def test_a_slow_network_is_a_note_and_a_round_trip_is_counted_as_one(
+    request: pytest.FixtureRequest, backend: str
+) -> None:
+    async with Relay(request.getfixturevalue(f"{backend}_url")) as relay:
+        relay.delay = 0.005
+        done = await asyncio.to_thread(asgi_db, "check", "--url", relay.url)
+    assert done.returncode == 0, done.stderr
+    assert_found(done.stdout, "note", "A round trip takes", "near its database")
+    assert PINGS < relay.round_trips < 2 * PINGS
+
+
+@pytest.mark.parametrize("backend", ["postgresql", "mysql"])
+async def test_a_connection_that_is_lost_in_the_middle_is_an_error(
+    request: pytest.FixtureRequest, backend: str
+) -> None:
+    async with Relay(request.getfixturevalue(f"{backend}_url")) as relay:
+        words = b"pg_settings" if backend == "postgresql" else b"SHOW VARIABLES"
+        relay.fate_of = once(words, Fate.LOST)
+        done = await asyncio.to_thread(asgi_db, "check", "--url", relay.url)
+    assert relay.faults == 1
+    assert done.returncode == 1
+    assert_found(done.stdout, "error", "The database cannot be used", "the log of the server")
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("backend", ["postgresql", "mysql"])
