@@ -196,16 +196,16 @@ def test_check_notices_a_pooler_and_works_through_it(
             assert_found(done.stdout, "note", "client_connection_check_interval", "ALTER SYSTEM")
 
 
-@pytest.mark.parametrize("backend", ["postgresql", "mysql"])
-def test_a_connection_across_a_network_that_is_not_encrypted_is_a_warning(
-    request: pytest.FixtureRequest, backend: str
-) -> None:
-    url: str = request.getfixturevalue(f"{backend}_url")
-    if make_url(url).host != "127.0.0.1":
-        pytest.skip("for the private servers, which have no encryption")
-    assert "not encrypted" not in asgi_db("check", "--url", url).stdout
-    # Another way to write 127.0.0.1, which does not look like this machine.
-    done = asgi_db("check", "--url", url.replace("127.0.0.1", "2130706433"))
+OwnServer = Callable[..., AbstractContextManager[DatabaseServer]]
+each_server = pytest.mark.parametrize("start", [servers.postgresql, servers.mariadb])
+
+
+@each_server
+def test_a_connection_across_a_network_that_is_not_encrypted_is_a_warning(start: OwnServer) -> None:
+    with start(own=True) as server:
+        assert "not encrypted" not in asgi_db("check", "--url", server.url).stdout
+        # Another way to write 127.0.0.1, which does not look like this machine.
+        done = asgi_db("check", "--url", server.url.replace("127.0.0.1", "2130706433"))
     assert_found(done.stdout, "warning", "2130706433 is not encrypted", "ssl")
 
 
@@ -475,10 +475,8 @@ def test_wait_ends_well_when_the_database_is_there(database_url: str) -> None:
     assert re.search(r" answers, after \d+\.\d s\.$", done.stdout)
 
 
-@pytest.mark.parametrize("start", [servers.postgresql, servers.mariadb])
-def test_wait_waits_for_a_server_that_comes_up_later(
-    start: Callable[..., AbstractContextManager[DatabaseServer]],
-) -> None:
+@each_server
+def test_wait_waits_for_a_server_that_comes_up_later(start: OwnServer) -> None:
     with start(own=True) as server:
         server.stop()
         with subprocess.Popen(
