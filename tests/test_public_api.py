@@ -111,7 +111,7 @@ def test_every_package_says_that_it_is_typed(package: ModuleType) -> None:
 def modules() -> Iterator[ModuleType]:
     for package in PACKAGES:
         yield package
-        for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             yield importlib.import_module(found.name)
 
 

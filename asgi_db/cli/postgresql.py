@@ -1,0 +1,144 @@
+"""What `asgi-db check` looks at on PostgreSQL."""
+
+from __future__ import annotations
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from asgi_db.abandoned import id_at_server
+from asgi_db.cli.report import Plan, Report
+
+_CHECK_INTERVAL = "client_connection_check_interval"
+_SHOWN = (
+    "server_encoding",
+    "max_connections",
+    "default_transaction_isolation",
+    "default_transaction_read_only",
+    "statement_timeout",
+    "idle_in_transaction_session_timeout",
+    _CHECK_INTERVAL,
+    "synchronous_commit",
+    "fsync",
+)
+_RESERVED = ("superuser_reserved_connections", "reserved_connections")
+
+# As the numbers and words that can be compared, and as people write them.
+_SETTINGS = text(f"""
+    SELECT name, setting, current_setting(name) FROM pg_settings
+    WHERE name IN {_SHOWN + _RESERVED}
+""")
+_ABOUT = text("""
+    SELECT current_setting('server_version') AS version,
+    current_setting('server_version_num')::int AS version_number,
+    pg_backend_pid() AS pid, pg_is_in_recovery() AS is_standby,
+    (SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()) AS encrypted,
+    CASE WHEN rolsuper THEN -1 ELSE datconnlimit END AS database_limit,
+    CASE WHEN rolsuper THEN -1 ELSE rolconnlimit END AS user_limit
+    FROM pg_database, pg_roles WHERE datname = current_database() AND rolname = current_user
+""")
+_FIRST_WITH_CHECK_INTERVAL = 14
+_NOT_DURABLE = {
+    "synchronous_commit": "a crash of the server loses commits of which clients were told",
+    "fsync": "a crash of the machine can destroy the whole database",
+}
+
+
+async def check(report: Report, plan: Plan, connection: AsyncConnection) -> None:
+    """Look at a PostgreSQL server through a connection in autocommit."""
+    about = (await connection.execute(_ABOUT)).one()
+    rows = (await connection.execute(_SETTINGS)).all()
+    values: dict[str, str] = {name: value for name, value, _ in rows}
+    shown: dict[str, str] = {name: value for name, _, value in rows}
+    report.facts["server"] = f"PostgreSQL {about.version}"
+    report.settings.update({name: shown[name] for name in _SHOWN if name in shown})
+
+    driver = (await connection.get_raw_connection()).driver_connection
+    if about.pid != id_at_server(driver):
+        report.facts["pooler"] = "yes"
+        _warn_of_pooler(report, values)
+    else:
+        if values.get(_CHECK_INTERVAL) == "0":
+            report.settings[_CHECK_INTERVAL] += " (1s on every connection of asgi-db)"
+        limits = {"max_connections, less the reserved": _free(values)}
+        limits |= {"CONNECTION LIMIT of the database": about.database_limit}
+        limits |= {"CONNECTION LIMIT of the user": about.user_limit}
+        plan.check_connections(report, {name: n for name, n in limits.items() if n >= 0})
+        plan.check_encryption(
+            report,
+            bool(about.encrypted),
+            "Add ?ssl=require, or better ssl=verify-full, to the URL.",
+        )
+    _check_server(report, values, about.version_number // 10000, is_standby=about.is_standby)
+    _check_transactions(report, values)
+
+
+def _free(values: dict[str, str]) -> int:
+    reserved = sum(int(values.get(name, 0)) for name in _RESERVED)
+    return int(values["max_connections"]) - reserved
+
+
+def _warn_of_pooler(report: Report, values: dict[str, str]) -> None:
+    report.warning(
+        "There is a pooler between here and PostgreSQL: if it pools transactions, as PgBouncer"
+        " can, statements fail, or get the rows of others.",
+        'Say so to the application: Database(..., pooler="transaction"). The limits on connections'
+        " are those of the pooler: max_client_conn, default_pool_size.",
+    )
+    if values.get(_CHECK_INTERVAL) == "0":
+        report.note(
+            f"{_CHECK_INTERVAL} is 0, and behind a pooler asgi-db leaves it: the statement of a"
+            " client that was killed runs on.",
+            f"ALTER SYSTEM SET {_CHECK_INTERVAL} = '1s'; SELECT pg_reload_conf().",
+        )
+
+
+def _check_server(
+    report: Report, values: dict[str, str], version: int, *, is_standby: bool
+) -> None:
+    if version < _FIRST_WITH_CHECK_INTERVAL:
+        report.warning(
+            f"PostgreSQL {version} does not look whether its clients are still there: the statement"
+            " of a worker that was killed runs on.",
+            "Upgrade to PostgreSQL 14 or later.",
+        )
+    if is_standby or values["default_transaction_read_only"] == "on":
+        report.warning(
+            "The server is a standby, or read-only by default: every write fails.",
+            "Name the primary server in the URL, or let this application read only.",
+        )
+    if values["server_encoding"] != "UTF8":
+        report.warning(
+            f"server_encoding is {values['server_encoding']}: it cannot hold all characters.",
+            "Make a database with CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0, and move"
+            " the tables there.",
+        )
+    for name, loss in _NOT_DURABLE.items():
+        if values[name] == "off":
+            report.warning(
+                f"{name} is off: {loss}.",
+                f"ALTER SYSTEM SET {name} = on; SELECT pg_reload_conf(). Leave it where all data"
+                " can be lost.",
+            )
+
+
+def _check_transactions(report: Report, values: dict[str, str]) -> None:
+    isolation = values["default_transaction_isolation"]
+    if isolation in ("repeatable read", "serializable"):
+        report.note(
+            f"default_transaction_isolation is {isolation}: transactions side by side fail with"
+            " serialization errors, and are to be tried again.",
+            "Ask for it where it is needed, transactional(isolation=...), and leave the default at"
+            " read committed.",
+        )
+    if values["idle_in_transaction_session_timeout"] == "0":
+        report.note(
+            "idle_in_transaction_session_timeout is off: a client that hangs in a transaction keeps"
+            " its locks for ever.",
+            "ALTER ROLE ... SET idle_in_transaction_session_timeout = '60s'.",
+        )
+    if values["statement_timeout"] == "0":
+        report.note(
+            "statement_timeout is off: a statement may run for ever.",
+            "ALTER ROLE ... SET statement_timeout = '30s'; or timeout= of the modes, which counts"
+            " for the whole unit of work.",
+        )

@@ -1,0 +1,109 @@
+"""What `asgi-db check` has found, and what it compares a server with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from ipaddress import ip_address
+
+from sqlalchemy import URL
+
+from asgi_db.settings import PoolProfile
+
+
+class Severity(Enum):
+    """How much a finding matters."""
+
+    ERROR = "error"
+    """The application cannot work like this."""
+
+    WARNING = "warning"
+    """It works, but something can be lost, refused or seen by others."""
+
+    NOTE = "note"
+    """Worth knowing."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is not as it should be, and what to do about it."""
+
+    severity: Severity
+    problem: str
+    remedy: str
+
+
+@dataclass
+class Report:
+    """The facts about a database, the settings that were looked at, and the findings."""
+
+    facts: dict[str, str] = field(default_factory=dict[str, str])
+    settings: dict[str, str] = field(default_factory=dict[str, str])
+    findings: list[Finding] = field(default_factory=list[Finding])
+
+    def error(self, problem: str, remedy: str) -> None:
+        """Add a finding without whose remedy the application cannot work."""
+        self.findings.append(Finding(Severity.ERROR, problem, remedy))
+
+    def warning(self, problem: str, remedy: str) -> None:
+        """Add a finding with which the application works, for a price."""
+        self.findings.append(Finding(Severity.WARNING, problem, remedy))
+
+    def note(self, problem: str, remedy: str) -> None:
+        """Add a finding that is worth knowing."""
+        self.findings.append(Finding(Severity.NOTE, problem, remedy))
+
+    def count(self, severity: Severity) -> int:
+        """Return how many findings of this severity there are."""
+        return sum(finding.severity is severity for finding in self.findings)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the application is going to do to the database."""
+
+    url: URL
+    pool: str
+    profile: PoolProfile
+    processes: int
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the way to the server leaves this machine, as far as the URL tells."""
+        host = self.url.host or self.url.normalized_query.get("host", ("localhost",))[0]
+        if host == "localhost" or host.startswith("/"):  # the folder of a socket
+            return False
+        try:
+            return not ip_address(host).is_loopback
+        except ValueError:  # a name
+            return True
+
+    def check_connections(self, report: Report, limits: Mapping[str, int]) -> None:
+        """Compare the connections of all processes with what the server allows.
+
+        Args:
+            limits: the numbers of connections, by the settings that they come from.
+        """
+        name, limit = min(limits.items(), key=lambda item: item[1])
+        each = self.profile.pool_size + self.profile.max_overflow
+        wanted = each * self.processes
+        processes = "1 process" if self.processes == 1 else f"{self.processes} processes"
+        pool = f'{processes} with pool="{self.pool}"'
+        report.facts["connections"] = f"up to {wanted} for {pool}, of {limit} ({name})"
+        if wanted > limit:
+            report.error(
+                f"{pool} may open {wanted} connections, and the server allows {limit} ({name}).",
+                "Use fewer processes, a smaller PoolProfile, or a pooler such as PgBouncer; or"
+                f" raise {name.partition(',')[0]}.",
+            )
+
+    def check_encryption(self, report: Report, encrypted: bool, remedy: str) -> None:
+        """Warn where passwords and rows cross a network in the clear."""
+        report.facts["encryption"] = "on" if encrypted else "off"
+        if self.is_remote and not encrypted:
+            report.warning(
+                f"The connection to {self.url.host} is not encrypted: who is on the way reads"
+                " the rows.",
+                f"{remedy} Inside a private network you may leave it.",
+            )
