@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests import servers
-from tests.chaos.contenders import Backend, Contender
 from tests.chaos.report import Row
 from tests.chaos.scenarios import ON_FILES, SCENARIOS, Scenario
 from tests.chaos.world import Outcome, World
+from tests.contenders import Backend, Contender
+from tests.contenders.served import create_table
 
 PATIENCE = 1300
 """Seconds after which a scenario is given up."""
@@ -91,7 +92,7 @@ def _keep_logs(folder: Path, kept: Path) -> None:
 
 
 async def _run(scenario: Scenario, world: World) -> Outcome:
-    await world.create_table()
+    await create_table(world.url)
     async with asyncio.timeout(PATIENCE):
         return await scenario(world)
 

@@ -9,7 +9,7 @@ from sqlalchemy.pool import QueuePool
 
 from asgi_db import Database, DBSessionMiddleware, read_only, transactional
 from asgi_db_fastapi import CurrentSession, CurrentSessionReadOnly, CurrentSessionTransaction
-from tests.chaos.contenders.shared import (
+from tests.contenders.shared import (
     EVENT,
     FIRST_VALUE,
     POOL,

@@ -21,6 +21,12 @@ from typing import Literal, TypeAlias
 
 Backend: TypeAlias = Literal["postgresql", "mysql", "sqlite"]
 
+DATABASES: dict[Backend, str] = {
+    "postgresql": "PostgreSQL",
+    "mysql": "MariaDB",
+    "sqlite": "SQLite",
+}
+
 
 @dataclass(frozen=True)
 class Contender:
