@@ -21,7 +21,7 @@ class Course:
         seed: where every chance comes from.
         seconds: of a slice of load.
         rounds: how many slices each contender gets in each case.
-        few_rounds: the same where there are many cases.
+        share: by which other numbers of tries are multiplied.
     """
 
     contenders: Sequence[Contender]
@@ -31,9 +31,14 @@ class Course:
     seed: int
     seconds: float
     rounds: int
-    few_rounds: int
+    share: float
     random: random.Random
     ids: Iterator[int] = field(default_factory=lambda: itertools.count(1_000_000, 1_000_000))
+
+    @property
+    def few_rounds(self) -> int:
+        """How many slices, where there are many cases."""
+        return (self.rounds + 1) // 2
 
     def measured(self, name: str) -> Measured:
         """A measurement that has not begun."""

@@ -61,6 +61,7 @@ def field(
     folder: Path,
     *options: str,
     proxy_port: int | None = None,
+    counted: bool = False,
     **environment: str,
 ) -> Generator[list[Entrant], None, None]:
     """Serve contenders side by side until the end of the block.
@@ -71,6 +72,7 @@ def field(
         folder: for their logs.
         options: for uvicorn.
         proxy_port: where the database is to be reached, if not directly.
+        counted: with `GET /held`, which says how many connections are out of the pool.
         environment: variables for them.
     """
     with ExitStack() as stack, ThreadPoolExecutor(2) as threads:
@@ -81,7 +83,7 @@ def field(
             served = make_url(url).set(port=proxy_port) if proxy_port else make_url(url)
             server = stack.enter_context(
                 serving(
-                    contender.app,
+                    f"tests.contenders.counted:{contender.name}" if counted else contender.app,
                     sys.executable,
                     folder,
                     "--http=httptools",

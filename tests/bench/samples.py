@@ -63,7 +63,7 @@ class Spread:
         return cls(median(found), found[0], found[-1])
 
 
-@dataclass(frozen=True)
+@dataclass
 class Measured:
     """All that a measurement has brought, and when.
 
@@ -109,12 +109,12 @@ class Measured:
         ]
         return Spread.of(ratios) if ratios else None
 
-    def latency(self, contender: str, case: Case, percentile: str) -> float | None:
-        """The median over the turns of a percentile (`p50`, `p99`), in milliseconds."""
-        samples = self.of(contender, case)
-        if not samples:
+    def latency(self, contender: str, case: Case) -> tuple[float, float] | None:
+        """The medians over the turns of p50 and p99, in milliseconds."""
+        loads = [sample.load for sample in self.of(contender, case)]
+        if not loads:
             return None
-        return median(getattr(sample.load, percentile) for sample in samples)
+        return median(load.p50 for load in loads), median(load.p99 for load in loads)
 
     def failures(self, contender: str, case: Case) -> int:
         """Whatever was not a good answer in time."""

@@ -2,7 +2,7 @@
 
 local threads = {}
 
-issued = 0
+issued = -1 -- wrk asks for one request which it does not send
 
 function setup(thread)
    table.insert(threads, thread)
@@ -13,7 +13,7 @@ local first_id = tonumber(os.getenv("FIRST_ID"))
 if first_id then
    function request()
       issued = issued + 1
-      return wrk.format("POST", string.format("/items/%d", first_id + issued - 1))
+      return wrk.format("POST", string.format("/items/%d", first_id + issued))
    end
 end
 

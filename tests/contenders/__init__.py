@@ -1,8 +1,8 @@
 """The applications which the harnesses compare: one module each, served by a real uvicorn.
 
 Each is written as the documentation of its library says, with the same routes (`routes.py` has
-those of most), on a pool without overflow: of 5, where a request waits 2 s for a connection, unless the
-environment says otherwise (`POOL_SIZE`, `POOL_TIMEOUT`).
+those of most), on a pool of 5 without overflow, where a request waits 2 s for a connection, unless
+the environment says otherwise (`POOL_SIZE`, `POOL_TIMEOUT`).
 
 | route                        | does                                                              |
 | ---------------------------- | ----------------------------------------------------------------- |

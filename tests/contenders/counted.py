@@ -1,9 +1,9 @@
-"""Another contender (`COUNTED` names its module), and how many connections are out of its pool.
+"""Any other contender, and how many connections are out of its pool.
 
-`GET /held` answers with the number. SQLAlchemy's own events count it, for every library alike.
+`tests.contenders.counted:seed` is the application of `seed.py`, with a route more: `GET /held`
+answers with the number. SQLAlchemy's own events count it, for every library alike.
 """
 
-import os
 from collections.abc import Awaitable, Callable
 from importlib import import_module
 from typing import Any
@@ -26,22 +26,20 @@ def _in(*_: object) -> None:
     out -= 1
 
 
-counted: Any = import_module(f"tests.contenders.{os.environ['COUNTED']}")
+def __getattr__(name: str) -> Any:
+    try:
+        contender: Any = import_module(f"tests.contenders.{name}")
+    except ModuleNotFoundError as error:
+        raise AttributeError(name) from error
 
+    async def app(scope: Any, receive: Any, send: Callable[[Any], Awaitable[None]]) -> None:
+        if scope["type"] != "http" or scope["path"] != "/held":
+            await contender.app(scope, receive, send)
+            return
+        uses_sqlalchemy = name != "asyncpg_by_hand"
+        body = str(out if uses_sqlalchemy else contender.checked_out()).encode()
+        headers = [(b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
 
-def held() -> int:
-    """How many connections are out."""
-    uses_sqlalchemy = os.environ["COUNTED"] != "asyncpg_by_hand"
-    number: int = out if uses_sqlalchemy else counted.checked_out()
-    return number
-
-
-async def app(scope: Any, receive: Any, send: Callable[[Any], Awaitable[None]]) -> None:
-    """The contender, and one route more."""
-    if scope["type"] != "http" or scope["path"] != "/held":
-        await counted.app(scope, receive, send)
-        return
-    body = str(held()).encode()
-    headers = [(b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    return app

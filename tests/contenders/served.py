@@ -1,5 +1,6 @@
 """A contender that is served: by uvicorn, in its environment, on a database with its table."""
 
+import resource
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -56,3 +57,9 @@ def serving(
         **environment,
     ) as server:
         yield server
+
+
+def allow_many_sockets() -> None:
+    """Let this process, and those which it starts, have as many as the system allows."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
