@@ -23,7 +23,7 @@ export COVERAGE_FILE = $(CURDIR)/.build/coverage/data
 # The tests refuse to run against the source tree: what they test is the installed wheel.
 PYTEST = ASGI_DB_TEST_INSTALLED=1 $(BIN)/python -P -m
 
-.PHONY: help demo serve test test-pythons suite chaos check format coverage build servers clean
+.PHONY: help demo serve test test-pythons suite chaos bench check format coverage build servers clean
 .NOTPARALLEL:
 
 help:
@@ -34,6 +34,8 @@ help:
 	@echo "make suite         the suite alone; ARGS='-k name' goes to pytest"
 	@echo "make chaos         the long runs with real faults, here and with other libraries, as one table;"
 	@echo "                   ARGS='--only restart --contender asgi_db' selects, --help says what there is"
+	@echo "make bench         how fast it is, beside other libraries: tables and plots, in 25 minutes;"
+	@echo "                   ARGS='--write' puts them into docs/performance.md, '--quick' rehearses"
 	@echo "make check         ruff, mypy, pyright"
 	@echo "make format        ruff format, and the fixes which ruff can make itself"
 	@echo "make coverage      the suite with coverage, and a report in .build/coverage/html"
@@ -56,6 +58,10 @@ suite: $(VENV)/installed servers
 
 chaos: $(VENV)/installed $(PEERS)/installed servers
 	$(BIN)/python -m tests.chaos --peers=$(PEERS)/bin/python $(ARGS)
+
+bench: $(PEERS)/bench servers
+	@$(PYTHON) -m scripts.prepare load
+	$(PEERS)/bin/python -m tests.bench $(ARGS)
 
 check: $(VENV)/installed
 	$(BIN)/ruff check
@@ -109,4 +115,11 @@ $(VENV)/installed: dist/built $(VENV)/tools
 $(PEERS)/installed: pyproject.toml
 	@$(PYTHON) -m scripts.prepare venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --group chaos
+	@touch $@
+
+# All that `make bench` compares, this library too, is in one environment, in the same versions.
+$(PEERS)/bench: dist/built $(PEERS)/installed
+	$(PEERS)/bin/python -m pip install --quiet --group bench
+	$(PEERS)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
+	@$(PEERS)/bin/python -m pip install --quiet "$$(echo dist/*.whl)[all]"
 	@touch $@

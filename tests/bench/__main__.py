@@ -31,7 +31,7 @@ EVERYWHERE: list[Measurement] = [round_trips, hold_time, throughput]
 """What is measured on each database."""
 ON_POSTGRESQL: list[Measurement] = [held, growth, memory, imports, cpu]
 
-SECONDS, ROUNDS = 2, 5
+SECONDS, ROUNDS = 2, 4
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is_saved = options.results is not None or not (options.quick or options.contender)
     found = dict[str, Measured]()
     for backend in ("postgresql", "mysql"):
-        if options.database and backend not in options.database:
+        if options.only_write or (options.database and backend not in options.database):
             continue
         start = servers.postgresql if backend == "postgresql" else servers.mariadb
         with start(own=True) as database:
@@ -54,9 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 found[measured.key] = measured
                 if is_saved:
                     merge(results, [measured])
-    shown = merge(results, []) if options.write else found
+    shown = merge(results, []) if options.write or options.only_write else found
     text = report.tables(shown)
-    if options.write:
+    if options.write or options.only_write:
         from tests.bench import plots  # matplotlib is in the environment of the other libraries
 
         document: Path = options.document
@@ -127,6 +127,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="keep the measurements in this file (full ones are kept in .build/bench.json)",
     )
     parser.add_argument("--document", type=Path, default=DOCUMENT, help="for --write")
+    parser.add_argument(
+        "--only-write", action="store_true", help="measure nothing, and write what is kept"
+    )
     parser.add_argument(
         "--write",
         action="store_true",

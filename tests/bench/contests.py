@@ -26,8 +26,9 @@ def throughput(course: Course) -> Measured:
     measured = course.measured("throughput")
     with field(course.contenders, course.database, course.folder, POOL_SIZE="10") as entrants:
         warm_up(course, entrants)
-        contest(course, measured, entrants, [NOTHING, READ, WRITE], course.rounds)
+        contest(course, measured, entrants, [READ, WRITE], course.rounds)
         if course.backend == "postgresql":
+            contest(course, measured, entrants, [NOTHING], course.rounds)
             others = [case for case in READS if case != READ]
             contest(course, measured, entrants, others, course.few_rounds)
     return measured

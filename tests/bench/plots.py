@@ -144,7 +144,8 @@ def latency(results: Results) -> Figure | None:
     if measured is None or not all(case in measured.cases() for case in READS):
         return None
     figure = Figure(figsize=(11, 4.6), layout="constrained")
-    for axes, number, word in zip(figure.subplots(1, 2, sharey=True), (0, 1), ("p50", "p99")):
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, number, word in zip(panels, (0, 1), ("p50", "p99"), strict=True):
         for contender in FIELD:
             found = [measured.latency(contender.name, case) for case in READS]
             if all(found):
@@ -177,7 +178,8 @@ def round_trips(results: Results) -> Figure | None:
     rows = -(-len(panels) // 2)
     height = 1.1 + 0.27 * max(len(numbers) for _, numbers in panels)
     figure = Figure(figsize=(11, rows * height), layout="constrained")
-    for axes, (title, numbers) in zip(figure.subplots(rows, 2, squeeze=False).flat, panels):
+    grid = figure.subplots(rows, 2, squeeze=False).flat
+    for axes, (title, numbers) in zip(grid, panels, strict=True):
         bars(axes, numbers, title)
         axes.set_xlabel("round trips")
         axes.xaxis.set_major_locator(FixedLocator(range(8)))
