@@ -18,7 +18,7 @@ from tests.bench.imports import imports
 from tests.bench.memory import memory
 from tests.bench.samples import Measured, merge
 from tests.bench.traffic import held, round_trips
-from tests.contenders import DATABASES, FIELD, OURS, Backend
+from tests.contenders import FIELD, OURS, Backend
 from tests.contenders.served import allow_many_sockets
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +30,8 @@ Measurement: TypeAlias = Callable[[Course], Measured]
 EVERYWHERE: list[Measurement] = [round_trips, hold_time, throughput]
 """What is measured on each database."""
 ON_POSTGRESQL: list[Measurement] = [held, growth, memory, imports, cpu]
+
+BACKENDS: list[Backend] = ["postgresql", "mysql"]
 
 SECONDS, ROUNDS = 2, 4
 
@@ -44,9 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results: Path = options.results or RESULTS
     is_saved = options.results is not None or not (options.quick or options.contender)
     found = dict[str, Measured]()
-    for backend in ("postgresql", "mysql"):
-        if options.only_write or (options.database and backend not in options.database):
-            continue
+    backends: list[Backend] = [] if options.only_write else options.database or BACKENDS
+    for backend in backends:
         start = servers.postgresql if backend == "postgresql" else servers.mariadb
         with start(own=True) as database:
             for measurement in _measurements(backend, options.only):
@@ -116,7 +117,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     choice("--only", measurements, f"measurements: {', '.join(measurements)}")
     names = [contender.name for contender in FIELD]
     choice("--contender", names, f"contenders: {', '.join(names)}; asgi_db is what ratios are to")
-    choice("--database", ["postgresql", "mysql"], ", ".join(list(DATABASES)[:2]))
+    choice("--database", BACKENDS, f"databases: {', '.join(BACKENDS)}")
     parser.add_argument("--seed", type=int, help="that of an earlier run; chosen if left out")
     parser.add_argument("--seconds", type=int, default=SECONDS, help="of a slice of load")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="slices for each contender")

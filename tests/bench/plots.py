@@ -1,6 +1,7 @@
 # Not installed where types are checked.
 # mypy: ignore-errors
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportOptionalSubscript=false
+# pyright: reportOptionalMemberAccess=false, reportGeneralTypeIssues=false
 
 """The plots: SVG files beside the document, the same for the same measurements."""
 
@@ -195,7 +196,7 @@ def held(results: Results) -> Figure | None:
     figure = Figure(figsize=(11, 1.35 * rows + 0.4), layout="constrained")
     grid = figure.subplots(rows, 3, sharex=True, sharey=True, squeeze=False).flat
     for axes, contender in zip(grid, contenders, strict=False):
-        seconds, numbers = zip(*measured.facts[contender.name], strict=True)
+        seconds, numbers = zip(*changes(measured.facts[contender.name]), strict=True)
         shade = colour(contender) if contender in (OURS, SEED, LIMIT) else "#4a7ba6"
         axes.fill_between(seconds, numbers, step="post", color=shade, alpha=0.35, linewidth=0)
         axes.step(seconds, numbers, where="post", color=shade, linewidth=1)
@@ -209,6 +210,15 @@ def held(results: Results) -> Figure | None:
     figure.supxlabel("seconds (the readers come at 0.25 s)", fontsize=10)
     figure.supylabel("connections out of the pool of 5", fontsize=10)
     return figure
+
+
+def changes(points: list[tuple[float, int]]) -> list[tuple[float, int]]:
+    """Those of the points at which something changes, and the last."""
+    return [
+        point
+        for n, point in enumerate(points)
+        if n in (0, len(points) - 1) or point[1] != points[n - 1][1]
+    ]
 
 
 def growth(results: Results) -> Figure | None:
@@ -244,8 +254,8 @@ def growth(results: Results) -> Figure | None:
             client_axis(axes)
         upper.set_xlabel("")
         upper.set_title(plain(contender.title), fontsize=10, loc="left")
-        upper.set_ylim(bottom=0)
         lower.set_yscale("log")
+    grid[0][0].set_ylim(bottom=0)
     grid[0][0].set_ylabel("reads per second")
     grid[1][0].set_ylabel("p99 in milliseconds")
     handles, labels = grid[0][0].get_legend_handles_labels()

@@ -1,12 +1,12 @@
 """What was measured: samples, what they amount to, and a file of them."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeAlias
 
 from tests.bench.load import Load
 from tests.contenders import OURS, Backend
@@ -125,6 +125,10 @@ class Measured:
         return sum(sample.missing for sample in self.samples if sample.contender == contender)
 
 
+Results: TypeAlias = Mapping[str, Measured]
+"""Measurements by their keys."""
+
+
 def merge(saved: Path, measured: Sequence[Measured]) -> dict[str, Measured]:
     """Put measurements in place of older ones in a file, and return all that are there now."""
     found = dict[str, Measured]()
@@ -137,9 +141,9 @@ def merge(saved: Path, measured: Sequence[Measured]) -> dict[str, Measured]:
     return found
 
 
-def _read(entry: dict[str, Any]) -> Measured:
-    samples = [
-        Sample(**{**sample, "case": Case(**sample["case"]), "load": Load(**sample["load"])})
-        for sample in entry.pop("samples")
+def _read(entry: Any) -> Measured:
+    entry["samples"] = [
+        Sample(**(sample | {"case": Case(**sample["case"]), "load": Load(**sample["load"])}))
+        for sample in entry["samples"]
     ]
-    return Measured(**entry, samples=samples)
+    return Measured(**entry)
