@@ -231,7 +231,7 @@ def growth(results: Results) -> Figure | None:
         if any(measured.of(one.name, c) for c in measured.cases())
     ]
     figure = Figure(figsize=(11, 6.4), layout="constrained")
-    grid = figure.subplots(2, len(contenders), sharex=True, sharey="row", squeeze=False)
+    grid = figure.subplots(2, len(contenders), sharex=True, squeeze=False)
     shades = dict(zip(POOLS, ("#e59866", "#c0392b", "#641e16"), strict=True))
     for column, contender in enumerate(contenders):
         upper, lower = grid[0][column], grid[1][column]
@@ -255,7 +255,11 @@ def growth(results: Results) -> Figure | None:
         upper.set_xlabel("")
         upper.set_title(plain(contender.title), fontsize=10, loc="left")
         lower.set_yscale("log")
-    grid[0][0].set_ylim(bottom=0)
+    lowest = min(axes.get_ylim()[0] for axes in grid[1])
+    highest = max(axes.get_ylim()[1] for axes in grid[1])
+    for upper, lower in grid.T:
+        upper.set_ylim(bottom=0)
+        lower.set_ylim(lowest, highest)
     grid[0][0].set_ylabel("reads per second")
     grid[1][0].set_ylabel("p99 in milliseconds")
     handles, labels = grid[0][0].get_legend_handles_labels()

@@ -74,7 +74,7 @@ def latency(results: Results) -> str:
         if any(cells):
             lines.append([title(results, contender), *cells])
     head = ["contender", *(f"{clients} clients" for clients in CLIENTS)]
-    return documents.table(head, lines, range(1, len(head)))
+    return documents.table(head, lines, range(1, len(head))) if lines else ""
 
 
 def round_trips(results: Results) -> str:

@@ -19,8 +19,10 @@ end
 
 function done(summary, latency)
    local sent = 0
-   for _, thread in ipairs(threads) do
-      sent = sent + thread:get("issued")
+   if first_id then
+      for _, thread in ipairs(threads) do
+         sent = sent + thread:get("issued")
+      end
    end
    local errors = summary.errors
    io.write(string.format(
