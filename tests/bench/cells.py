@@ -23,7 +23,14 @@ def title(results: Results, contender: Contender) -> str:
 
 def latency_cell(latency: tuple[float, float] | None) -> str:
     """p50 and p99."""
-    return f"{latency[0]:.3g} / {latency[1]:.3g}" if latency else ""
+    if latency is None:
+        return ""
+    return " / ".join(f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in latency)
+
+
+def clients_head(number: int) -> str:
+    """The head of a column for so many clients."""
+    return f"{number} client{'s' * (number > 1)}"
 
 
 def between(found: Spread, form: str = "{:.2f}") -> str:

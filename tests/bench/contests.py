@@ -57,6 +57,8 @@ def growth(course: Course) -> Measured:
             with field(
                 contenders, course.database, course.folder, *options, POOL_SIZE=str(pool)
             ) as entrants:
+                for entrant in entrants:
+                    entrant.wait_for(workers)
                 warm_up(course, entrants)
                 cases = [Case("read", clients, pool, workers) for clients in CLIENTS]
                 contest(course, measured, entrants, cases, course.few_rounds)
@@ -68,6 +70,7 @@ def warm_up(course: Course, entrants: Sequence[Entrant]) -> None:
     for entrant in entrants:
         drive(entrant.server.port, _PATHS["read"], 64, 1)
         drive(entrant.server.port, "", 8, 1, first_id=next(course.ids))
+        entrant.settle()
 
 
 def contest(
@@ -97,9 +100,9 @@ def contest(
 
 def _slice(course: Course, entrant: Entrant, case: Case) -> tuple[Load, int]:
     """One slice of load; and how many of its writes are not in the table."""
-    port = entrant.server.port
-    if case.route != "write":
-        return drive(port, _PATHS[case.route], case.clients, course.seconds), 0
-    first_id = next(course.ids)
-    load = drive(port, "", case.clients, course.seconds, first_id=first_id)
-    return load, load.issued - entrant.rows(first_id, load.issued)
+    first_id = next(course.ids) if case.route == "write" else None
+    path = _PATHS.get(case.route, "")
+    load = drive(entrant.server.port, path, case.clients, course.seconds, first_id=first_id)
+    entrant.settle()
+    missing = 0 if first_id is None else load.issued - entrant.rows(first_id, load.issued)
+    return load, missing

@@ -38,6 +38,32 @@ class Entrant:
         """The contender's."""
         return self.contender.name
 
+    def wait_for(self, workers: int) -> None:
+        """Wait until so many processes serve: the first takes connections before the others."""
+        started = "Application startup complete"
+        self.server.wait_until(lambda: self.server.log.count(started) >= workers)
+
+    def settle(self, within: float = 5) -> None:
+        """Wait until it has nothing to do: it goes on with the requests of clients that left."""
+        deadline = time.monotonic() + within
+        before = self._ticks()
+        while time.monotonic() < deadline:
+            time.sleep(0.1)
+            now = self._ticks()
+            if now - before <= 1:
+                return
+            before = now
+
+    def _ticks(self) -> int:
+        """The CPU time of its processes so far, in hundredths of a second."""
+        pid = self.server.process.pid
+        workers = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        found = 0
+        for process in [str(pid), *workers]:
+            fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+            found += int(fields[11]) + int(fields[12])
+        return found
+
     def rows(self, first_id: int, number: int, within: float = 2) -> int:
         """How many items of a range there are, as soon as there are all, or after a while."""
 

@@ -6,8 +6,9 @@
 """The plots: SVG files beside the document, the same for the same measurements."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -148,11 +149,12 @@ def latency(results: Results) -> Figure | None:
     panels = figure.subplots(1, 2, sharey=True)
     for axes, number, word in zip(panels, (0, 1), ("p50", "p99"), strict=True):
         for contender in FIELD:
-            found = [measured.latency(contender.name, case) for case in READS]
-            if all(found):
-                axes.plot(CLIENTS, [one[number] for one in found], **style(contender))
+            found = by_clients(measured.latency(contender.name, case) for case in READS)
+            if found:
+                axes.plot(list(found), [one[number] for one in found.values()], **style(contender))
         client_axis(axes)
         axes.set_yscale("log")
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.set_title(f"{word} of a read (PostgreSQL, pool of 10)", fontsize=10, loc="left")
     figure.axes[0].set_ylabel("milliseconds")
     handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -212,6 +214,11 @@ def held(results: Results) -> Figure | None:
     return figure
 
 
+def by_clients(found: Iterable[Any]) -> dict[int, Any]:
+    """What there is, by the number of clients."""
+    return {clients: one for clients, one in zip(CLIENTS, found, strict=True) if one}
+
+
 def changes(points: list[tuple[float, int]]) -> list[tuple[float, int]]:
     """Those of the points at which something changes, and the last."""
     return [
@@ -245,16 +252,16 @@ def growth(results: Results) -> Figure | None:
                     "markersize": 4,
                 }
                 words = f"pool of {pool}, {workers} worker{'s' * (workers > 1)}"
-                found = [measured.rate(contender.name, case) for case in cases]
-                if all(found):
-                    upper.plot(CLIENTS, [one.median for one in found], label=words, **look)
-                    times = [measured.latency(contender.name, case) for case in cases]
-                    lower.plot(CLIENTS, [p99 for _, p99 in times], **look)
+                found = by_clients(measured.rate(contender.name, case) for case in cases)
+                times = by_clients(measured.latency(contender.name, case) for case in cases)
+                upper.plot(list(found), [x.median for x in found.values()], label=words, **look)
+                lower.plot(list(times), [p99 for _, p99 in times.values()], **look)
         for axes in (upper, lower):
             client_axis(axes)
         upper.set_xlabel("")
         upper.set_title(plain(contender.title), fontsize=10, loc="left")
         lower.set_yscale("log")
+        lower.yaxis.set_minor_locator(NullLocator())
     lowest = min(axes.get_ylim()[0] for axes in grid[1])
     highest = max(axes.get_ylim()[1] for axes in grid[1])
     for upper, lower in grid.T:

@@ -111,7 +111,7 @@ class Measured:
 
     def latency(self, contender: str, case: Case) -> tuple[float, float] | None:
         """The medians over the turns of p50 and p99, in milliseconds."""
-        loads = [sample.load for sample in self.of(contender, case)]
+        loads = [sample.load for sample in self.of(contender, case) if sample.load.answers]
         if not loads:
             return None
         return median(load.p50 for load in loads), median(load.p99 for load in loads)

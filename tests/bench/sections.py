@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import mean, median
 
 from tests import documents
-from tests.bench.cells import between, is_early, latency_cell, title
+from tests.bench.cells import between, clients_head, is_early, latency_cell, title
 from tests.bench.contests import CLIENTS, FAR_READ, NOTHING, POOLS, READ, READS, WORKERS, WRITE
 from tests.bench.memory import STEPS
 from tests.bench.samples import Case, Measured, Results
@@ -73,7 +73,7 @@ def latency(results: Results) -> str:
         cells = [latency_cell(measured.latency(contender.name, case)) for case in READS]
         if any(cells):
             lines.append([title(results, contender), *cells])
-    head = ["contender", *(f"{clients} clients" for clients in CLIENTS)]
+    head = ["contender", *map(clients_head, CLIENTS)]
     return documents.table(head, lines, range(1, len(head))) if lines else ""
 
 
@@ -116,7 +116,7 @@ def growth(results: Results) -> str:
     measured = results.get("growth postgresql")
     if measured is None:
         return ""
-    head = ["contender", "workers", "pool", *(f"{n} clients" for n in CLIENTS), "512 : 64"]
+    head = ["contender", "workers", "pool", *map(clients_head, CLIENTS), "512 : 64"]
     lines = list[list[str]]()
     for contender in FIELD:
         for workers in WORKERS:
@@ -128,7 +128,7 @@ def growth(results: Results) -> str:
                     latency = latency_cell(measured.latency(contender.name, case))
                     cells.append(f"{rate.median:,.0f}/s; {latency}" if rate else "")
                 if rates[-1] is not None and rates[-2] is not None:
-                    share = f"{rates[-1].median / rates[-2].median:.2f}"
+                    share = f"{rates[-1].median / (rates[-2].median or 1):.2f}"
                     lines.append([contender.title, str(workers), str(pool), *cells, share])
     return documents.table(head, lines, range(1, len(head)))
 
