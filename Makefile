@@ -26,7 +26,7 @@ PYTEST = ASGI_DB_TEST_INSTALLED=1 $(BIN)/python -P -m
 # Most tests wait for servers, so there are more workers than processors; each has servers of its own.
 PARALLEL = --numprocesses=$(WORKERS) --dist=loadfile
 
-.PHONY: help demo serve test test-pythons suite chaos check format coverage build servers clean
+.PHONY: help demo serve test test-pythons suite chaos bench check format coverage build servers clean
 .NOTPARALLEL:
 
 help:
@@ -37,6 +37,8 @@ help:
 	@echo "make suite         the suite alone; ARGS='-k name' goes to pytest, WORKERS=1 runs one test at a time"
 	@echo "make chaos         the long runs with real faults, here and with other libraries, as one table;"
 	@echo "                   ARGS='--only restart --contender asgi_db' selects, --help says what there is"
+	@echo "make bench         how fast it is, beside other libraries: tables and plots, in 25 minutes;"
+	@echo "                   ARGS='--write' puts them into docs/performance.md, '--quick' rehearses"
 	@echo "make check         ruff, mypy, pyright"
 	@echo "make format        ruff format, and the fixes which ruff can make itself"
 	@echo "make coverage      the suite with coverage, and a report in .build/coverage/html"
@@ -59,6 +61,10 @@ suite: $(VENV)/installed servers
 
 chaos: $(VENV)/installed $(PEERS)/installed servers
 	$(BIN)/python -m tests.chaos --peers=$(PEERS)/bin/python $(ARGS)
+
+bench: $(PEERS)/bench servers
+	@$(PYTHON) -m scripts.prepare load
+	$(PEERS)/bin/python -m tests.bench $(ARGS)
 
 check: $(VENV)/installed
 	$(BIN)/ruff check
@@ -112,4 +118,11 @@ $(VENV)/installed: dist/built $(VENV)/tools
 $(PEERS)/installed: pyproject.toml
 	@$(PYTHON) -m scripts.prepare venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --group chaos
+	@touch $@
+
+# All that `make bench` compares, this library too, is in one environment, in the same versions.
+$(PEERS)/bench: dist/built $(PEERS)/installed
+	$(PEERS)/bin/python -m pip install --quiet --group bench
+	$(PEERS)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
+	@$(PEERS)/bin/python -m pip install --quiet "$$(echo dist/*.whl)[all]"
 	@touch $@

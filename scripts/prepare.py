@@ -1,4 +1,4 @@
-"""What `make` needs first: a virtual environment, and the database servers of the tests.
+"""What `make` needs first: a virtual environment, the database servers of the tests, and a load.
 
 Standard library only: it runs on a machine where nothing has been installed yet.
 """
@@ -8,8 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 
-from tests.programs import SERVERS
+from tests.programs import SERVERS, WRK, Program
 
 # Run as root. A fresh machine has no package lists; another `make` may hold the lock. Only the
 # programs are wanted: PostgreSQL is to make no cluster, and so no service; PgBouncer's service is
@@ -46,9 +47,11 @@ def main(arguments: list[str]) -> None:
         case ["venv", directory]:
             make_environment(directory)
         case ["servers"]:
-            install_servers()
+            install_missing(SERVERS)
+        case ["load"]:
+            install_missing([WRK])
         case _:
-            sys.exit("usage: python -m scripts.prepare (venv DIRECTORY | servers)")
+            sys.exit("usage: python -m scripts.prepare (venv DIRECTORY | servers | load)")
 
 
 def make_environment(directory: str) -> None:
@@ -63,12 +66,12 @@ def make_environment(directory: str) -> None:
     )
 
 
-def install_servers() -> None:
-    """Installs the servers which are neither here nor replaced by a URL."""
-    wanted = [server for server in SERVERS if server.wanted]
+def install_missing(programs: Sequence[Program]) -> None:
+    """Installs the programs which are neither here nor replaced by a URL."""
+    wanted = [program for program in programs if program.wanted]
     if wanted:
-        install([package for server in wanted for package in server.packages])
-    if advice := [server.advice for server in wanted if server.wanted]:
+        install([package for program in wanted for package in program.packages])
+    if advice := [program.advice for program in wanted if program.wanted]:
         sys.exit("\n".join(advice))
 
 

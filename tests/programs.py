@@ -88,3 +88,5 @@ MARIADB = Server(
 )
 PGBOUNCER = Program(name="PgBouncer", programs=["pgbouncer"], packages=["pgbouncer"])
 SERVERS = [POSTGRESQL, MARIADB, PGBOUNCER]
+WRK = Program(name="wrk", programs=["wrk"], packages=["wrk"])
+"""The load of `make bench`; no test needs it."""

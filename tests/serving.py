@@ -221,14 +221,16 @@ def serve(
         yield server
 
 
-def run_program(program: str, *arguments: str, folder: Path) -> "subprocess.CompletedProcess[str]":
+def run_program(
+    program: str, *arguments: str, folder: Path, within: float = 60
+) -> "subprocess.CompletedProcess[str]":
     """Run a Python program in a process of its own, and wait for its end."""
     return subprocess.run(
         [sys.executable, "-P", "-c", _RUN + program, _ROOT, *arguments],
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=within,
     )
 
 

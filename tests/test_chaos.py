@@ -7,10 +7,10 @@ import pytest
 
 from tests.chaos import report
 from tests.chaos.client import CUT_OFF, TOO_LATE, Answer
-from tests.chaos.contenders import OURS
 from tests.chaos.report import Row
 from tests.chaos.runner import Job, run
 from tests.chaos.world import Ledger, Outcome
+from tests.contenders import OURS
 from tests.servers import outside
 
 UNKNOWN = Answer(503, {"retry-after": "1"}, b'{"reason": "outcome-unknown"}')

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from tests import servers
+from tests import documents
 from tests.chaos import report
-from tests.chaos.contenders import CONTENDERS, OURS, Backend
 from tests.chaos.report import Row
 from tests.chaos.runner import Job, run
 from tests.chaos.scenarios import ON_FILES, SCENARIOS
+from tests.contenders import CONTENDERS, DATABASES, OURS, Backend
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "reliability.md"
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = report.table(_sorted(shown))
     if options.write:
         environments = {False: sys.executable, True: options.peers}
-        head = report.description(shown, _server_versions(), environments)
+        head = report.description(shown, documents.server_versions(), environments)
         text = f"{head}\n\n{text}"
         report.write(DOCUMENT, text)
     print(text)
@@ -61,7 +61,7 @@ def _scenarios(backend: Backend, only: Sequence[str]) -> tuple[str, ...]:
 
 def _sorted(rows: Sequence[Row]) -> list[Row]:
     scenarios, contenders = [*SCENARIOS, *ON_FILES], [contender.name for contender in CONTENDERS]
-    databases = list(report.DATABASES)
+    databases = list(DATABASES)
 
     def place(row: Row) -> tuple[int, int, int]:
         return (
@@ -71,19 +71,6 @@ def _sorted(rows: Sequence[Row]) -> list[Row]:
         )
 
     return sorted(rows, key=place)
-
-
-def _server_versions() -> list[str]:
-    async def ask(url: str) -> str:
-        async with servers.outside(url) as connection:
-            ((version,),) = await connection.execute("SELECT version()")
-        return str(version).removeprefix("PostgreSQL ").partition(" ")[0].partition("-")[0]
-
-    with servers.postgresql(own=True) as postgresql, servers.mariadb(own=True) as mariadb:
-        return [
-            f"PostgreSQL {servers.run(ask(postgresql.url))}",
-            f"MariaDB {servers.run(ask(mariadb.url))}",
-        ]
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -97,7 +84,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     choice("--only", [*SCENARIOS, *ON_FILES], f"scenarios: {', '.join([*SCENARIOS, *ON_FILES])}")
     names = [contender.name for contender in CONTENDERS]
     choice("--contender", names, f"contenders: {', '.join(names)}")
-    choice("--database", list(report.DATABASES), f"databases: {', '.join(report.DATABASES)}")
+    choice("--database", list(DATABASES), f"databases: {', '.join(DATABASES)}")
     parser.add_argument("--seed", type=int, help="that of an earlier run; chosen if left out")
     parser.add_argument("--scale", type=float, default=1, help="multiplies the numbers of tries")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="contenders at a time")

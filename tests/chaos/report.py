@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import sqlite3
-import subprocess
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,22 +11,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tests.chaos.contenders import CONTENDERS, Backend, Contender
+from tests import documents
 from tests.chaos.world import Outcome
+from tests.contenders import CONTENDERS, DATABASES, Backend, Contender
 
 BEGIN = "<!-- chaos: begin -->"
 END = "<!-- chaos: end -->"
-
-DATABASES: dict[Backend, str] = {
-    "postgresql": "PostgreSQL",
-    "mysql": "MariaDB",
-    "sqlite": "SQLite",
-}
-
-_VERSIONS = """
-import importlib.metadata, json, sys
-print(json.dumps({name: importlib.metadata.version(name) for name in sys.argv[1:]}))
-"""
 
 
 @dataclass(frozen=True)
@@ -67,19 +56,7 @@ class Row:
 def table(rows: Sequence[Row]) -> str:
     """The rows as a table in Markdown, aligned so that it can be read as it is."""
     head = ["scenario", "contender", "database", "tries", "survived", "lost", "leaked", "besides"]
-    lines = [head, *(row.cells() for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head) - 1)]
-    rule = ["-" * width + (":" if 3 <= n <= 6 else "-") for n, width in enumerate(widths)]
-    text = [
-        "| "
-        + " | ".join(
-            cell.rjust(width) if 3 <= n <= 6 else cell.ljust(width)
-            for n, (cell, width) in enumerate(zip(line, widths, strict=False))
-        )
-        + f" | {line[-1]} |"
-        for line in lines
-    ]
-    return "\n".join([text[0], f"| {' | '.join(r[1:] for r in rule)} | --- |", *text[1:]])
+    return documents.table(head, [row.cells() for row in rows], range(3, 7))
 
 
 def description(rows: Sequence[Row], servers: Sequence[str], environments: dict[bool, str]) -> str:
@@ -106,9 +83,7 @@ def description(rows: Sequence[Row], servers: Sequence[str], environments: dict[
 
 def write(document: Path, text: str) -> None:
     """Put a new text between the markers of the document."""
-    before, _, rest = document.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    document.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+    documents.write_between(document, BEGIN, END, text)
 
 
 def merge(saved: Path, rows: Sequence[Row]) -> list[Row]:
@@ -129,13 +104,10 @@ def merge(saved: Path, rows: Sequence[Row]) -> list[Row]:
 
 
 def _versions(python: str, is_peer: bool) -> list[str]:
-    names = dict.fromkeys(
+    names = [
         name
         for contender in CONTENDERS
         if contender.is_peer is is_peer
         for name in contender.packages
-    )
-    command = [python, "-c", _VERSIONS, *names, "starlette", "sqlalchemy", "asyncpg", "uvicorn"]
-    answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found: dict[str, str] = json.loads(answer)
-    return [f"{name} {version}" for name, version in found.items()]
+    ]
+    return documents.versions(python, [*names, "starlette", "sqlalchemy", "asyncpg", "uvicorn"])

@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-import resource
 import sys
 import tempfile
 import time
@@ -12,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests import servers
-from tests.chaos.contenders import Backend, Contender
 from tests.chaos.report import Row
 from tests.chaos.scenarios import ON_FILES, SCENARIOS, Scenario
 from tests.chaos.world import Outcome, World
+from tests.contenders import Backend, Contender
+from tests.contenders.served import allow_many_sockets, create_table
 
 PATIENCE = 1300
 """Seconds after which a scenario is given up."""
@@ -38,7 +38,7 @@ class Job:
 
 def run(job: Job) -> list[Row]:
     """Take a contender through its scenarios, on a server of its own."""
-    _allow_many_sockets()
+    allow_many_sockets()
     rows = list[Row]()
     with ExitStack() as stack:
         server = None
@@ -91,11 +91,6 @@ def _keep_logs(folder: Path, kept: Path) -> None:
 
 
 async def _run(scenario: Scenario, world: World) -> Outcome:
-    await world.create_table()
+    await create_table(world.url)
     async with asyncio.timeout(PATIENCE):
         return await scenario(world)
-
-
-def _allow_many_sockets() -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

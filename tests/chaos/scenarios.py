@@ -19,8 +19,8 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import WebSocketException
 
 from tests.chaos.client import Connection, request
-from tests.chaos.contenders import OURS
 from tests.chaos.world import Ledger, Outcome, World, repeat
+from tests.contenders import OURS
 from tests.relay import Fate, Relay, nth
 from tests.servers import HowToStop, outside, server_connections
 from tests.serving import Server, slow_reader

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.chaos.client import Answer, request
-from tests.chaos.contenders import Backend, Contender
+from tests.contenders import Backend, Contender
+from tests.contenders.served import serving
 from tests.servers import DatabaseServer, ServerConnection, outside, server_connections
-from tests.serving import UVICORN, Program, Server, serve
+from tests.serving import Server
 
 POOL_SIZE = 5
 
@@ -103,17 +104,6 @@ class Ledger:
         )
 
 
-@dataclass(frozen=True)
-class _Contending(Program):
-    """A server with a contender, in its environment."""
-
-    python: str = ""
-    contender: str = ""
-
-    def command(self, app: str) -> list[str | Path]:
-        return [self.python, *super().command(self.contender)[1:]]
-
-
 @dataclass
 class World:
     """A contender on one database.
@@ -148,29 +138,16 @@ class World:
         """So many tries, in a full run."""
         return max(1, round(number * self.scale))
 
-    async def create_table(self) -> None:
-        """Make the contenders' table, with what they read."""
-        async with outside(self.url) as connection:
-            await connection.execute(
-                "CREATE TABLE items (id BIGINT PRIMARY KEY, value VARCHAR(64) NOT NULL)"
-            )
-            await connection.execute("INSERT INTO items VALUES (0, '0'), (1, 'value-1')")
-
     @asynccontextmanager
     async def serving(
         self, *options: str, url: str = "", **environment: str
     ) -> AsyncGenerator[Server, None]:
         """Serve the contender; the arguments are for uvicorn, and for its environment."""
-        program = _Contending(**vars(UVICORN), python=self.python, contender=self.contender.app)
-        folder = self.folder / f"served-{time.monotonic_ns()}"
-        folder.mkdir()
-        context = serve(
-            program,
-            folder,
+        context = serving(
+            self.contender.app,
+            self.python,
+            self.folder,
             "--http=h11",
-            "--loop=uvloop",
-            "--no-access-log",
-            "--ws-ping-interval=3600",
             *options,
             DATABASE_URL=url or self.url,
             POOL_SIZE=str(POOL_SIZE),

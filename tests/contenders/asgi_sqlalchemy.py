@@ -15,8 +15,8 @@ from asgi_sqlalchemy import DatabaseContext, SessionMiddleware
 from asgi_sqlalchemy.fastapi import get_session
 from fastapi import FastAPI, WebSocket
 
-from tests.chaos.contenders.routes import add_routes
-from tests.chaos.contenders.shared import POOL, URL, item
+from tests.contenders.routes import add_routes
+from tests.contenders.shared import POOL, URL, item
 
 
 @asynccontextmanager

@@ -1,7 +1,8 @@
-"""The applications which the harness compares: one module each, served by a real uvicorn.
+"""The applications which the harnesses compare: one module each, served by a real uvicorn.
 
 Each is written as the documentation of its library says, with the same routes (`routes.py` has
-those of most), on a pool of 5 without overflow, where a request waits 2 s for a connection.
+those of most), on a pool of 5 without overflow, where a request waits 2 s for a connection, unless
+the environment says otherwise (`POOL_SIZE`, `POOL_TIMEOUT`).
 
 | route                        | does                                                              |
 | ---------------------------- | ----------------------------------------------------------------- |
@@ -21,6 +22,12 @@ from typing import Literal, TypeAlias
 
 Backend: TypeAlias = Literal["postgresql", "mysql", "sqlite"]
 
+DATABASES: dict[Backend, str] = {
+    "postgresql": "PostgreSQL",
+    "mysql": "MariaDB",
+    "sqlite": "SQLite",
+}
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -32,6 +39,8 @@ class Contender:
         packages: whose versions the report names.
         backends: on which it is measured.
         is_peer: whether it lives in the peers' environment, not in that of the tests.
+        is_for_postgresql_alone: whether it cannot be used on other databases.
+        is_public: whether it is a library that one can install.
     """
 
     name: str
@@ -39,6 +48,8 @@ class Contender:
     packages: tuple[str, ...]
     backends: tuple[Backend, ...] = ("postgresql",)
     is_peer: bool = True
+    is_for_postgresql_alone: bool = False
+    is_public: bool = True
 
     @property
     def app(self) -> str:
@@ -62,6 +73,7 @@ CONTENDERS = [
         ("fastapi",),
         ("postgresql", "mysql", "sqlite"),
         is_peer=False,
+        is_public=False,
     ),
     Contender(
         "fastapi_async_sqlalchemy", "fastapi-async-sqlalchemy", ("fastapi-async-sqlalchemy",)
@@ -79,5 +91,23 @@ CONTENDERS = [
         "context_async_sqlalchemy", "context-async-sqlalchemy", ("context-async-sqlalchemy",)
     ),
     Contender("fastapi_sqla", "fastapi-sqla", ("fastapi-sqla",)),
-    Contender("fastapi_toolsets", "fastapi-toolsets", ("fastapi-toolsets",)),
+    Contender(
+        "fastapi_toolsets",
+        "fastapi-toolsets",
+        ("fastapi-toolsets",),
+        is_for_postgresql_alone=True,
+    ),
 ]
+"""Those of `make chaos`."""
+
+SEED = Contender("seed", "`Depends(get_db)`, pre-ping", ("fastapi",), is_public=False)
+LIMIT = Contender(
+    "asyncpg_by_hand",
+    "asyncpg by hand",
+    ("fastapi", "asyncpg"),
+    is_for_postgresql_alone=True,
+    is_public=False,
+)
+BARE = Contender("bare", "no database", ("fastapi",), is_public=False)
+FIELD = [OURS, SEED, *(contender for contender in CONTENDERS if contender != OURS), LIMIT]
+"""Those of `make bench`."""

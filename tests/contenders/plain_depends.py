@@ -8,8 +8,8 @@ from fastapi import Depends, FastAPI, WebSocket
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.pool import QueuePool
 
-from tests.chaos.contenders.routes import add_routes
-from tests.chaos.contenders.shared import POOL, URL, Item, item
+from tests.contenders.routes import add_routes
+from tests.contenders.shared import POOL, URL, Item, item
 
 engine = create_async_engine(URL, **POOL)
 SessionLocal = async_sessionmaker(engine, expire_on_commit=False)

@@ -1,6 +1,7 @@
 """asgi-db on FastAPI."""
 
 import asyncio
+import os
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, WebSocket
@@ -9,7 +10,7 @@ from sqlalchemy.pool import QueuePool
 
 from asgi_db import Database, DBSessionMiddleware, read_only, transactional
 from asgi_db_fastapi import CurrentSession, CurrentSessionReadOnly, CurrentSessionTransaction
-from tests.chaos.contenders.shared import (
+from tests.contenders.shared import (
     EVENT,
     FIRST_VALUE,
     POOL,
@@ -20,6 +21,9 @@ from tests.chaos.contenders.shared import (
     pieces,
     sleep,
 )
+
+TIMEOUT = float(os.environ.get("TIMEOUT", "5")) or None
+"""Seconds that a unit may take; with 0 there is no limit, as with the other libraries."""
 
 database = Database(URL, engine_options=POOL)
 app = FastAPI()
@@ -38,7 +42,7 @@ async def nothing() -> None:
 
 
 @app.get("/items/{id}")
-@read_only(timeout=5)
+@read_only(timeout=TIMEOUT)
 async def read(id: int, session: CurrentSession) -> dict[str, Any]:
     found = await session.get(Item, id)
     if found is None:
@@ -47,7 +51,7 @@ async def read(id: int, session: CurrentSession) -> dict[str, Any]:
 
 
 @app.post("/items/{id}", status_code=201)
-@transactional(timeout=5)
+@transactional(timeout=TIMEOUT)
 async def write(id: int, session: CurrentSession) -> None:
     session.add(item(id))
 
@@ -59,7 +63,7 @@ async def write_slowly(id: int, seconds: float, session: CurrentSessionTransacti
 
 
 @app.post("/pair/{id}", status_code=201)
-@transactional(timeout=5)
+@transactional(timeout=TIMEOUT)
 async def write_pair(id: int, seconds: float, session: CurrentSession) -> None:
     session.add(item(id))
     await session.flush()

@@ -21,7 +21,7 @@ from litestar.exceptions import NotFoundException, WebSocketDisconnect
 from litestar.response import Stream
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from tests.chaos.contenders.shared import (
+from tests.contenders.shared import (
     EVENT,
     FIRST_VALUE,
     POOL,

@@ -16,8 +16,8 @@ import structlog
 from fastapi import FastAPI, WebSocket
 from fastapi_sqla import AsyncSessionDependency, open_async_session, setup_middlewares, startup
 
-from tests.chaos.contenders.routes import add_routes
-from tests.chaos.contenders.shared import POOL, URL, item
+from tests.contenders.routes import add_routes
+from tests.contenders.shared import POOL, URL, item
 
 # Its log would be rendered by Rich, which others have brought along: seconds for each traceback.
 structlog.configure(

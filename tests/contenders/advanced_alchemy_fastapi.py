@@ -16,8 +16,8 @@ from advanced_alchemy.extensions.fastapi import (
 )
 from fastapi import FastAPI, WebSocket
 
-from tests.chaos.contenders.routes import add_routes
-from tests.chaos.contenders.shared import POOL, URL, item
+from tests.contenders.routes import add_routes
+from tests.contenders.shared import POOL, URL, item
 
 config = SQLAlchemyAsyncConfig(
     connection_string=URL,

@@ -12,8 +12,8 @@ from fastapi import FastAPI, WebSocket
 from fastapi_toolsets.db import Database
 from fastapi_toolsets.exceptions import init_exceptions_handlers
 
-from tests.chaos.contenders.routes import add_routes
-from tests.chaos.contenders.shared import POOL, URL, item
+from tests.contenders.routes import add_routes
+from tests.contenders.shared import POOL, URL, item
 
 db = Database(URL, **POOL)
 app = FastAPI()

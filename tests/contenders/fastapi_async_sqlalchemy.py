@@ -14,8 +14,8 @@ from fastapi.responses import StreamingResponse
 from fastapi_async_sqlalchemy import SQLAlchemyMiddleware, db
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from tests.chaos.contenders.routes import add_routes
-from tests.chaos.contenders.shared import EVENT, FIRST_VALUE, POOL, URL, item, pieces
+from tests.contenders.routes import add_routes
+from tests.contenders.shared import EVENT, FIRST_VALUE, POOL, URL, item, pieces
 
 app = FastAPI()
 app.add_middleware(

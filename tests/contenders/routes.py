@@ -8,7 +8,7 @@ from fastapi import Depends, FastAPI, HTTPException
 from fastapi.responses import StreamingResponse
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from tests.chaos.contenders.shared import (
+from tests.contenders.shared import (
     EVENT,
     FIRST_VALUE,
     Item,

@@ -22,8 +22,8 @@ from sqlalchemy.ext.asyncio import (
     create_async_engine,
 )
 
-from tests.chaos.contenders.routes import add_routes
-from tests.chaos.contenders.shared import POOL, URL, item
+from tests.contenders.routes import add_routes
+from tests.contenders.shared import POOL, URL, item
 
 
 def create_engine(host: str) -> AsyncEngine:
