@@ -11,6 +11,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable
+from typing import Any
 
 from sqlalchemy.exc import DBAPIError
 
@@ -39,7 +40,7 @@ def is_conflict(error: BaseException) -> bool:
     code: object = getattr(original, "sqlite_errorcode", None)
     if isinstance(code, int):
         return code & 0xFF == _SQLITE_BUSY  # the higher bits say more closely why
-    number: object = next(iter(getattr(original, "args", ())), None)
+    number: Any = next(iter(getattr(original, "args", ())), None)
     return getattr(original, "sqlstate", None) in _SQLSTATES or number in _NUMBERS
 
 
