@@ -33,7 +33,7 @@ from asgi_db.frameworks import (
     reopen_response,
 )
 from asgi_db.lifespan import serve_lifespan
-from asgi_db.modes import Mode, ModeDefault, plain, retries_are_wanted, should_commit
+from asgi_db.modes import Mode, ModeDefault, plain, retrying, should_commit
 from asgi_db.readiness import refuse
 from asgi_db.retry import Attempts
 from asgi_db.session import DBSession
@@ -97,7 +97,7 @@ class DBSessionMiddleware:
         if placed is not None and placed.origin.database is self.database:
             await self.app(scope, receive, send)  # installed twice, it acts once
             return
-        if make_call is Exchange and retries_are_wanted():
+        if retrying and make_call is Exchange:
             await self._run_attempts(scope, receive, send)
             return
         call = make_call(self, scope, receive, send)
@@ -154,6 +154,7 @@ class Call(Origin):
     """
 
     _exception_at_receive: BaseException | None = None
+    _receiver: asyncio.Task[object] | None = None
     _was_cancelled_in_commit = False
     _late_cancellation: asyncio.CancelledError | None = None
     """The cancellation that came during COMMIT and waits until the answer has left; an anyio
@@ -169,7 +170,7 @@ class Call(Origin):
         self._scope = scope
         self._receive = receive
         self._send = send
-        self._task = asyncio.current_task()
+        self._loop = asyncio.get_running_loop()
         self._outer_exception = sys.exc_info()[1]
 
     async def run(self) -> None:
@@ -181,9 +182,7 @@ class Call(Origin):
         self._scope = marks_of(self._scope)  # the scope has the session, and so this
 
     def engine(self) -> AsyncEngine:
-        # The session may be used first in a thread, where there is no running loop.
-        task = self._task
-        return self.database.engine if task is None else self.database.engine_on(task.get_loop())
+        return self.database.engine_on(self._loop)  # also in a thread, which has no loop of its own
 
     def route_mode(self) -> Mode | None:
         """Return the mode that the route sets."""
@@ -209,8 +208,9 @@ class Call(Origin):
         task then waits in `receive` for the client to go (Starlette's `StreamingResponse`).
         """
         error = sys.exc_info()[1]
-        if error is None and asyncio.current_task() is not self._task:
-            error = self._exception_at_receive
+        if error is None and self._exception_at_receive is not None:
+            if asyncio.current_task() is not self._receiver:
+                error = self._exception_at_receive
         return None if error is self._outer_exception else error
 
     async def _end_before_answer(
@@ -265,7 +265,10 @@ class Response(enum.Enum):
     STARTED = enum.auto()
     COMPLETE = enum.auto()
     REPLACED = enum.auto()
-    """By the refusal of `UnavailableError`: what the application sends instead is dropped."""
+    """By a refusal, or by another attempt: what the application sends instead is dropped."""
+
+
+PENDING, STARTED, COMPLETE, REPLACED = Response
 
 
 _BODY = frozenset({"http.response.body", "http.response.zerocopysend", "http.response.pathsend"})
@@ -280,7 +283,7 @@ class Exchange(Call):
 
     is_lost = False
     _attempts: Attempts | None = None
-    _response = Response.PENDING
+    _response = PENDING
     _commit_error: Exception | None = None
     """Why the response that the application began was refused, until it begins another."""
 
@@ -307,7 +310,7 @@ class Exchange(Call):
 
     async def _finish(self, unit: UnitOfWork, enclosing_app: object) -> None:
         # A stream whose client has gone may just end: what it left half done is not kept.
-        is_complete = self._response is Response.COMPLETE
+        is_complete = self._response is COMPLETE
         await unit.end(success=is_complete and not unit.was_cut_off)
         if self.is_lost:
             return
@@ -341,11 +344,11 @@ class Exchange(Call):
             return
         logger.info("%s: attempt %d has lost in a conflict", self.describe(), attempts.number)
         self.is_lost = True
-        self._response = Response.REPLACED
+        self._response = REPLACED
 
     def _obstacle(self, unit: UnitOfWork) -> str:
         """Say what has happened in this attempt that must not happen twice."""
-        if self._response is not Response.PENDING:
+        if self._response is not PENDING:
             return "its response has begun"
         if unit.is_unanswered:
             return "it has committed by hand before"
@@ -358,7 +361,9 @@ class Exchange(Call):
     # -- what comes and goes -------------------------------------------------------------------
 
     async def _receive_noting(self) -> Message:
-        self._exception_at_receive = sys.exc_info()[1]
+        self._exception_at_receive = error = sys.exc_info()[1]
+        if error is not None:
+            self._receiver = asyncio.current_task()
         return await self._receive()
 
     async def _send_after_commit(self, message: Message) -> None:
@@ -366,16 +371,16 @@ class Exchange(Call):
             if self._unit is not None or message["status"] == 500:
                 await self._begin_response(message)
             else:
-                self._response = Response.STARTED
+                self._response = STARTED
                 await self._send(message)
         elif self._commit_error is not None:
             raise self._commit_error
-        elif self._response is Response.PENDING:  # early hints come before the status line
+        elif self._response is PENDING:  # early hints come before the status line
             self._attempts = None
             await self._send(message)
-        elif self._response is not Response.REPLACED:
+        elif self._response is not REPLACED:
             if message["type"] in _BODY and not message.get("more_body"):
-                self._response = Response.COMPLETE
+                self._response = COMPLETE
             if self._unit is not None:
                 await self._send_body(self._unit, message)
             else:
@@ -386,7 +391,7 @@ class Exchange(Call):
             await unit.end(success=self._exception_being_handled() is None)
         await self._send_answer(unit, message)
         await self._be_cancelled_late()
-        if self._response is Response.COMPLETE:
+        if self._response is COMPLETE:
             await unit.run_late_hooks()
 
     def _is_at_work_beside(self, unit: UnitOfWork) -> bool:
@@ -399,7 +404,7 @@ class Exchange(Call):
         )
 
     async def _begin_response(self, message: Message) -> None:
-        if self._response is Response.REPLACED:
+        if self._response is REPLACED:
             return
         status = message["status"]
         error = self._exception_being_handled()
@@ -408,11 +413,11 @@ class Exchange(Call):
                 await self._refuse(error)
                 return
         if self._unit is None:
-            self._response = Response.STARTED
+            self._response = STARTED
             await self._send(message)
             return
         await self._end_before_response(self._unit, status, error)
-        self._response = Response.STARTED
+        self._response = STARTED
         self._commit_error = None
         if self._unit.commit_outlived_request and status >= 400:
             self._log_unanswered()
@@ -457,14 +462,14 @@ class Exchange(Call):
             finally:
                 await self._end(success=False)
         except UnavailableError as unanswered:
-            if self._response is Response.PENDING:
+            if self._response is PENDING:
                 await self._refuse(unanswered)
-            elif self._response is not Response.REPLACED:
+            elif self._response is not REPLACED:
                 raise
 
     async def _refuse(self, error: UnavailableError) -> None:
         await self._end(success=False)
-        self._response = Response.REPLACED
+        self._response = REPLACED
         self._commit_error = None
         logger.error("%s: answered with 503: %s", self.describe(), error)
         await refuse(self._send, error)

@@ -32,8 +32,8 @@ Target = TypeVar("Target", bound=Callable[..., Any])
 
 MODE_ATTRIBUTE = "__asgi_db_mode__"
 
-_retrying: set[int] = set()
-"""The `retries=` of all modes that were ever made."""
+retrying: set[int] = set()
+"""The `retries=` of all modes that were ever made: without any, no request is prepared for that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Mode:
         if not (isinstance(self.retries, int) and self.retries >= 0):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(f"retries={self.retries!r} must be a whole number, 0 or more.")
         if self.retries:
-            _retrying.add(self.retries)
+            retrying.add(self.retries)
         if self.timeout is not None and not self.timeout > 0:
             raise ValueError(f"timeout={self.timeout!r} must be seconds, more than 0.")
         if self.isolation is not None and self.isolation not in get_args(Isolation):
@@ -232,11 +232,6 @@ class ReadOnly(Mode):
 plain = Plain()
 transactional = Transactional()
 read_only = ReadOnly()
-
-
-def retries_are_wanted() -> bool:
-    """Whether any mode of this process has `retries=`: else no request is prepared for that."""
-    return bool(_retrying)
 
 
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
