@@ -12,6 +12,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 VENV := .build/py$(VERSION)
 BIN := $(VENV)/bin
 PEERS := .build/peers-py$(VERSION)
+BESIDE := .build/beside-py$(VERSION)
 SOURCES := pyproject.toml LICENSE README.md $(shell find asgi_db adapters -name __pycache__ -prune -o -print)
 HOST ?= 127.0.0.1
 PORT ?= 8000
@@ -26,7 +27,7 @@ PYTEST = ASGI_DB_TEST_INSTALLED=1 $(BIN)/python -P -m
 # Most tests wait for servers, so there are more workers than processors; each has servers of its own.
 PARALLEL = --numprocesses=$(WORKERS) --dist=loadfile
 
-.PHONY: help demo serve test test-pythons suite chaos bench check format coverage build servers clean
+.PHONY: help demo serve test test-pythons suite chaos bench check docs format coverage build servers clean
 .NOTPARALLEL:
 
 help:
@@ -40,6 +41,7 @@ help:
 	@echo "make bench         how fast it is, beside other libraries: tables and plots, in 25 minutes;"
 	@echo "                   ARGS='--write' puts them into docs/performance.md, '--quick' rehearses"
 	@echo "make check         ruff, mypy, pyright"
+	@echo "make docs          the documentation as a site, in .build/docs; a warning is an error"
 	@echo "make format        ruff format, and the fixes which ruff can make itself"
 	@echo "make coverage      the suite with coverage, and a report in .build/coverage/html"
 	@echo "make build         sdist and wheel in dist/"
@@ -51,12 +53,12 @@ demo: .venv/ready
 serve: .venv/ready
 	.venv/bin/uvicorn --app-dir examples --host $(HOST) --port $(PORT) shop:app
 
-test: servers check coverage
+test: servers check docs coverage
 
 test-pythons:
 	@$(PYTHON) -m scripts.pythons
 
-suite: $(VENV)/installed servers
+suite: $(VENV)/installed $(BESIDE)/installed servers
 	$(PYTEST) pytest $(PARALLEL) $(ARGS)
 
 chaos: $(VENV)/installed $(PEERS)/installed servers
@@ -66,17 +68,21 @@ bench: $(PEERS)/bench servers
 	@$(PYTHON) -m scripts.prepare load
 	$(PEERS)/bin/python -m tests.bench $(ARGS)
 
-check: $(VENV)/installed
+check: $(VENV)/installed $(VENV)/sphinx
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+docs: $(VENV)/installed $(VENV)/sphinx
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env --doctree-dir .build/doctrees docs .build/docs
+	@echo "the site begins at .build/docs/index.html"
+
 format: $(VENV)/tools
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
 
-coverage: $(VENV)/installed servers
+coverage: $(VENV)/installed $(BESIDE)/installed servers
 	@rm -rf .build/coverage && mkdir .build/coverage
 	$(PYTEST) coverage run -m pytest $(PARALLEL) $(ARGS)
 	@$(BIN)/coverage combine --quiet
@@ -105,6 +111,10 @@ $(VENV)/tools: pyproject.toml $(VENV)/created
 	$(BIN)/python -m pip install --quiet --group test --group check --group build
 	@touch $@
 
+$(VENV)/sphinx: pyproject.toml $(VENV)/created
+	$(BIN)/python -m pip install --quiet --group docs
+	@touch $@
+
 dist/built: $(SOURCES) | $(VENV)/tools
 	@rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist . >.build/build.log 2>&1 || { cat .build/build.log; exit 1; }
@@ -113,6 +123,10 @@ dist/built: $(SOURCES) | $(VENV)/tools
 $(VENV)/installed: dist/built $(VENV)/tools
 	$(BIN)/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
 	@$(BIN)/python -m pip install --quiet "$$(echo dist/*.whl)[all]"
+	@touch $@
+
+$(BESIDE)/installed: pyproject.toml $(VENV)/tools
+	$(BIN)/python -m pip install --quiet --upgrade --target $(BESIDE) --group beside
 	@touch $@
 
 $(PEERS)/installed: pyproject.toml

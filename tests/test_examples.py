@@ -22,6 +22,7 @@ from asgi_db.settings import POOL_PROFILES
 from asgi_db.types import Message, Receive, Scope, Send
 from models import Account
 from tests.servers import Row, assert_disconnected, assert_idle, outside, run
+from tests.snippets import blocks_by_heading
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -334,8 +335,6 @@ def demonstrate(folder: Path, shop: str) -> "subprocess.CompletedProcess[str]":
 # The README
 
 README = (ROOT / "README.md").read_text()
-PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 
 IMPORTS = """
 import asyncio
@@ -350,14 +349,8 @@ from asgi_db_fastapi import CurrentSession
 
 
 def readme_blocks() -> dict[str, str]:
-    """The Python blocks of the README by the heading above them, on the lines where they stand."""
-    blocks = dict[str, str]()
-    for block in PYTHON_BLOCK.finditer(README):
-        without_code = PYTHON_BLOCK.sub("", README[: block.start()])
-        heading = HEADING.findall(without_code)[-1]
-        assert heading not in blocks, f"give the second block below {heading!r} a heading"
-        blocks[heading] = "\n" * README.count("\n", 0, block.start(1)) + block[1]
-    return blocks
+    """The Python blocks of the README, by the heading above them."""
+    return blocks_by_heading(README)
 
 
 Run = Callable[..., Any]

@@ -41,5 +41,10 @@ async def get_db_read_only(connection: HTTPConnection) -> DBSession:
 
 
 CurrentSession: TypeAlias = Annotated[DBSession, Depends(get_db)]
+"""The session in the `plain` mode, as the annotation of a parameter."""
+
 CurrentSessionTransaction: TypeAlias = Annotated[DBSession, Depends(get_db_transaction)]
+"""The session in the `transactional` mode, as the annotation of a parameter."""
+
 CurrentSessionReadOnly: TypeAlias = Annotated[DBSession, Depends(get_db_read_only)]
+"""The session in the `read_only` mode, as the annotation of a parameter."""

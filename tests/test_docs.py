@@ -1,0 +1,401 @@
+"""The pages in `docs/` show programs that work: every Python block of them is run."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Generator
+from importlib import import_module, invalidate_caches
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+import pytest
+from sqlalchemy import select
+from sqlalchemy.engine import make_url
+from starlette.testclient import TestClient
+
+from asgi_db import Database, Mode, plain, read_only, transactional
+from asgi_db.settings import POOL_PROFILES
+from tests.pgbouncer import pgbouncer, through
+from tests.servers import (
+    DatabaseServer,
+    Row,
+    assert_disconnected,
+    outside,
+    run,
+)
+from tests.snippets import PYTHON_BLOCK, files_of, sql_of
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+TUTORIAL = "tutorial.md"
+
+Modules: TypeAlias = dict[str, Any]
+Load: TypeAlias = Callable[..., Modules]
+Test = TypeVar("Test", bound=Callable[..., object])
+
+COVERED = set[str]()
+
+
+def covers(page: str) -> Callable[[Test], Test]:
+    """Notes which page a test runs."""
+    COVERED.add(page)
+    return lambda test: test
+
+
+def write_files(folder: Path, *pages: str) -> list[str]:
+    """Writes the files which pages show, and returns the names of their modules."""
+    files = {file: code for page in pages for file, code in files_of(DOCS / page).items()}
+    for file, code in files.items():
+        (folder / file).write_text(code)
+    return [file.removesuffix(".py") for file in files]
+
+
+@pytest.fixture
+def load(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sqlite_url: str
+) -> Generator[Load, None, None]:
+    """Writes the files of pages into one folder, and imports those that are no tests."""
+    names = dict[str, None]()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+
+    def load_pages(*pages: str, url: str = sqlite_url) -> Modules:
+        monkeypatch.setenv("DATABASE_URL", url)
+        names.update(dict.fromkeys(write_files(tmp_path, *pages)))
+        for name in names:
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        invalidate_caches()
+        return {name: import_module(name) for name in names if not name.startswith("test_")}
+
+    yield load_pages
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def serve(app: Any) -> TestClient:
+    """A client for an application, which starts it and ends it with its block."""
+    return TestClient(app, raise_server_exceptions=False, follow_redirects=False)
+
+
+def sql(url: str, *statements: str) -> list[Row]:
+    """Runs statements on another connection, and returns the rows of the last one."""
+
+    async def execute() -> list[Row]:
+        rows = list[Row]()
+        async with outside(url) as connection:
+            for statement in statements:
+                rows = await connection.execute(statement)
+        return rows
+
+    return run(execute())
+
+
+def items(url: str) -> list[str]:
+    return [item for (item,) in sql(url, "SELECT item FROM orders ORDER BY id")]
+
+
+def create_tables(url: str, base: Any) -> None:
+    async def create() -> None:
+        async with Database(url) as database:
+            await database.create_tables(base.metadata)
+
+    run(create())
+
+
+# -- the tutorial ------------------------------------------------------------------------------
+
+
+@covers(TUTORIAL)
+def test_the_tutorials_shop_takes_orders_on_every_database(load: Load, database_url: str) -> None:
+    app = load(TUTORIAL, url=database_url)["app"].app
+    with serve(app) as client:
+        response = client.post("/orders?number=A1&item=tea")
+        assert (response.status_code, response.json()) == (201, {"id": 1})
+        assert items(database_url) == ["tea"]
+        assert client.get("/orders").json() == ["tea"]
+        assert client.get("/orders/A1").json() == {"number": "A1", "item": "tea"}
+        assert client.get("/orders/B2").status_code == 404
+        response = client.post("/orders?number=A1&item=coffee")
+        assert (response.status_code, response.json()) == (
+            409,
+            {"detail": "There is such an order already."},
+        )
+        assert items(database_url) == ["tea"]
+    run(assert_disconnected(database_url))
+
+
+# -- how to ------------------------------------------------------------------------------------
+
+STREAMS = "how-to/streams.md"
+
+
+@pytest.fixture
+@covers(STREAMS)
+def streams(load: Load, sqlite_url: str) -> Generator[tuple[TestClient, Modules], None, None]:
+    """The page about streams, with two orders."""
+    modules = load(TUTORIAL, STREAMS)
+    with serve(modules["app"].app) as client:
+        for number, item in [("A1", "tea"), ("A2", "coffee")]:
+            client.post(f"/orders?number={number}&item={item}")
+        yield client, modules
+    run(assert_disconnected(sqlite_url))
+
+
+def test_no_connection_is_held_while_the_model_thinks(
+    streams: tuple[TestClient, Modules], monkeypatch: pytest.MonkeyPatch, sqlite_url: str
+) -> None:
+    client, modules = streams
+    connections = list[int]()
+
+    async def ask_model(prompt: str) -> str:
+        connections.append(modules["app"].database.engine.pool.checkedout())
+        return f"A fine {prompt}"
+
+    for name in ("descriptions", "stories"):
+        monkeypatch.setattr(modules[name], "ask_model", ask_model)
+    assert client.post("/orders/1/describe").json() == {"item": "A fine tea"}
+    assert client.post("/orders/2/story").text == "A fine coffee. A fine day. A fine end. "
+    assert connections == [0, 0, 0, 0]
+    assert items(sqlite_url) == [
+        "A fine tea",
+        "coffee",
+        "A fine coffee. A fine day. A fine end. ",
+    ]
+
+
+@pytest.mark.parametrize("path", ["/export/pages?page=1", "/export/snapshot"])
+def test_an_export_is_whole(streams: tuple[TestClient, Modules], path: str) -> None:
+    client, _ = streams
+    assert client.get(path).text == "A1 tea\nA2 coffee\n"
+
+
+BACKGROUND = "how-to/background-work.md"
+
+
+@covers(BACKGROUND)
+def test_background_tasks_and_tasks_of_ones_own_commit_their_work(
+    load: Load, sqlite_url: str
+) -> None:
+    modules = load(TUTORIAL, BACKGROUND)
+    with serve(modules["app"].app) as client:
+        assert client.post("/sales?number=A1").status_code == 201
+        assert items(sqlite_url) == ["tea", "receipt"]
+        assert client.post("/parcels?number=A2").status_code == 202
+
+        async def all_packed() -> None:
+            while modules["parcels"].parcels:
+                for parcel in list(modules["parcels"].parcels):
+                    await parcel
+
+        assert client.portal is not None
+        client.portal.call(all_packed)
+        assert items(sqlite_url) == ["tea", "receipt", "milk, packed"]
+
+
+def test_the_worker_packs_what_waits_and_ends(load: Load, database_url: str) -> None:
+    modules = load(TUTORIAL, BACKGROUND, url=database_url)
+    create_tables(database_url, modules["tables"].Base)
+    values = "('A1', 'tea'), ('A2', 'coffee, packed'), ('A3', 'milk')"
+    sql(database_url, f"INSERT INTO orders (number, item) VALUES {values}")
+    run(modules["worker"].main())
+    assert items(database_url) == ["tea, packed", "coffee, packed", "milk, packed"]
+    run(assert_disconnected(database_url))
+
+
+TENANTS = "how-to/multi-tenancy.md"
+
+
+@pytest.fixture
+@covers(TENANTS)
+def tenants(load: Load, postgresql_url: str) -> Generator[tuple[TestClient, Modules], None, None]:
+    """The page about tenants, on one connection, as a role for which the policies hold."""
+    create_tables(postgresql_url, load(TENANTS)["documents"].Base)
+    script = ";".join(sql_of(DOCS / TENANTS)).split(";")
+    sql(postgresql_url, *(statement for statement in script if statement.strip()))
+    try:
+        url = make_url(postgresql_url).set(username="shop_app", password="secret")
+        modules = load(TENANTS, url=url.render_as_string(hide_password=False))
+        with serve(modules["tenants"].app) as client:
+            for tenant in ("anna", "ben"):
+                response = client.post(
+                    f"/documents?title=of-{tenant}&tenant={tenant}", headers={"x-tenant": tenant}
+                )
+                assert response.status_code == 201
+            yield client, modules
+    finally:
+        sql(postgresql_url, "DROP OWNED BY shop_app", "DROP ROLE shop_app")
+
+
+def test_each_tenant_sees_and_writes_its_own_rows_alone(
+    tenants: tuple[TestClient, Modules], postgresql_url: str
+) -> None:
+    client, _ = tenants
+    for tenant in ("anna", "ben", "anna"):
+        headers = {"x-tenant": tenant}
+        assert client.get("/documents", headers=headers).json() == [f"of-{tenant}"]
+        assert client.get("/documents/stream", headers=headers).text == f"of-{tenant}\n"
+    response = client.post("/documents?title=forged&tenant=ben", headers={"x-tenant": "anna"})
+    assert response.status_code == 500
+    assert sql(postgresql_url, "SELECT title FROM documents ORDER BY id") == [
+        ("of-anna",),
+        ("of-ben",),
+    ]
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [plain, transactional, read_only, read_only(snapshot=True)],
+    ids=["plain", "transactional", "read_only", "snapshot"],
+)
+def test_without_a_tenant_nothing_is_seen_on_the_connection_that_tenants_have_used(
+    tenants: tuple[TestClient, Modules], mode: Mode
+) -> None:
+    client, modules = tenants
+    database, documents = modules["tenants"].database, modules["documents"]
+
+    async def count(tenant: str | None) -> int:
+        assert database.engine.pool.checkedin() == 1
+        async with database.session(mode) as session:
+            if tenant is not None:
+                modules["tenants"].confine(session, tenant)
+            return len((await session.scalars(select(documents.Document))).all())
+
+    assert client.portal is not None
+    assert client.portal.call(count, None) == 0
+    assert client.portal.call(count, "anna") == (0 if mode.autocommit else 1)
+    assert client.portal.call(count, None) == 0
+
+
+@covers("how-to/pgbouncer.md")
+def test_the_application_behind_pgbouncer_answers(
+    load: Load, postgresql_server: DatabaseServer, postgresql_url: str
+) -> None:
+    with pgbouncer(postgresql_server.url, pool_size=1) as port:
+        modules = load("how-to/pgbouncer.md", url=through(port, postgresql_url))
+        with serve(modules["pooled"].app) as client:
+            for _ in range(3):
+                assert client.get("/one").json() == 1
+                assert client.get("/level").json() == "serializable"
+
+
+@covers("how-to/testing.md")
+def test_the_shops_own_tests_pass(load: Load, tmp_path: Path) -> None:
+    load(TUTORIAL, "how-to/testing.md")
+    assert " 2 passed" in run_pytest(tmp_path)
+
+
+def run_pytest(folder: Path) -> str:
+    """Runs the tests of a folder as a user would, and returns what pytest printed."""
+    pytest = [sys.executable, "-m", "pytest", "-W", "error", "-p", "no:cacheprovider"]
+    done = subprocess.run(pytest, cwd=folder, capture_output=True, encoding="utf-8", timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+SEVERAL = "how-to/several-databases.md"
+
+
+@covers(SEVERAL)
+def test_the_database_outside_is_never_committed_without_the_one_inside(
+    load: Load, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REPLICA_URL", sqlite_url)
+    modules = load(TUTORIAL, SEVERAL)
+    analytics_url = "sqlite:///analytics.db"
+    with serve(modules["visits"].app) as client:
+        assert client.post("/orders?number=A1").status_code == 201
+        assert (client.get("/visits").json(), items(sqlite_url)) == (1, ["tea"])
+        assert client.get("/orders/number").json() == 1  # from the replica
+        failing = "CREATE TRIGGER no BEFORE INSERT ON {} BEGIN SELECT RAISE(ABORT, 'no'); END"
+        sql(sqlite_url, failing.format("orders"))
+        assert client.post("/orders?number=A2").status_code == 500
+        assert (client.get("/visits").json(), items(sqlite_url)) == (2, ["tea"])  # as it says
+        sql(sqlite_url, "DROP TRIGGER no")
+        sql(analytics_url, failing.format("visits"))
+        assert client.post("/orders?number=A3").status_code == 500
+        assert (client.get("/visits").json(), items(sqlite_url)) == (2, ["tea"])
+
+
+# -- moving over -------------------------------------------------------------------------------
+
+
+BESIDE = ROOT / ".build" / "beside-py{}.{}".format(*sys.version_info)
+"""Where `make suite` installs the libraries from which one may move over."""
+
+ORDER_FROM_EACH = """
+import asyncio, sys
+from importlib import import_module
+from starlette.testclient import TestClient
+from asgi_db import Database
+
+async def create_tables(metadata):
+    async with Database() as database:
+        await database.create_tables(metadata)
+
+tables, *applications = sys.argv[1:]
+asyncio.run(create_tables(import_module(tables).Order.metadata))
+for name in applications:
+    with TestClient(import_module(name).app) as client:
+        print(client.post(f"/orders?number={name}&item=tea").status_code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("page", "tables", "applications"),
+    [
+        ("from-get-db", "tables", ["before", "after"]),
+        ("from-fastapi-async-sqlalchemy", "tables", ["before", "after", "bridge"]),
+        ("from-advanced-alchemy", "models", ["fastapi_before", "fastapi_after", "litestar_after"]),
+    ],
+    ids=["get_db", "fastapi-async-sqlalchemy", "advanced-alchemy"],
+)
+@covers("how-to/from-get-db.md")
+@covers("how-to/from-fastapi-async-sqlalchemy.md")
+@covers("how-to/from-advanced-alchemy.md")
+def test_a_route_works_before_and_after_moving_over(
+    tmp_path: Path, sqlite_url: str, page: str, tables: str, applications: list[str]
+) -> None:
+    assert BESIDE.exists(), f"`make suite` installs what one moves over from in {BESIDE}"
+    write_files(tmp_path, TUTORIAL, f"how-to/{page}.md")
+    done = subprocess.run(
+        [sys.executable, "-c", ORDER_FROM_EACH, tables, *applications],
+        cwd=tmp_path,
+        env={**os.environ, "DATABASE_URL": sqlite_url, "PYTHONPATH": str(BESIDE)},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["201"] * len(applications)
+    numbers = sql(sqlite_url, "SELECT number FROM orders ORDER BY id")
+    assert numbers == [(name,) for name in applications]
+
+
+# -- the pool ----------------------------------------------------------------------------------
+
+
+@covers("pool.md")
+def test_the_pools_of_the_guide_are_made_and_its_numbers_are_right(load: Load) -> None:
+    pools = load("pool.md")["pools"]
+
+    async def sizes() -> list[int]:
+        made = [pools.small, pools.usual, pools.busy, pools.own]
+        return [database.engine.pool.size() for database in made]
+
+    assert run(sizes()) == [5, 10, 20, 4]
+    page = (DOCS / "pool.md").read_text()
+    for name, profile in POOL_PROFILES.items():
+        most = profile.pool_size + profile.max_overflow
+        assert f'| `"{name}"` | {most} | {4 * most} | {97 // most} |' in page
+
+
+# -- all pages ---------------------------------------------------------------------------------
+
+
+RUN_ELSEWHERE = {"how-to/alembic.md"}  # in test_alembic.py
+
+
+def test_every_page_with_python_is_run() -> None:
+    pages = {str(page.relative_to(DOCS)): page.read_text() for page in DOCS.glob("**/*.md")}
+    with_python = {name for name, text in pages.items() if PYTHON_BLOCK.search(text)}
+    assert with_python - RUN_ELSEWHERE == COVERED
