@@ -16,7 +16,8 @@ from weakref import WeakSet
 import anyio
 from sqlalchemy import URL, Connection, Engine, MetaData, text
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.ext import asyncio as sqlalchemy_asyncio
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from asgi_db.abandoned import connection_aside, connection_of, patient_connection_class
 from asgi_db.cancellation import run_to_completion
@@ -105,7 +106,7 @@ class Database:
                 f"leak_threshold={leak_threshold!r} must be seconds, more than 0; leave it out to"
                 " switch it off."
             )
-        self.statistics = Statistics()
+        self.statistics = Statistics()  # which `asgi_db.opentelemetry` observes
         self._leak_threshold = leak_threshold
         self._given = (
             None
@@ -302,7 +303,7 @@ class Database:
 
         Opens nothing, and needs no event loop: a thread may ask, too. Covers this process.
         """
-        lives = list(self._lives.values()) if self._given is None else [self._given]
+        lives = self._all_lives()
         holders = [holder for life in lives for holder in life.connections.holders()]
         return DatabaseStats(
             name=name_of(self.url),
@@ -310,6 +311,13 @@ class Database:
             holders=tuple(sorted(holders, key=lambda holder: -holder.age)),
             routes=self.statistics.routes,
         )
+
+    def engines(self) -> list[AsyncEngine]:
+        """Return the engines that have been made: one in each event loop that uses it."""
+        return [life.engine for life in self._all_lives()]
+
+    def _all_lives(self) -> list[EngineLife]:
+        return list(self._lives.values()) if self._given is None else [self._given]
 
     # -- sessions outside requests -------------------------------------------------------------
 
@@ -390,7 +398,8 @@ class Database:
         for name, value in self._engine_options.items():
             both = isinstance(value, Mapping) and isinstance(options.get(name), Mapping)
             options[name] = {**options[name], **value} if both else value
-        return create_async_engine(url, **options)
+        # OpenTelemetry puts its own in the place of this function, whenever it is called upon.
+        return sqlalchemy_asyncio.create_async_engine(url, **options)
 
     def holders(self) -> list[str]:
         """Say which routes have the connections that are out of the pool, and for how long."""

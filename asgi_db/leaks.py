@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from traceback import StackSummary
-from types import CodeType
+from types import CodeType, FrameType
 
-import greenlet
+import greenlet  # type: ignore[import-untyped]
 import sqlalchemy
 
 logger = logging.getLogger("asgi_db")
@@ -98,7 +98,7 @@ def stack_of_caller() -> Stack:
     """Return the calls that led here, also from below SQLAlchemy's greenlets."""
     stack: Stack = []
     current: greenlet.greenlet | None = greenlet.getcurrent()
-    frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+    frame: FrameType | None = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
     while current is not None:
         while frame is not None:
             stack.append((frame.f_code, frame.f_lineno))

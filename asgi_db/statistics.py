@@ -57,6 +57,15 @@ class RouteStats:
     waited_max: float = 0.0
     busy: float = 0.0
 
+    def outcomes(self) -> dict[str, int]:
+        """Return how many units ended how; "none": there was no transaction to end."""
+        ended = {
+            "committed": self.committed,
+            "rolled_back": self.rolled_back,
+            "failed": self.failed,
+        }
+        return {**ended, "none": self.units - sum(ended.values())}
+
 
 @dataclass(frozen=True, slots=True)
 class PoolStats:

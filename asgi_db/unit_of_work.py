@@ -44,7 +44,7 @@ from asgi_db.errors import (
 from asgi_db.hooks import Hook, Hooks
 from asgi_db.modes import Mode
 from asgi_db.session import DBSession, UnitSession
-from asgi_db.statistics import Tally
+from asgi_db.statistics import Outcome, Tally
 
 if TYPE_CHECKING:
     from asgi_db.database import Database
@@ -341,8 +341,7 @@ class UnitOfWork:
     def transaction_committed(self) -> None:
         """Note that the session has committed; the client is to know."""
         self.is_unanswered = self.is_unanswered or self.transaction.has_writes
-        if not self.mode.autocommit:
-            self.tally.outcome = "committed"
+        self._note_outcome("committed")
         if self.hooks is not None:
             self.hooks.settle("commit")
 
@@ -361,8 +360,8 @@ class UnitOfWork:
 
     def transaction_ended(self) -> None:
         """Forget the transaction that the session has ended, by itself or by the handler."""
-        if self.tally.outcome is None and not self.mode.autocommit:
-            self.tally.outcome = "failed" if self._is_committing else "rolled_back"
+        if self.tally.outcome is None:
+            self._note_outcome("failed" if self._is_committing else "rolled_back")
         self._is_committing = False
         self.transaction = Transaction()
         if self._state is State.ACTIVE and not self.mode.autocommit:
@@ -577,17 +576,13 @@ class UnitOfWork:
             async with limit:
                 await commit()
         except BaseException as error:
-            self._note_failed_commit()
+            self._note_outcome("failed")
             if isinstance(error, TimeoutError) and limit.expired():
                 raise self._overdue(left) from None
             raise
         finally:
             self._is_committing = False
             self.commit_sent = False
-
-    def _note_failed_commit(self) -> None:
-        if self._state is not State.IDLE:  # else its transaction has ended with it
-            self.tally.outcome = "failed"
 
     def _overdue(self, seconds: float) -> Exception:
         if not self.commit_sent:
@@ -767,6 +762,10 @@ class UnitOfWork:
         if not self._operations:  # else `leave` does it
             self._deadline = None
         self._move(State.IDLE)
+
+    def _note_outcome(self, outcome: Outcome) -> None:
+        if self.tally.began is not None and not self.mode.autocommit:
+            self.tally.outcome = outcome
 
     def _count(self) -> None:
         if self._operations:  # a commit by hand
