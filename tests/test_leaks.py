@@ -122,7 +122,7 @@ class CountingLoop(asyncio.SelectorEventLoop):
 
     timers = 0
 
-    def call_later(
+    def call_later(  # type: ignore[override]
         self, delay: float, callback: Callable[..., Any], *args: Any, **options: Any
     ) -> Any:
         self.timers += "LeakWatch" in getattr(callback, "__qualname__", "")
