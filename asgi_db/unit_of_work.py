@@ -322,9 +322,6 @@ class UnitOfWork:
     def connection_returned(self, held: float) -> None:
         """Note that a connection is back in the pool, after so many seconds."""
         self.tally.add_hold(held)
-        if self._state in (State.IDLE, State.CLOSED):  # later than the unit's end
-            self.database.statistics.add(self._origin.route(), self.tally)
-            self.tally = Tally()
 
     def stream_opened(self, stream: Result[Any]) -> None:
         """Note a result that lives on a server-side cursor; its rows are yet to come."""

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
 
 from asgi_db import ConfigurationError, Database, DBSession, DBSessionMiddleware, plain
 from asgi_db.types import Receive, Scope, Send
@@ -115,6 +117,25 @@ def test_the_watch_goes_on_in_another_event_loop(
     asyncio.run(leak(1))
     asyncio.run(leak(2))
     assert len(leaks(caplog)) == 2
+
+
+def test_the_watch_goes_on_where_a_loop_ended_with_its_timer_set(
+    sqlite_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = create_async_engine(sqlite_url, poolclass=NullPool)
+    database = Database(engine=engine, leak_threshold=THRESHOLD)
+
+    async def use() -> None:
+        async with holding(database):
+            pass
+
+    async def leak() -> None:
+        async with holding(database):
+            await reported(caplog, 1)
+
+    asyncio.run(use())
+    asyncio.run(leak())
+    assert len(leaks(caplog)) == 1
 
 
 class CountingLoop(asyncio.SelectorEventLoop):

@@ -4,6 +4,7 @@ import re
 
 import pytest
 from sqlalchemy import select, text
+from sqlalchemy.exc import IntegrityError
 
 from asgi_db import DBSession, DBSessionMiddleware, plain, read_only, transactional
 from asgi_db.statistics import RouteStats
@@ -99,6 +100,30 @@ async def test_a_commit_by_hand_that_fails_counts_as_failed(site: Site) -> None:
 
     await site.answer(commit_in_vain, plain)
     assert ends(counters(site)) == {"failed": 1, "rolled_back": 1}
+
+
+async def test_a_commit_by_hand_whose_flush_fails_counts_as_failed(site: Site) -> None:
+    await site.from_outside("INSERT INTO item (name) VALUES ('a')")
+
+    async def commit_what_is_there(session: DBSession) -> None:
+        await write(name="a")(session)
+        with pytest.raises(IntegrityError):
+            await session.commit()
+
+    await site.answer(commit_what_is_there, plain)
+    assert ends(counters(site)) == {"failed": 1}
+
+
+@pytest.mark.parametrize("by_hand", [False, True], ids=["by itself", "by hand"])
+async def test_the_commit_is_part_of_the_time(site: Site, by_hand: bool) -> None:
+    async def work(session: DBSession) -> None:
+        await write()(session)
+        if by_hand:
+            await session.commit()
+
+    await site.answer(work, plain if by_hand else transactional)
+    found = counters(site)
+    assert found.waited < found.busy and found.held < found.busy
 
 
 async def test_a_read_only_request_takes_a_connection_for_each_statement(site: Site) -> None:
