@@ -32,8 +32,9 @@ def leaks(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 async def reported(caplog: pytest.LogCaptureFixture, number: int) -> list[str]:
     """Wait until so many connections have been reported."""
-    while len(leaks(caplog)) < number:  # noqa: ASYNC110 - the log gives no event for it
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(20):
+        while len(leaks(caplog)) < number:  # noqa: ASYNC110 - the log gives no event for it
+            await asyncio.sleep(0.01)
     return leaks(caplog)
 
 

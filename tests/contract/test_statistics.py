@@ -102,6 +102,17 @@ async def test_a_commit_by_hand_that_fails_counts_as_failed(site: Site) -> None:
     assert ends(counters(site)) == {"failed": 1, "rolled_back": 1}
 
 
+async def test_a_block_whose_commit_fails_counts_as_failed(site: Site) -> None:
+    async def leave_in_vain(session: DBSession) -> None:
+        with pytest.raises(Exception):  # noqa: B017
+            async with session.begin():
+                await write()(session)
+                await site.spoil_commit(session)
+
+    await site.answer(leave_in_vain, plain)
+    assert ends(counters(site)) == {"failed": 1}
+
+
 async def test_a_commit_by_hand_whose_flush_fails_counts_as_failed(site: Site) -> None:
     await site.from_outside("INSERT INTO item (name) VALUES ('a')")
 
