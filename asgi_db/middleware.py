@@ -125,6 +125,7 @@ class DBSessionMiddleware:
             if not exchange.is_lost:
                 return
             scope = await attempts.next()
+            self.database.statistics.retried(exchange.route())
 
     async def _pass_through(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
