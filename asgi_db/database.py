@@ -16,7 +16,8 @@ from weakref import WeakSet
 import anyio
 from sqlalchemy import URL, Connection, Engine, MetaData, text
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.ext import asyncio as sqlalchemy_asyncio
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from asgi_db.abandoned import connection_aside, connection_of, patient_connection_class
 from asgi_db.cancellation import run_to_completion
@@ -35,6 +36,7 @@ from asgi_db.settings import (
     parse_database_url,
     pool_profile,
 )
+from asgi_db.statistics import DatabaseStats, Statistics, name_of, total
 from asgi_db.unit_of_work import Origin
 
 logger = logging.getLogger("asgi_db")
@@ -68,6 +70,7 @@ class Database:
         session_options: Mapping[str, Any] | None = None,
         pooler: Literal["transaction"] | None = None,
         wait_for: float = 0.0,
+        leak_threshold: float | None = None,
     ) -> None:
         """Check the settings; nothing is opened yet.
 
@@ -83,6 +86,8 @@ class Database:
             pooler: "transaction" behind PgBouncer in transaction pooling: asyncpg then keeps no
                 prepared statements.
             wait_for: seconds in which a database that is not there yet may come up at startup.
+            leak_threshold: seconds after which a connection that is still out of the pool is
+                logged, once, with the stack that took it; off if None.
 
         Raises:
             ConfigurationError: a setting cannot work; the message says which, and the remedy.
@@ -96,7 +101,18 @@ class Database:
             raise ConfigurationError(f"pooler={pooler!r} is unknown: use 'transaction', or None.")
         if not wait_for >= 0:
             raise ConfigurationError(f"wait_for={wait_for!r} must be seconds, 0 or more.")
-        self._given = None if engine is None else EngineLife(engine, given=True)
+        if leak_threshold is not None and not leak_threshold > 0:
+            raise ConfigurationError(
+                f"leak_threshold={leak_threshold!r} must be seconds, more than 0; leave it out to"
+                " switch it off."
+            )
+        self.statistics = Statistics()  # which `asgi_db.opentelemetry` observes
+        self._leak_threshold = leak_threshold
+        self._given = (
+            None
+            if engine is None
+            else EngineLife(engine, self.statistics, given=True, leak_threshold=leak_threshold)
+        )
         self._profile = pool if isinstance(pool, PoolProfile) else pool_profile(pool)
         self._engine_options = dict(engine_options or {})
         if engine is not None:
@@ -182,7 +198,14 @@ class Database:
         elif self._pooler is None:
             prepare_postgresql(engine.sync_engine)
         verify = self._profile.verify and not self._engine_options.get("pool_pre_ping")
-        return EngineLife(engine, folder=folder, pooler=self._pooler is not None, verify=verify)
+        return EngineLife(
+            engine,
+            self.statistics,
+            folder=folder,
+            pooler=self._pooler is not None,
+            verify=verify,
+            leak_threshold=self._leak_threshold,
+        )
 
     async def start(self) -> None:
         """Make the engine, and wait for the database where `wait_for=` says so.
@@ -273,6 +296,29 @@ class Database:
         async with connection_of(self.engine) as connection, connection.begin():
             await connection.run_sync(metadata.drop_all)
 
+    # -- who holds what ------------------------------------------------------------------------
+
+    def stats(self) -> DatabaseStats:
+        """Say what the routes have done, and who has which connection now.
+
+        Opens nothing, and needs no event loop: a thread may ask, too. Covers this process.
+        """
+        lives = self._all_lives()
+        holders = [holder for life in lives for holder in life.connections.holders()]
+        return DatabaseStats(
+            name=name_of(self.url),
+            pool=total(life.connections.stats() for life in lives),
+            holders=tuple(sorted(holders, key=lambda holder: -holder.age)),
+            routes=self.statistics.routes,
+        )
+
+    def engines(self) -> list[AsyncEngine]:
+        """Return the engines that have been made: one in each event loop that uses it."""
+        return [life.engine for life in self._all_lives()]
+
+    def _all_lives(self) -> list[EngineLife]:
+        return list(self._lives.values()) if self._given is None else [self._given]
+
     # -- sessions outside requests -------------------------------------------------------------
 
     @asynccontextmanager
@@ -352,11 +398,12 @@ class Database:
         for name, value in self._engine_options.items():
             both = isinstance(value, Mapping) and isinstance(options.get(name), Mapping)
             options[name] = {**options[name], **value} if both else value
-        return create_async_engine(url, **options)
+        # OpenTelemetry puts its own in the place of this function, whenever it is called upon.
+        return sqlalchemy_asyncio.create_async_engine(url, **options)
 
     def holders(self) -> list[str]:
         """Say which routes have the connections that are out of the pool, and for how long."""
-        return self._life.connections.holders()
+        return [str(holder) for holder in self._life.connections.holders()]
 
     def _forget_variants(self, life: EngineLife) -> None:
         base = life.engine.sync_engine

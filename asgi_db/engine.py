@@ -226,6 +226,8 @@ def _check_statement(statement: str, context: ExecutionContext) -> None:
     """Hold a statement that is about to be sent against the mode."""
     mode: Mode | None = context.execution_options.get(MODE_OPTION)
     unit = _unit_of(context.root_connection)
+    if unit is not None:
+        unit.tally.statements += 1
     if writes(statement):
         if mode is not None:
             raise ReadOnlyError(

@@ -39,6 +39,10 @@ class FairQueue(QueueCommon[T]):
         """How much is in it."""
         return len(self._items)
 
+    def waiting(self) -> int:
+        """How many wait for an item."""
+        return sum(not waiter.done() for waiter in list(self._waiting))
+
     def put(self, item: T, block: bool = True, timeout: float | None = None) -> None:
         """Hand an item to who waits, or keep it; the pool never waits for room."""
         self.put_nowait(item)
@@ -103,3 +107,8 @@ class FairPool(AsyncAdaptedQueuePool):
     __module__ = "sqlalchemy.pool"  # after which SQLAlchemy names the logger
 
     _queue_class = FairQueue[ConnectionPoolEntry]
+
+    def waiting(self) -> int:
+        """How many wait for a connection."""
+        queue = self._pool
+        return queue.waiting() if isinstance(queue, FairQueue) else 0

@@ -107,13 +107,34 @@ def _litestar_option(scope: Scope, key: str) -> Any:
 
 def describe_route(scope: Scope) -> str:
     """Name the route of this request for a log line or an error: `POST /orders (create_order)`."""
+    method = scope.get("method") or scope["type"].upper()
+    return _name(scope, method, _template(scope) or scope.get("path", ""))
+
+
+def name_of_route(scope: Scope) -> str:
+    """Name the route of this request among the routes of the application.
+
+    As `describe_route` does, but without what a client is free to invent.
+    """
+    method = scope.get("method") or scope["type"].upper()
+    return _name(scope, method if method in _METHODS else "_OTHER", _template(scope))
+
+
+_METHODS = frozenset(
+    {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "QUERY"}
+    | {"WEBSOCKET"}
+)
+"""Any other is `_OTHER`, as in OpenTelemetry's conventions for `http.request.method`."""
+
+
+def _template(scope: Scope) -> str:
+    template = scope.get("path_template")  # Litestar
+    return template or getattr(scope.get("route"), "path", None) or ""  # Starlette, FastAPI
+
+
+def _name(scope: Scope, method: str, path: str) -> str:
     *_, endpoint, _ = (None, *_layers(_endpoint(scope)))  # the innermost function has the name
-    path = (
-        scope.get("path_template")  # Litestar
-        or getattr(scope.get("route"), "path", None)  # FastAPI
-        or scope.get("path", "")
-    )
-    where = f"{scope.get('method') or scope['type'].upper()} {path}"
+    where = f"{method} {path}".rstrip()
     name = getattr(endpoint, "__qualname__", None) or type(endpoint).__name__
     return where if endpoint is None else f"{where} ({name})"
 

@@ -30,6 +30,7 @@ from asgi_db.frameworks import (
     has_handler,
     marks_of,
     mode_of_route,
+    name_of_route,
     reopen_response,
 )
 from asgi_db.lifespan import serve_lifespan
@@ -37,6 +38,7 @@ from asgi_db.modes import Mode, ModeDefault, plain, retrying, should_commit
 from asgi_db.readiness import refuse
 from asgi_db.retry import Attempts
 from asgi_db.session import DBSession
+from asgi_db.statistics import Tally
 from asgi_db.types import ASGIApp, Message, Receive, Scope, Send
 from asgi_db.unit_of_work import Origin, UnitOfWork
 
@@ -67,6 +69,7 @@ class DBSessionMiddleware:
         *,
         mode: ModeDefault = plain,
         key: str = "db",
+        server_timing: bool = False,
     ) -> None:
         """Wrap an application.
 
@@ -77,6 +80,8 @@ class DBSessionMiddleware:
                 `by_method`.
             key: the name in `request.state`. A second database is a second middleware with a
                 key of its own.
+            server_timing: tell the client in a `Server-Timing` header how many statements its
+                request took, and how long. Browsers show it; do not tell everybody.
 
         Raises:
             ConfigurationError: no database was given, and the environment's settings cannot work.
@@ -85,6 +90,7 @@ class DBSessionMiddleware:
         self.database = database if database is not None else Database()
         self.mode = mode
         self.key = key
+        self.server_timing = server_timing
         self.session_key = session_key(key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -119,6 +125,7 @@ class DBSessionMiddleware:
             if not exchange.is_lost:
                 return
             scope = await attempts.next()
+            self.database.statistics.retried(exchange.route())
 
     async def _pass_through(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -196,6 +203,10 @@ class Call(Origin):
     def describe(self) -> str:
         """Name the route, for messages."""
         return describe_route(self._scope)
+
+    def route(self) -> str:
+        """Name the route, among the counters."""
+        return name_of_route(self._scope)
 
     async def _end(self, *, success: bool) -> None:
         if self._unit is not None:
@@ -286,6 +297,13 @@ class Exchange(Call):
     _response = PENDING
     _commit_error: Exception | None = None
     """Why the response that the application began was refused, until it begins another."""
+    _statements = 0
+    _busy = 0.0
+
+    def unit_ended(self, tally: Tally) -> None:
+        """Add up what happens before the status line."""
+        self._statements += tally.statements
+        self._busy += tally.busy
 
     async def run(self) -> None:
         """Run the application, then end what its last event has left open."""
@@ -419,9 +437,18 @@ class Exchange(Call):
         await self._end_before_response(self._unit, status, error)
         self._response = STARTED
         self._commit_error = None
+        if self._middleware.server_timing and self._statements:
+            message = self._with_server_timing(message)
         if self._unit.commit_outlived_request and status >= 400:
             self._log_unanswered()
         await self._send_answer(self._unit, message)
+
+    def _with_server_timing(self, message: Message) -> Message:
+        """Source: https://www.w3.org/TR/server-timing/"""
+        statements = f"{self._statements} statement{'s' if self._statements > 1 else ''}"
+        timing = f'{self._middleware.key};dur={self._busy * 1000:.1f};desc="{statements}"'
+        headers = [*message.get("headers", ()), (b"server-timing", timing.encode())]
+        return {**message, "headers": headers}
 
     async def _end_before_response(
         self, unit: UnitOfWork, status: int, error: BaseException | None

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import shutil
 import socket
 import time
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 from sqlalchemy import Engine, event
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DisconnectionError, InvalidatePoolError
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, PoolResetState
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, PoolResetState, QueuePool
 
 from asgi_db.abandoned import AbandonedStatements, id_at_server
 from asgi_db.cancellation import connect_is_complete, terminate
 from asgi_db.engine import UNIT_INFO, has_gone, lost_connection, watch
+from asgi_db.fair_pool import FairPool
+from asgi_db.leaks import LeakWatch, Stack, Suspect
+from asgi_db.statistics import WITHOUT_SESSION, Holder, PoolStats, Statistics, Tally
 
 if TYPE_CHECKING:
     from asgi_db.unit_of_work import UnitOfWork
@@ -40,23 +45,43 @@ SQLITE_BUSY_TIMEOUT = 30.0
 """Seconds that SQLite waits for another connection's lock."""
 
 
+class Held(NamedTuple):
+    """A connection that is out of the pool: since when, and who took it where that is watched."""
+
+    proxy: PoolProxiedConnection
+    since: float
+    stack: Stack
+
+
 class Connections:
     """The open connections of an engine, and those of them which are out of the pool."""
 
-    def __init__(self, engine: AsyncEngine, *, pooler: bool, verify: bool) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        statistics: Statistics,
+        *,
+        pooler: bool,
+        verify: bool,
+        leak_threshold: float | None,
+    ) -> None:
         """Watch an engine.
 
         Args:
+            statistics: counts what those do who use no session.
             pooler: there is one in between.
             verify: ping a connection before it is used, if it has been idle for a while.
                 SQLAlchemy's `pool_pre_ping` pings each time, which triples the round trips of a
                 short read.
+            leak_threshold: seconds after which a connection that is still out is logged.
         """
         self._engine = engine
+        self._statistics = statistics
         self._behind_pooler = pooler
         self._verify = verify
         self._open: dict[ConnectionPoolEntry, DBAPIConnection] = {}
-        self._out: dict[ConnectionPoolEntry, tuple[PoolProxiedConnection, float]] = {}
+        self._out: dict[ConnectionPoolEntry, Held] = {}
+        self._leaks = None if leak_threshold is None else LeakWatch(leak_threshold, self._suspects)
         self._returned = anyio.Event()
         target = engine.sync_engine
         event.listen(target, "connect", self._connect)
@@ -83,7 +108,8 @@ class Connections:
             raise lost_connection(ConnectionError(closed))
         if self._verify and returned is not None and now - returned > VERIFY_AFTER_IDLE:
             self._ping(connection)
-        self._out[entry] = proxy, now
+        stack = [] if self._leaks is None else self._leaks.connection_taken()
+        self._out[entry] = Held(proxy, now, stack)
 
     def _ping(self, connection: DBAPIConnection) -> None:
         try:
@@ -92,20 +118,51 @@ class Connections:
             raise InvalidatePoolError(str(error)) from error
 
     def _checkin(self, _: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
-        entry.info.pop(UNIT_INFO, None)
-        entry.info[_RETURNED] = time.monotonic()
-        self._out.pop(entry, None)
+        unit: UnitOfWork | None = entry.info.pop(UNIT_INFO, None)
+        entry.info[_RETURNED] = now = time.monotonic()
+        held = self._out.pop(entry, None)
+        if held is not None:
+            self._count(unit, now - held.since)
         self._returned.set()
 
-    def holders(self) -> list[str]:
-        """Say who has the connections that are out: `POST /orders (create_order) for 2.1 s`."""
+    def _count(self, unit: UnitOfWork | None, seconds: float) -> None:
+        self._statistics.connection_returned(seconds)
+        if unit is not None:
+            unit.connection_returned(seconds)
+        else:
+            tally = Tally()
+            tally.add_hold(seconds)
+            self._statistics.add(WITHOUT_SESSION, tally)
+
+    def holders(self) -> list[Holder]:
+        """Say who has the connections that are out, the longest first."""
         now = time.monotonic()
-        held: list[str] = []
-        for entry, (_, since) in self._out.items():
-            unit: UnitOfWork | None = entry.info.get(UNIT_INFO)
-            name = "the engine, without a session" if unit is None else unit.describe()
-            held.append(f"{name} for {now - since:.1f} s")
-        return held
+        return [
+            Holder(_holder_of(entry), now - held.since) for entry, held in list(self._out.items())
+        ]
+
+    def _suspects(self) -> Iterator[Suspect]:
+        for entry, held in self._out.items():
+            yield Suspect(held.since, functools.partial(_holder_of, entry), held.stack)
+
+    def stats(self) -> PoolStats:
+        """Count the connections, also from another thread."""
+        pool = self._engine.sync_engine.pool
+        size = limit = None
+        if isinstance(pool, QueuePool):
+            size = pool.size() or None
+            # There is no public way to it; the test of pools in `test_statistics.py` breaks when
+            # this changes.
+            overflow = pool._max_overflow  # pyright: ignore[reportPrivateUsage]
+            limit = None if size is None or overflow < 0 else size + overflow
+        checked_out = len(self._out)
+        return PoolStats(
+            size=size,
+            limit=limit,
+            checked_out=checked_out,
+            idle=max(len(self._open) - checked_out, 0),
+            waiting=pool.waiting() if isinstance(pool, FairPool) else None,
+        )
 
     async def all_returned(self) -> None:
         """Wait until every connection is back in the pool."""
@@ -115,6 +172,8 @@ class Connections:
 
     def terminate(self) -> int:
         """Close what is open without a word to the server; return how many."""
+        if self._leaks is not None:
+            self._leaks.stop()
         connections = list(self._open.items())
         for entry, connection in connections:
             driver = self._engine.dialect.get_driver_connection(connection)
@@ -122,7 +181,7 @@ class Connections:
                 if self._behind_pooler:
                     terminate(driver)
                 elif entry in self._out:  # whoever still has it gets an error, also at COMMIT
-                    self._out[entry][0].invalidate()
+                    self._out[entry].proxy.invalidate()
                 else:
                     self._engine.dialect.do_terminate(connection)
             except RuntimeError:  # its event loop is closed
@@ -142,6 +201,11 @@ class Connections:
             driver = self._engine.dialect.get_driver_connection(connection)
             if hasattr(driver, "_aborted"):
                 driver._aborted = True
+
+
+def _holder_of(entry: ConnectionPoolEntry) -> str:
+    unit: UnitOfWork | None = entry.info.get(UNIT_INFO)
+    return WITHOUT_SESSION if unit is None else unit.describe()
 
 
 def _shut_socket(driver: Any) -> None:
@@ -165,23 +229,29 @@ class EngineLife:
     def __init__(
         self,
         engine: AsyncEngine,
+        statistics: Statistics,
         *,
         given: bool = False,
         pooler: bool = False,
         verify: bool = False,
         folder: str | None = None,
+        leak_threshold: float | None = None,
     ) -> None:
         """Look after an engine.
 
         Args:
+            statistics: where its connections are counted.
             given: it belongs to the user: it is not disposed.
             pooler: there is a pooler between it and its server.
             verify: ping its connections before use; see `Connections`.
             folder: removed with it, at the latest when the program ends.
+            leak_threshold: see `Connections`.
         """
         watch(engine.sync_engine)
         self.engine = engine
-        self.connections = Connections(engine, pooler=pooler, verify=verify)
+        self.connections = Connections(
+            engine, statistics, pooler=pooler, verify=verify, leak_threshold=leak_threshold
+        )
         self._abandoned = AbandonedStatements(engine, pooler=pooler)
         self._given = given
         self._remove_folder = (

@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import enum
 import logging
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,7 @@ from asgi_db.errors import (
 from asgi_db.hooks import Hook, Hooks
 from asgi_db.modes import Mode
 from asgi_db.session import DBSession, UnitSession
+from asgi_db.statistics import Outcome, Tally
 
 if TYPE_CHECKING:
     from asgi_db.database import Database
@@ -113,6 +115,13 @@ class Origin:
         """Name it, for messages."""
         raise NotImplementedError
 
+    def route(self) -> str:
+        """Name it among the counters: it has one name, however often it comes."""
+        return self.describe()
+
+    def unit_ended(self, tally: Tally) -> None:
+        """Take note of what a unit of work has done."""
+
     def unit_of_work(self, session: DBSession) -> UnitOfWork:
         """Return the unit of work of the session, which is the same for as long as this lasts."""
         unit = self._unit
@@ -172,6 +181,7 @@ class UnitOfWork:
         transaction: the open transaction.
         hooks: what is to be done after its end; None if there has been nothing yet.
         conflict: the last error with which the database has preferred another transaction.
+        tally: what the unit has done so far.
         commit_sent: whether the last COMMIT has reached the connection.
         is_unanswered: whether writes were committed which the client does not know of yet.
         commit_outlived_request: whether a COMMIT by hand was still under way when the request
@@ -192,6 +202,7 @@ class UnitOfWork:
         self.transaction = Transaction()
         self.hooks: Hooks | None = None
         self.conflict: BaseException | None = None
+        self.tally = Tally()
         self.commit_sent = False
         self.is_unanswered = False
         self.commit_outlived_request = False
@@ -207,6 +218,8 @@ class UnitOfWork:
         self._has_lost_work = False  # because the handler closed the session
         self._kept_changes = False  # by `release`, for the next transaction
         self._deadline: Deadline | None = None
+        self._asked_at = 0.0  # for a connection
+        self._entered_at = 0.0  # the operation that is running
 
     def describe(self) -> str:
         """Name what the unit is for, for messages."""
@@ -260,6 +273,10 @@ class UnitOfWork:
                 self._deadline = Deadline(timeout, self._origin.ends_at)
                 self._origin.ends_at = None
                 self._deadline.watch_task()
+        if not self.transaction.connections:
+            self._asked_at = time.monotonic()
+            if self.tally.began is None:
+                self.tally.began = self._asked_at
         return self.database.bind_for(bind, self.mode)
 
     def check_flush(self) -> None:
@@ -298,6 +315,13 @@ class UnitOfWork:
         if connection not in self.transaction.connections:
             self.transaction.connections.append(connection)
             begin_unit(connection, self)
+            waited = time.monotonic() - self._asked_at
+            self.tally.add_wait(waited)
+            self.database.statistics.connection_taken(waited)
+
+    def connection_returned(self, held: float) -> None:
+        """Note that a connection is back in the pool, after so many seconds."""
+        self.tally.add_hold(held)
 
     def stream_opened(self, stream: Result[Any]) -> None:
         """Note a result that lives on a server-side cursor; its rows are yet to come."""
@@ -314,6 +338,7 @@ class UnitOfWork:
     def transaction_committed(self) -> None:
         """Note that the session has committed; the client is to know."""
         self.is_unanswered = self.is_unanswered or self.transaction.has_writes
+        self._note_outcome("committed")
         if self.hooks is not None:
             self.hooks.settle("commit")
 
@@ -332,6 +357,8 @@ class UnitOfWork:
 
     def transaction_ended(self) -> None:
         """Forget the transaction that the session has ended, by itself or by the handler."""
+        if self.tally.outcome is None:
+            self._note_outcome("failed" if self._is_committing else "rolled_back")
         self._is_committing = False
         self.transaction = Transaction()
         if self._state is State.ACTIVE and not self.mode.autocommit:
@@ -545,8 +572,9 @@ class UnitOfWork:
         try:
             async with limit:
                 await commit()
-        except TimeoutError:
-            if limit.expired():
+        except BaseException as error:
+            self._note_outcome("failed")
+            if isinstance(error, TimeoutError) and limit.expired():
                 raise self._overdue(left) from None
             raise
         finally:
@@ -652,6 +680,8 @@ class UnitOfWork:
             raise self.overdue()
         task = asyncio.current_task()
         is_free = not self._operations and self._state is not State.ENDING
+        if not self._operations:
+            self._entered_at = time.monotonic()
         if not is_free and task is not self._task:
             raise self._concurrent_use(operation)
         if operation in _LETS_GO and self._state in (State.IDLE, State.ACTIVE):
@@ -684,6 +714,13 @@ class UnitOfWork:
     def _leave_operation(self) -> None:
         if self._operations:  # not so if the connection had to be terminated under it
             self._operations.pop()
+            if not self._operations:
+                self._note_busy()
+
+    def _note_busy(self) -> None:
+        now = time.monotonic()
+        self.tally.busy += now - self._entered_at
+        self._entered_at = now
 
     def _raise_instead_of(self, error: BaseException | None) -> None:
         """Raise what the error of an operation means.
@@ -702,6 +739,8 @@ class UnitOfWork:
             if deadline.has_cut_off(error):
                 raise DatabaseTimeoutError(self.describe(), deadline.timeout) from error
         if isinstance(error, PoolTimeoutError) and not isinstance(error, DatabaseBusyError):
+            self.tally.timeouts += 1
+            self.tally.add_wait(time.monotonic() - self._asked_at)
             raise DatabaseBusyError(self.describe(), self.database.holders()) from error
 
     def _other_task(self) -> asyncio.Task[object] | None:
@@ -714,11 +753,25 @@ class UnitOfWork:
     # -- the state -----------------------------------------------------------------------------
 
     def _become_idle(self) -> None:
+        self._count()
         self._kept_changes = False
         self._active_mode = None
         if not self._operations:  # else `leave` does it
             self._deadline = None
         self._move(State.IDLE)
+
+    def _note_outcome(self, outcome: Outcome) -> None:
+        if self.tally.began is not None and not self.mode.autocommit:
+            self.tally.outcome = outcome
+
+    def _count(self) -> None:
+        if self._operations:  # a commit by hand
+            self._note_busy()
+        tally = self.tally
+        if tally.began is not None:  # it has run a statement, or tried to
+            self.tally = Tally()
+            self.database.statistics.unit_ended(self._origin.route(), self.mode.name, tally)
+            self._origin.unit_ended(tally)
 
     def _move(self, to: State) -> None:
         if to not in TRANSITIONS[self._state]:

@@ -12,6 +12,10 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 import pytest
+from opentelemetry.instrumentation.sqlalchemy import (  # pyright: ignore[reportMissingTypeStubs]
+    SQLAlchemyInstrumentor,
+)
+from prometheus_client import CollectorRegistry, generate_latest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from starlette.testclient import TestClient
@@ -548,6 +552,39 @@ def test_the_readmes_script_runs(
     assert capsys.readouterr().out == "['tea', 'coffee']\n"
     assert items(database_url) == ["tea", "coffee"]
     run(assert_disconnected(database_url))
+
+
+@covers("README: Watching it")
+def test_the_readmes_endpoint_says_what_the_routes_have_done(run_readme: Run) -> None:
+    with fragment(run_readme, "Watching it") as client:
+        client.post("/orders?item=tea")
+        stats = client.get("/stats").json()
+        assert stats["routes"]["POST /orders (create_order)"]["committed"] == 1
+        assert (stats["pool"]["checked_out"], stats["holders"]) == (0, [])
+
+
+@covers("README: OpenTelemetry")
+def test_the_readmes_database_reports_to_opentelemetry(run_readme: Run) -> None:
+    instrumentor: Any = SQLAlchemyInstrumentor()
+    try:
+        with fragment(run_readme, "OpenTelemetry") as client:
+            assert client.post("/orders?item=tea").status_code == 201
+            assert len(sys.modules["readme"].database.statistics.observers) == 1
+        assert instrumentor.is_instrumented_by_opentelemetry
+    finally:
+        instrumentor.uninstrument()
+
+
+@covers("README: Prometheus")
+def test_the_readmes_collector_counts_for_prometheus(
+    run_readme: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = CollectorRegistry()
+    monkeypatch.setattr("prometheus_client.REGISTRY", registry)
+    with fragment(run_readme, "Prometheus") as client:
+        client.post("/orders?item=tea")
+        scrape = generate_latest(registry).decode()
+    assert 'outcome="committed",route="POST /orders (create_order)"} 1.0' in scrape
 
 
 async def test_as_the_readme_says_what_had_not_left_with_a_chunk_is_rolled_back(

@@ -18,6 +18,8 @@ from sqlalchemy.exc import InvalidRequestError, OperationalError, PendingRollbac
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 import asgi_db
+import asgi_db.opentelemetry
+import asgi_db.prometheus
 import asgi_db_fastapi
 import asgi_db_litestar
 import asgi_db_starlette
@@ -90,6 +92,11 @@ def test_the_adapters_export_the_names_of_the_design() -> None:
     }
     assert asgi_db_litestar.__all__ == ["DatabasePlugin"]
     assert set(asgi_db_starlette.__all__) == {"get_session", "lifespan"}
+
+
+def test_the_optional_modules_export_what_makes_them_work() -> None:
+    assert asgi_db.opentelemetry.__all__ == ["instrument"]
+    assert asgi_db.prometheus.__all__ == ["DatabaseCollector"]
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
@@ -277,6 +284,18 @@ def test_the_core_needs_sqlalchemy_and_anyio_alone() -> None:
         "exceptiongroup",
         "typing_extensions",
     }
+
+
+@pytest.mark.parametrize(
+    ("module", "needs"),
+    [("opentelemetry", "opentelemetry"), ("prometheus", "prometheus_client")],
+)
+def test_what_an_optional_module_needs_is_named_with_its_remedy(module: str, needs: str) -> None:
+    program = f"import sys; sys.modules[{needs!r}] = None; import asgi_db.{module}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"ImportError: asgi_db.{module} needs" in done.stderr
+    assert f'pip install "asgi-db[{module}]"' in done.stderr
 
 
 @pytest.mark.parametrize(

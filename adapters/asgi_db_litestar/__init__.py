@@ -41,7 +41,12 @@ class DatabasePlugin(InitPlugin):
     """
 
     def __init__(
-        self, database: Database | None = None, *, mode: ModeDefault = plain, key: str = "db"
+        self,
+        database: Database | None = None,
+        *,
+        mode: ModeDefault = plain,
+        key: str = "db",
+        server_timing: bool = False,
     ) -> None:
         """Prepare the plugin.
 
@@ -49,10 +54,12 @@ class DatabasePlugin(InitPlugin):
             database: where the sessions come from; `Database()` if None.
             mode: the mode of handlers that set none.
             key: the name in `request.state` and the beginning of the providers' names.
+            server_timing: see `DBSessionMiddleware`.
         """
         self.database = database if database is not None else Database()
         self._mode: ModeDefault = mode
         self._key = key
+        self._server_timing = server_timing
 
     def on_app_init(self, app_config: AppConfig) -> AppConfig:
         """Add to the application's configuration; Litestar calls this."""
@@ -79,7 +86,13 @@ class DatabasePlugin(InitPlugin):
         }
         app_config.middleware.insert(
             0,
-            DefineMiddleware(DBSessionMiddleware, database=self.database, mode=self._mode, key=key),
+            DefineMiddleware(
+                DBSessionMiddleware,
+                database=self.database,
+                mode=self._mode,
+                key=key,
+                server_timing=self._server_timing,
+            ),
         )
         app_config.lifespan = [self._lifespan, *app_config.lifespan]  # pyright: ignore[reportUnknownMemberType]
         return app_config

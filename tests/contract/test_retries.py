@@ -95,6 +95,13 @@ async def test_a_lost_attempt_leaves_nothing_and_the_next_one_is_answered(
     assert await left(rival.site) == ["a"]
 
 
+async def test_each_further_attempt_is_counted_as_a_retry_of_the_route(rival: Rival) -> None:
+    await rival.site.answer(rival.work(2, write(Answer(201))), SERIALIZABLE)
+    (found,) = rival.site.database.stats().routes.values()
+    assert (found.retries, found.committed) == (2, 1)
+    assert found.units == 3
+
+
 async def test_handlers_for_the_error_are_not_asked_as_long_as_there_is_another_attempt(
     rival: Rival,
 ) -> None:

@@ -1,0 +1,213 @@
+"""What the database does for each request, as OpenTelemetry metrics and spans.
+
+instrument(database)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from asgi_db.database import Database
+from asgi_db.statistics import DatabaseStats, RouteStats, Tally
+
+try:
+    from opentelemetry.instrumentation.sqlalchemy import (  # pyright: ignore[reportMissingTypeStubs]
+        SQLAlchemyInstrumentor,
+    )
+    from opentelemetry.metrics import (
+        CallbackOptions,
+        Meter,
+        MeterProvider,
+        NoOpMeterProvider,
+        Observation,
+        get_meter,
+    )
+    from opentelemetry.trace import Status, StatusCode, Tracer, TracerProvider, get_tracer
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "asgi_db.opentelemetry needs OpenTelemetry's API and its instrumentation of SQLAlchemy:"
+        ' pip install "asgi-db[opentelemetry]"'
+    ) from error
+
+__all__ = ["instrument"]
+
+POOL_NAME = "db.client.connection.pool.name"
+
+_SECONDS = [0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10]
+"""The bounds of the histograms, as the conventions have them for `db.client.operation.duration`."""
+
+
+def instrument(
+    *databases: Database,
+    meter_provider: MeterProvider | None = None,
+    tracer_provider: TracerProvider | None = None,
+) -> None:
+    """Report on these databases, once, before the application serves its first request.
+
+    Metrics have the names of OpenTelemetry's conventions where it has one, and begin with
+    `asgi_db.` where it has none. Each statement is a span by OpenTelemetry's own instrumentation of
+    SQLAlchemy, which this switches on if nobody has: that is for the whole process. Each unit of
+    work is a span too, beside those of its statements, with its outcome.
+
+    Args:
+        databases: all databases of the application.
+        meter_provider: the global one if None.
+        tracer_provider: the global one if None.
+    """
+    meter = get_meter("asgi_db", meter_provider=meter_provider)
+    tracer = get_tracer("asgi_db", tracer_provider=tracer_provider)
+    for database in databases:
+        database.statistics.observers += (_Recorder(database, meter, tracer),)
+    for make_instruments in (_observe_pools, _observe_routes):
+        make_instruments(meter, databases)
+    instrumentor: Any = SQLAlchemyInstrumentor()
+    if not instrumentor.is_instrumented_by_opentelemetry:
+        instrumentor.instrument(
+            engines=[engine.sync_engine for each in databases for engine in each.engines()],
+            tracer_provider=tracer_provider,
+            meter_provider=NoOpMeterProvider(),  # its metric of the pool has a name that is no more
+            # It says of itself that it ends before SQLAlchemy 2.1, and else does nothing; the tests
+            # of spans say that it does not.
+            skip_dep_check=True,
+        )
+
+
+class _Recorder:
+    """Records what one database tells as it happens."""
+
+    def __init__(self, database: Database, meter: Meter, tracer: Tracer) -> None:
+        self._attributes = {POOL_NAME: database.stats().name}
+        self._tracer = tracer
+        self._wait_time = meter.create_histogram(
+            "db.client.connection.wait_time",
+            unit="s",
+            description="The time it took to obtain an open connection from the pool.",
+            explicit_bucket_boundaries_advisory=_SECONDS,
+        )
+        self._use_time = meter.create_histogram(
+            "db.client.connection.use_time",
+            unit="s",
+            description="The time between borrowing a connection and returning it to the pool.",
+            explicit_bucket_boundaries_advisory=_SECONDS,
+        )
+
+    def connection_taken(self, waited: float) -> None:
+        self._wait_time.record(waited, self._attributes)
+
+    def connection_returned(self, held: float) -> None:
+        self._use_time.record(held, self._attributes)
+
+    def unit_ended(self, route: str, mode: str, tally: Tally) -> None:
+        """Make the span of the unit when it is over: until then it is nobody's current span."""
+        end = time.time_ns()
+        lasted = 0.0 if tally.began is None else time.monotonic() - tally.began
+        span = self._tracer.start_span(
+            f"{mode} unit of work",
+            start_time=end - int(lasted * 1e9),
+            attributes={
+                **self._attributes,
+                "asgi_db.route": route,
+                "asgi_db.mode": mode,
+                "asgi_db.outcome": tally.outcome or "none",
+                "asgi_db.statements": tally.statements,
+                "asgi_db.connection.held": tally.held,
+                "asgi_db.connection.waited": tally.waited,
+            },
+        )
+        if tally.outcome == "failed":
+            span.set_status(Status(StatusCode.ERROR, "COMMIT failed"))
+        span.end(end)
+
+
+Read = Callable[[DatabaseStats], Iterable[tuple[float | None, dict[str, str]]]]
+"""Reads the values of one instrument, with their attributes; None where there is no value."""
+
+
+def _callback(databases: Sequence[Database], read: Read) -> list[Any]:
+    def observe(_: CallbackOptions) -> Iterable[Observation]:
+        for database in databases:
+            stats = database.stats()
+            for value, attributes in read(stats):
+                if value is not None:
+                    yield Observation(value, {POOL_NAME: stats.name, **attributes})
+
+    return [observe]
+
+
+def _observe_pools(meter: Meter, databases: Sequence[Database]) -> None:
+    state = "db.client.connection.state"
+    instruments: list[tuple[str, str, Read, str]] = [
+        (
+            "count",
+            "{connection}",
+            lambda s: [(s.pool.checked_out, {state: "used"}), (s.pool.idle, {state: "idle"})],
+            "The number of connections that are currently in the state.",
+        ),
+        (
+            "max",
+            "{connection}",
+            lambda s: [(s.pool.limit, {})],
+            "The maximum number of open connections allowed.",
+        ),
+        (
+            "idle.max",
+            "{connection}",
+            lambda s: [(s.pool.size, {})],
+            "The maximum number of idle open connections allowed.",
+        ),
+        (
+            "pending_requests",
+            "{request}",
+            lambda s: [(s.pool.waiting, {})],
+            "The number of current pending requests for an open connection.",
+        ),
+    ]
+    for name, unit, read, description in instruments:
+        meter.create_observable_up_down_counter(
+            f"db.client.connection.{name}", _callback(databases, read), unit, description
+        )
+    meter.create_observable_counter(
+        "db.client.connection.timeouts",
+        _callback(databases, lambda s: [(sum(r.timeouts for r in s.routes.values()), {})]),
+        "{timeout}",
+        "The number of times that no connection became free in time.",
+    )
+
+
+_ROUTE_COUNTERS = {
+    "statements": ("{statement}", "Statements sent."),
+    "retries": ("{request}", "Requests that were run again."),
+    "held": ("s", "Time in which connections were out of the pool."),
+    "waited": ("s", "Time until a connection was there."),
+    "busy": ("s", "Time within calls of the session."),
+}
+
+
+def _observe_routes(meter: Meter, databases: Sequence[Database]) -> None:
+    meter.create_observable_counter(
+        "asgi_db.units",
+        _callback(databases, _read_outcomes),
+        "{unit}",
+        "Units of work that have ended, by how.",
+    )
+    for name, (unit, description) in _ROUTE_COUNTERS.items():
+        meter.create_observable_counter(
+            f"asgi_db.{name}", _callback(databases, _reader(name)), unit, description
+        )
+
+
+def _read_outcomes(stats: DatabaseStats) -> Iterable[tuple[float, dict[str, str]]]:
+    for route, counters in stats.routes.items():
+        for outcome, count in counters.outcomes().items():
+            yield count, {"asgi_db.route": route, "asgi_db.outcome": outcome}
+
+
+def _reader(field: str) -> Read:
+    def value(counters: RouteStats) -> float:
+        return getattr(counters, field)  # type: ignore[no-any-return]
+
+    return lambda stats: [
+        (value(counters), {"asgi_db.route": route}) for route, counters in stats.routes.items()
+    ]
