@@ -132,7 +132,7 @@ class Connections:
         else:
             tally = Tally()
             tally.add_hold(seconds)
-            self._statistics.add(WITHOUT_SESSION, tally)
+            self._statistics.connection_held(tally)
 
     def holders(self) -> list[Holder]:
         """Say who has the connections that are out, the longest first."""

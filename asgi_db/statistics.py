@@ -8,6 +8,7 @@ there are as many counters as the application has routes.
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
@@ -158,6 +159,39 @@ class Tally:
         self.held_max = max(self.held_max, seconds)
 
 
+class Counters:
+    """The counters of one route, which go on; see `RouteStats`."""
+
+    __slots__ = RouteStats.__slots__
+
+    def __init__(self) -> None:
+        self.units = self.committed = self.rolled_back = self.failed = 0
+        self.statements = self.retries = self.connections = self.timeouts = 0
+        self.held = self.held_max = self.waited = self.waited_max = self.busy = 0.0
+
+    def add(self, tally: Tally) -> None:
+        """Add a unit of work that has ended."""
+        self.units += 1
+        if tally.outcome is not None:
+            setattr(self, tally.outcome, getattr(self, tally.outcome) + 1)
+        self.statements += tally.statements
+        self.timeouts += tally.timeouts
+        self.waited += tally.waited
+        self.waited_max = max(self.waited_max, tally.waited_max)
+        self.busy += tally.busy
+        self.add_held(tally)
+
+    def add_held(self, tally: Tally) -> None:
+        """Add the connections alone."""
+        self.connections += tally.connections
+        self.held += tally.held
+        self.held_max = max(self.held_max, tally.held_max)
+
+    def stats(self) -> RouteStats:
+        """Say how they stand."""
+        return RouteStats(*(getattr(self, name) for name in RouteStats.__slots__))
+
+
 class Observer(Protocol):
     """Who is told of each event as it happens, such as OpenTelemetry."""
 
@@ -180,42 +214,26 @@ class Statistics:
 
     def __init__(self) -> None:
         self.observers: tuple[Observer, ...] = ()
-        self._routes: dict[str, RouteStats] = {}
+        self._counters: defaultdict[str, Counters] = defaultdict(Counters)
 
     @property
     def routes(self) -> Mapping[str, RouteStats]:
         """The counters of each route, which do not change any more."""
-        return dict(self._routes)
-
-    def add(self, route: str, tally: Tally, *, units: int = 0, retries: int = 0) -> None:
-        """Add to the counters of a route."""
-        before = self._routes.get(route) or _NOTHING
-        outcome = tally.outcome
-        self._routes[route] = RouteStats(
-            before.units + units,
-            before.committed + (outcome == "committed"),
-            before.rolled_back + (outcome == "rolled_back"),
-            before.failed + (outcome == "failed"),
-            before.statements + tally.statements,
-            before.retries + retries,
-            before.connections + tally.connections,
-            before.timeouts + tally.timeouts,
-            before.held + tally.held,
-            max(before.held_max, tally.held_max),
-            before.waited + tally.waited,
-            max(before.waited_max, tally.waited_max),
-            before.busy + tally.busy,
-        )
+        return {route: counters.stats() for route, counters in list(self._counters.items())}
 
     def unit_ended(self, route: str, mode: str, tally: Tally) -> None:
         """Count a unit of work that has ended."""
-        self.add(route, tally, units=1)
+        self._counters[route].add(tally)
         for observer in self.observers:
             observer.unit_ended(route, mode, tally)
 
     def retried(self, route: str) -> None:
         """Count a request that is run again."""
-        self.add(route, Tally(), retries=1)
+        self._counters[route].retries += 1
+
+    def connection_held(self, tally: Tally) -> None:
+        """Count the connections of somebody who uses no session."""
+        self._counters[WITHOUT_SESSION].add_held(tally)
 
     def connection_taken(self, waited: float) -> None:
         """Tell the observers of a connection that is there."""
@@ -226,9 +244,6 @@ class Statistics:
         """Tell the observers of a connection that is back."""
         for observer in self.observers:
             observer.connection_returned(held)
-
-
-_NOTHING = RouteStats()
 
 
 def total(pools: Iterable[PoolStats]) -> PoolStats:
