@@ -145,6 +145,7 @@ def session_of(scope: Scope, mode: Mode | None = None, *, key: str = "db") -> DB
     Raises:
         MissingMiddlewareError: no middleware has placed a session.
         ModeConflictError: a statement has already run in a weaker mode.
+        ConfigurationError: the mode has `retries=`, which a dependency cannot ask for.
     """
     session: DBSession | None = scope.get(session_key(key))
     if session is None:
@@ -385,28 +386,26 @@ class Exchange(Call):
         return await self._receive()
 
     async def _send_after_commit(self, message: Message) -> None:
+        unit = self._unit
         if message["type"] == "http.response.start":
-            if self._unit is not None or message["status"] == 500:
-                await self._begin_response(message)
-            else:
+            if unit is None and self._response is PENDING and message["status"] != 500:
                 self._response = STARTED
                 await self._send(message)
+            else:
+                await self._begin_response(message)
         elif self._commit_error is not None:
             raise self._commit_error
         elif self._response is PENDING:  # early hints come before the status line
             self._attempts = None
             await self._send(message)
         elif self._response is not REPLACED:
+            if unit is not None and unit.in_use and not self._is_at_work_beside(unit):
+                await unit.end(success=self._exception_being_handled() is None)
             if message["type"] in _BODY and not message.get("more_body"):
                 self._response = COMPLETE
-            if self._unit is not None:
-                await self._send_body(self._unit, message)
-            else:
-                await self._send(message)
+            await (self._send(message) if unit is None else self._send_piece(unit, message))
 
-    async def _send_body(self, unit: UnitOfWork, message: Message) -> None:
-        if unit.in_use and not self._is_at_work_beside(unit):
-            await unit.end(success=self._exception_being_handled() is None)
+    async def _send_piece(self, unit: UnitOfWork, message: Message) -> None:
         await self._send_answer(unit, message)
         await self._be_cancelled_late()
         if self._response is COMPLETE:
