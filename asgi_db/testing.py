@@ -1,0 +1,170 @@
+"""For the tests of applications: sandboxes, whose every write is gone afterwards.
+
+with database.sandbox():
+    ...
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+from sqlalchemy import event
+from sqlalchemy.engine import Dialect
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import DisconnectionError
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+
+from asgi_db.cancellation import run_to_completion
+from asgi_db.errors import SandboxError
+from asgi_db.pool import EngineLife
+from asgi_db.sandbox import (
+    SandboxedConnection,
+    SharedConnection,
+    in_thread,
+    sandboxed_connection,
+    shared_connection,
+)
+
+if TYPE_CHECKING:
+    from asgi_db.database import Database
+
+
+class Sandbox:
+    """A span of time in which nothing that is written through a `Database` stays.
+
+        with database.sandbox():  # or: async with
+            ...
+
+    Everything runs on one connection, whose transaction is rolled back at the end: what the
+    application and the test commit meanwhile is there for both of them, and for nobody else. It
+    works in every event loop and thread of the process.
+    """
+
+    def __init__(self, database: Database) -> None:
+        """Prepare it; use `database.sandbox()`.
+
+        Args:
+            database: what is written through it is undone.
+        """
+        self._database = database
+        self._portals = ExitStack()
+        self._life: EngineLife | None = None
+        self._shared: SharedConnection | None = None
+        self._covered: list[EngineLife] = []
+
+    # -- begin and end -------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        portal = self._begin()
+        try:
+            portal.call(self._open, portal)
+            self._cover_all()
+        except BaseException:
+            self._end(portal)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        _: type[BaseException] | None,
+        __: BaseException | None,
+        ___: TracebackType | None,
+    ) -> None:
+        shared = self._uncover_all()
+        self._end(shared.portal)
+
+    async def __aenter__(self) -> Self:
+        portal = self._begin()
+        try:
+            await run_to_completion(in_thread(portal, partial(self._open, portal)))
+            self._cover_all()
+        except BaseException:
+            self._end(portal)
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        _: type[BaseException] | None,
+        __: BaseException | None,
+        ___: TracebackType | None,
+    ) -> None:
+        shared = self._uncover_all()
+        try:
+            await run_to_completion(in_thread(shared.portal, self._close))
+        finally:
+            self._portals.close()
+
+    def _begin(self) -> BlockingPortal:
+        if self._database.active_sandbox is not None:
+            raise SandboxError(
+                f"{self._database!r} is in a sandbox already: end it before you begin another, or"
+                " use `async with session.begin_nested()` inside it."
+            )
+        held = [name for life in self._database.lives for name in life.connections.holders()]
+        if held:
+            raise SandboxError(
+                f"A sandbox begins when nothing is open, but connections are held by:"
+                f" {'; '.join(held)}. Begin the sandbox first."
+            )
+        self._database.active_sandbox = self
+        return self._portals.enter_context(start_blocking_portal(name="asgi-db sandbox"))
+
+    async def _open(self, portal: BlockingPortal) -> None:
+        self._life = self._database.make_life_aside()
+        self._shared = shared_connection(self._life.engine, portal)
+        await self._shared.open()
+
+    async def _close(self) -> None:
+        try:
+            if self._shared is not None:
+                await self._shared.close()
+        finally:
+            if self._life is not None:
+                await self._life.dispose()
+
+    def _end(self, portal: BlockingPortal) -> None:
+        self._database.active_sandbox = None
+        try:
+            portal.call(self._close)
+        finally:
+            self._portals.close()
+
+    # -- the engines ---------------------------------------------------------------------------
+
+    def _cover_all(self) -> None:
+        for life in self._database.lives:
+            self.cover(life)
+
+    def _uncover_all(self) -> SharedConnection:
+        assert self._shared is not None
+        self._database.active_sandbox = None
+        for life in self._covered:
+            engine = life.engine.sync_engine
+            event.remove(engine, "do_connect", self._connect)
+            event.remove(engine, "checkout", self._check_out)
+        self._covered.clear()
+        return self._shared
+
+    def cover(self, life: EngineLife) -> None:
+        """Let an engine of the database connect to the sandbox instead of the server."""
+        engine = life.engine.sync_engine
+        event.listen(engine, "do_connect", self._connect)
+        event.listen(engine, "checkout", self._check_out)
+        self._covered.append(life)
+
+    def _connect(
+        self, dialect: Dialect, entry: ConnectionPoolEntry | None, *_: Any
+    ) -> SandboxedConnection:
+        assert self._shared is not None
+        return sandboxed_connection(self._shared, dialect, entry)
+
+    def _check_out(
+        self, connection: DBAPIConnection, _: ConnectionPoolEntry, __: PoolProxiedConnection
+    ) -> None:
+        if not isinstance(connection, SandboxedConnection):
+            raise DisconnectionError("This connection is from before the sandbox.")
