@@ -21,13 +21,8 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from asgi_db.cancellation import run_to_completion
 from asgi_db.errors import SandboxError
 from asgi_db.pool import EngineLife
-from asgi_db.sandbox import (
-    SandboxedConnection,
-    SharedConnection,
-    in_thread,
-    sandboxed_connection,
-    shared_connection,
-)
+from asgi_db.sandbox import SandboxedConnection, in_thread, sandboxed_connection
+from asgi_db.shared_connection import SharedConnection, shared_connection
 
 if TYPE_CHECKING:
     from asgi_db.database import Database
@@ -168,3 +163,4 @@ class Sandbox:
     ) -> None:
         if not isinstance(connection, SandboxedConnection):
             raise DisconnectionError("This connection is from before the sandbox.")
+        connection.commit()  # what SQLAlchemy or the application has sent to set it up
