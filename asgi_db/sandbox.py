@@ -147,7 +147,7 @@ class SandboxedConnection:
 async def in_thread(
     portal: BlockingPortal, function: Callable[[], Coroutine[Any, Any, Any]]
 ) -> Any:
-    """Await something in the sandbox's thread; it is not cut off there if this task is cancelled."""
+    """Await something in the sandbox's thread, where it goes on if this task is cancelled."""
     begun: Future[Any] = portal.start_task_soon(function)
     future = asyncio.wrap_future(begun)
     future.add_done_callback(lambda done: done.cancelled() or done.exception())  # taken note of
