@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from types import TracebackType
@@ -188,7 +188,7 @@ test_database_url.__test__ = False  # type: ignore[attr-defined]  # pytest takes
 
 
 @contextmanager
-def temporary_database(url: str | URL) -> Iterator[URL]:
+def temporary_database(url: str | URL) -> Generator[URL]:
     """Create an empty database for tests, and drop it at the end.
 
     One of this name that is left from before is dropped first: the name has to say that it is for

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from litestar.di import NamedDependency
 from litestar.params import FromQuery
 from litestar.testing import AsyncTestClient
 from litestar.testing import TestClient as LitestarClient
-from sqlalchemy import func, insert, select, text, update
+from sqlalchemy import delete, func, insert, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
 from starlette.testclient import TestClient
@@ -154,7 +154,7 @@ async def test_what_is_not_committed_is_rolled_back_at_once(
 
 
 @contextmanager
-def served_in_another_loop(database_url: str) -> Iterator[Database]:
+def served_in_another_loop(database_url: str) -> Generator[Database]:
     """A database whose tables were made in an event loop that is gone."""
 
     async def create() -> None:
@@ -305,8 +305,8 @@ async def test_a_commit_that_violates_a_deferred_constraint_fails(
                 await session.execute(insert(Child).values(id=2, parent_id=2))
                 await session.execute(insert(Parent).values(id=2))
             async with database.transaction() as session:
-                await session.execute(Child.__table__.delete())
-                await session.execute(Parent.__table__.delete())
+                await session.execute(delete(Child))
+                await session.execute(delete(Parent))
 
 
 async def test_what_postgresql_sets_for_a_transaction_ends_with_it(postgresql_url: str) -> None:

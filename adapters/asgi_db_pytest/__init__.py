@@ -5,7 +5,7 @@ It does nothing before it is told where the database is:
     [tool.pytest.ini_options]
     asgi_db_url = "postgresql://app@localhost/shop"  # the tests get shop_test, or shop_test_gw0, …
 
-pytest loads this module in every project in whose environment it is installed, so it imports
+pytest loads this package in every project in whose environment it is installed, so it imports
 nothing of asgi-db before there is something to do.
 """
 
@@ -20,6 +20,8 @@ import pytest
 if TYPE_CHECKING:
     from asgi_db import Database
     from asgi_db.testing import Sandbox
+
+__all__ = ["asgi_db_database", "sandbox"]
 
 _URL = "asgi_db_url"
 _ENVIRONMENT = "DATABASE_URL"
