@@ -42,6 +42,8 @@ class SandboxedConnection:
         readonly: the transactions only read.
         has_begun: whether a transaction is open, as far as SQLAlchemy knows.
         has_written: whether it has done more than to read.
+        has_failed: whether a statement of it has failed.
+        is_closed: whether it was given up.
         settings: what the transaction has set until its end, and the values from before.
         task: the task that has begun it.
         running: the statement that runs.
@@ -52,6 +54,7 @@ class SandboxedConnection:
         self.deferrable = False
         self.has_begun = False
         self.has_written = False
+        self.has_failed = False
         self.settings: dict[str, str] = {}
         self.task: asyncio.Task[Any] | None = None
         self.running: asyncio.Future[Outcome] | None = None
@@ -84,7 +87,7 @@ class SandboxedConnection:
 
     def forget(self) -> None:
         """Note that the transaction is over."""
-        self.has_begun = self.has_written = False
+        self.has_begun = self.has_written = self.has_failed = False
         self.settings.clear()
         self.task = None
 
@@ -132,7 +135,7 @@ class SandboxedConnection:
     def close(self) -> None:
         """Give it up."""
         self.is_closed = True
-        if self.has_begun and not self._shared.is_closed:
+        if not self._shared.is_closed:
             self._shared.portal.start_task_soon(self._shared.abandon, self)
 
     terminate = close
@@ -251,7 +254,7 @@ class SandboxedDriver:
 
     def is_closed(self) -> bool:
         """Whether it can be used no more."""
-        return self._of.is_closed or self._shared.is_closed
+        return self._of.is_closed or self._shared.has_gone
 
     def get_transaction_status(self) -> bool:
         """Whether a transaction is open."""

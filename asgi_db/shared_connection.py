@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from anyio.from_thread import BlockingPortal
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from asgi_db.engine import writes
+from asgi_db.engine import has_gone, writes
 from asgi_db.errors import SandboxError
 
 if TYPE_CHECKING:
@@ -174,6 +174,11 @@ class SharedConnection:
             return await getattr(self.driver, name)(*args, **kwargs)
 
     @property
+    def has_gone(self) -> bool:
+        """Whether nothing can be done with it any more."""
+        return self.is_closed or has_gone(self.driver)
+
+    @property
     def driver(self) -> Any:
         """The driver's own connection."""
         return self._adapted.driver_connection
@@ -193,13 +198,16 @@ class SharedConnection:
         async with self._turn:
             self.check(statement.sql)
             await self._take_floor(who, statement)
+            who.task = statement.task
             try:
                 await self.before(who, statement)
                 outcome = await self._run(who, statement)
             except BaseException:
-                if who.stands_alone:
+                who.has_failed = True
+                if who.stands_alone and self.is_in_transaction():
                     await self._undo(who)
                 raise
+            self._check_usable(who)
             who.has_written = who.has_written or not _only_reads(statement.sql)
             if who.stands_alone:
                 await self._keep(who)
@@ -220,7 +228,7 @@ class SharedConnection:
             who.running = None
 
     async def _take_floor(self, who: SandboxedConnection, statement: Statement) -> None:
-        self.check_open()
+        self._check_usable(who)
         if self._floor is who:
             return
         try:
@@ -231,13 +239,23 @@ class SharedConnection:
                     await self._turn.wait()
         except TimeoutError:
             raise _waits_for_ever(who, self._floor or who) from None
-        self.check_open()
-        if self._floor is not None:
-            await self._release()  # it has only read, and begins anew with its next statement
+        self._check_usable(who)
+        if self._floor is not None:  # it has only read, and begins anew with its next statement
+            await (self._undo(self._floor) if self._floor.has_failed else self._release())
         await self.send(f"SAVEPOINT {_SAVEPOINT}")
         self._floor = who
-        who.task = statement.task
         await self.begun(who)
+
+    def _check_usable(self, who: SandboxedConnection) -> None:
+        self.check_open()
+        if who.is_closed:
+            raise SandboxError("The connection was given up before the statement was done.")
+        if not self.is_in_transaction():
+            self.is_closed = True  # what is sent now would be committed
+            raise SandboxError(
+                "The sandbox has ended early: the database itself has ended its transaction, for"
+                " instance after a deadlock, or at a statement that commits."
+            )
 
     def check_open(self) -> None:
         """Refuse to do anything after the end.
@@ -261,7 +279,7 @@ class SharedConnection:
     async def rollback(self, who: SandboxedConnection) -> None:
         """Undo what a connection's transaction has done."""
         async with self._turn:
-            if self._floor is who:
+            if self._floor is who and self.is_in_transaction():
                 await self._undo(who)
             who.forget()
 
@@ -292,8 +310,11 @@ class SharedConnection:
         try:
             await self.send(f"ROLLBACK TO SAVEPOINT {_SAVEPOINT}")
             await self.send(f"RELEASE SAVEPOINT {_SAVEPOINT}")
+        except Exception:
+            self.is_closed = True  # the transaction in which it stood is gone
+            raise
         finally:
-            who.has_written = False
+            who.has_written = who.has_failed = False
             self._leave_floor()
 
     def _leave_floor(self) -> None:
@@ -306,11 +327,18 @@ class SharedConnection:
 
     # -- what the databases have of their own --------------------------------------------------
 
+    def is_in_transaction(self) -> bool:
+        """Whether the transaction that will be rolled back is open; costs no round trip."""
+        raise NotImplementedError
+
     def check(self, sql: str) -> None:
         """Refuse what would break out of the sandbox."""
 
     async def interrupt(self, statement: asyncio.Future[Outcome]) -> None:
-        """End a statement for which nobody waits any more, where the driver can."""
+        """End a statement for which nobody waits any more, where that harms no other.
+
+        SQLite would roll back the whole transaction.
+        """
 
     async def begun(self, who: SandboxedConnection) -> None:
         """Let a transaction begin as it was asked to."""
@@ -333,6 +361,9 @@ class SharedPostgreSQL(SharedConnection):
 
     def _stand_alone(self) -> None:
         self._adapted.autocommit = True
+
+    def is_in_transaction(self) -> bool:
+        return has_gone(self.driver) or bool(self.driver.is_in_transaction())
 
     async def interrupt(self, statement: asyncio.Future[Outcome]) -> None:
         statement.cancel()  # asyncpg tells the server
@@ -384,6 +415,12 @@ def local_settings(statement: Statement) -> list[str]:
 class SharedMySQL(SharedConnection):
     """On MySQL and MariaDB, which have no deferred constraints, but commit before DDL."""
 
+    def _stand_alone(self) -> None:
+        self._adapted.autocommit(False)  # should they have done so, no statement commits by itself
+
+    def is_in_transaction(self) -> bool:
+        return has_gone(self.driver) or bool(self.driver.get_transaction_status())
+
     def check(self, sql: str) -> None:
         if found := _COMMITS.match(sql):
             raise SandboxError(
@@ -421,8 +458,8 @@ class SharedSQLite(SharedConnection):
             return set()
         return set((await self.send("PRAGMA foreign_key_check")).rows)
 
-    async def interrupt(self, statement: asyncio.Future[Outcome]) -> None:
-        await self.driver.interrupt()
+    def is_in_transaction(self) -> bool:
+        return bool(self.driver.in_transaction)
 
     async def check_deferred(self) -> None:
         if await self._broken() - self._broken_before:

@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from asgi_db.cancellation import run_to_completion
+from asgi_db.engine import lost_connection
 from asgi_db.errors import ConfigurationError, SandboxError
 from asgi_db.pool import EngineLife
 from asgi_db.sandbox import SandboxedConnection, in_thread, sandboxed_connection
@@ -106,8 +107,9 @@ class Sandbox:
                 f"A sandbox begins when nothing is open, but connections are held by:"
                 f" {'; '.join(held)}. Begin the sandbox first."
             )
+        portal = self._portals.enter_context(start_blocking_portal(name="asgi-db sandbox"))
         self._database.active_sandbox = self
-        return self._portals.enter_context(start_blocking_portal(name="asgi-db sandbox"))
+        return portal
 
     async def _open(self, portal: BlockingPortal) -> None:
         self._life = self._database.make_life_aside()
@@ -148,6 +150,8 @@ class Sandbox:
 
     def cover(self, life: EngineLife) -> None:
         """Let an engine of the database connect to the sandbox instead of the server."""
+        if life in self._covered:
+            return
         engine = life.engine.sync_engine
         event.listen(engine, "do_connect", self._connect)
         event.listen(engine, "checkout", self._check_out)
@@ -155,16 +159,25 @@ class Sandbox:
 
     def _connect(
         self, dialect: Dialect, entry: ConnectionPoolEntry | None, *_: Any
-    ) -> SandboxedConnection:
-        assert self._shared is not None
+    ) -> SandboxedConnection | None:
+        if self._shared is None or not self._is_active:
+            return None
+        if self._shared.has_gone:
+            raise lost_connection(ConnectionError("the sandbox's connection is lost"))
         return sandboxed_connection(self._shared, dialect, entry)
 
     def _check_out(
         self, connection: DBAPIConnection, _: ConnectionPoolEntry, __: PoolProxiedConnection
     ) -> None:
-        if not isinstance(connection, SandboxedConnection):
+        if isinstance(connection, SandboxedConnection):
+            connection.commit()  # what SQLAlchemy or the application has sent to set it up
+        elif self._is_active:
             raise DisconnectionError("This connection is from before the sandbox.")
-        connection.commit()  # what SQLAlchemy or the application has sent to set it up
+
+    @property
+    def _is_active(self) -> bool:
+        # A pool that was made anew, when an engine was disposed, keeps the events of the old one.
+        return self._database.active_sandbox is self
 
 
 # -- databases ---------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Generator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ from starlette.testclient import TestClient
 
 from asgi_db import (
     Database,
+    DatabaseDownError,
     DatabaseTimeoutError,
     DBSession,
     DBSessionMiddleware,
@@ -35,7 +37,7 @@ from asgi_db import (
 from asgi_db import shared_connection as module
 from asgi_db_fastapi import CurrentSession, CurrentSessionReadOnly, CurrentSessionTransaction
 from asgi_db_litestar import DatabasePlugin
-from tests.servers import assert_disconnected, run
+from tests.servers import assert_disconnected, outside, run
 from tests.tables import Author, Base, Child, Deferred, Parent, authors
 
 NAMES = select(Author.name).order_by(Author.name)
@@ -225,6 +227,26 @@ async def test_an_engine_of_ones_own_is_in_the_sandbox_too(database_url: str) ->
         assert await names(database) == []
     await engine.dispose()
     await assert_disconnected(database_url)
+
+
+async def test_an_engine_of_ones_own_that_is_disposed_in_the_sandbox_goes_on(
+    database_url: str,
+) -> None:
+    engine = create_async_engine(database_url)
+    database = Database(engine=engine)
+    async with engine.begin() as connection:
+        await connection.run_sync(Base.metadata.create_all)
+    async with database.sandbox():
+        async with database.transaction() as session:
+            await session.execute(add("Ben"))
+        await engine.dispose()
+        assert await names(database) == ["Ben"]
+    for _ in range(2):
+        assert await names(database) == []
+    async with database.transaction() as session:
+        await session.execute(add("Cleo"))
+    assert await authors(database_url) == ["Cleo"]
+    await engine.dispose()
 
 
 async def test_a_database_in_memory() -> None:
@@ -421,6 +443,48 @@ async def test_what_waits_too_long_for_another_task_is_an_error(
         await session.rollback()
 
 
+async def test_who_has_read_and_failed_does_not_stand_in_the_way(database: Database) -> None:
+    async with database.sandbox(), database.session() as session:
+        with pytest.raises(DBAPIError):
+            await session.execute(text("SELECT * FROM no_such_table"))
+        assert await names(database) == ["Ada"]
+
+
+async def test_who_is_cancelled_while_it_waits_never_gets_its_turn(database: Database) -> None:
+    async def write() -> None:
+        async with database.transaction() as other:
+            await other.execute(add("Cleo"))
+
+    async with database.sandbox(), database.session() as session:
+        await session.execute(add("Ben"))
+        for steps in range(20):
+            task = asyncio.create_task(write())
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait((task,))
+        await session.commit()
+        assert await names(database) == ["Ada", "Ben"]
+
+
+@pytest.mark.parametrize(
+    ("database_url", "sql"),
+    [("postgresql", "/* hidden */ ROLLBACK"), ("mysql", "/* hidden */ CREATE TABLE t (id INT)")],
+    indirect=["database_url"],
+)
+async def test_a_transaction_that_ends_behind_its_back_ends_the_sandbox(
+    database: Database, database_url: str, sql: str
+) -> None:
+    async with database.sandbox():
+        with pytest.raises((SandboxError, DBAPIError), match="has ended early|SAVEPOINT"):
+            async with database.engine.connect() as connection:
+                await connection.exec_driver_sql(sql)
+        with pytest.raises((SandboxError, DatabaseDownError)):
+            async with database.transaction() as session:
+                await session.execute(add("Ben"))
+    assert await authors(database_url) == ["Ada"]
+
+
 # -- what a sandbox refuses --------------------------------------------------------------------
 
 
@@ -463,6 +527,33 @@ async def test_a_session_that_outlives_its_sandbox_cannot_write(
         await session.rollback()
     assert await authors(database_url) == ["Ada"]
     assert await names(database) == ["Ada"]
+
+
+@pytest.mark.parametrize("database_url", ["postgresql", "mysql"], indirect=True)
+async def test_a_connection_that_is_lost_ends_the_sandbox_and_harms_nothing_else(
+    database: Database, database_url: str
+) -> None:
+    kill = {"postgresql": "SELECT pg_terminate_backend({}, 5000)", "mysql": "KILL {}"}
+    ask = {"postgresql": "SELECT pg_backend_pid()", "mysql": "SELECT connection_id()"}
+    backend = database.url.get_backend_name()
+    async with database.sandbox():
+        async with database.transaction() as session:
+            await session.execute(add("Ben"))
+            id = await session.scalar(text(ask[backend]))
+        async with outside(database_url) as connection:
+            await connection.execute(kill[backend].format(id))
+        for _ in range(2):
+            with pytest.raises(DatabaseDownError):
+                await names(database)
+    assert await names(database) == ["Ada"]
+
+
+async def test_nothing_of_a_sandbox_is_left_running(database: Database) -> None:
+    async with database.sandbox():
+        assert [t for t in threading.enumerate() if t.name == "asgi-db sandbox"]
+        await names(database)
+    assert not [t for t in threading.enumerate() if t.name == "asgi-db sandbox"]
+    await database.dispose()
 
 
 async def test_a_sandbox_on_a_server_that_cannot_be_reached_says_so_and_ends() -> None:
