@@ -240,7 +240,7 @@ class SandboxedDriver:
 
     def __getattr__(self, name: str) -> Any:
         """Return what else the driver's connection has; what would end it, it has not."""
-        if name.startswith("_") or name in ("interrupt", "terminate", "close", "stop"):
+        if name.startswith("_") or name in ("interrupt", "close", "stop"):
             raise AttributeError(name)
         attribute = getattr(self._shared.driver, name)
         if not inspect.iscoroutinefunction(attribute):
@@ -255,6 +255,10 @@ class SandboxedDriver:
     def is_closed(self) -> bool:
         """Whether it can be used no more."""
         return self._of.is_closed or self._shared.has_gone
+
+    def terminate(self) -> None:
+        """Give it up; the shared connection goes on."""
+        self._of.terminate()
 
     def get_transaction_status(self) -> bool:
         """Whether a transaction is open."""
