@@ -17,7 +17,7 @@ import anyio
 from sqlalchemy import URL, Connection, Engine, MetaData, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext import asyncio as sqlalchemy_asyncio
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from asgi_db.abandoned import connection_aside, connection_of, patient_connection_class
 from asgi_db.cancellation import run_to_completion
@@ -188,7 +188,7 @@ class Database:
                 self.active_sandbox.cover(life)
         return life
 
-    def _make_life(self, url: URL) -> EngineLife:
+    def _make_life(self, url: URL, *, is_aside: bool = False) -> EngineLife:
         folder = None
         if url.get_backend_name() == "sqlite" and url.database == ":memory:":
             # Each connection to SQLite's own `:memory:` is a database of its own. A private file
@@ -206,11 +206,11 @@ class Database:
         verify = self._profile.verify and not self._engine_options.get("pool_pre_ping")
         return EngineLife(
             engine,
-            self.statistics,
+            Statistics() if is_aside else self.statistics,
             folder=folder,
             pooler=self._pooler is not None,
             verify=verify,
-            leak_threshold=self._leak_threshold,
+            leak_threshold=None if is_aside else self._leak_threshold,
         )
 
     async def start(self) -> None:
@@ -398,9 +398,11 @@ class Database:
         """Make an engine that is made as the others are, and is not among them."""
         if self._given is not None:
             engine = self._given.engine
-            return EngineLife(create_async_engine(engine.url, pool=engine.pool.recreate()))
+            aside = create_async_engine(engine.url, pool=engine.pool.recreate())
+            return EngineLife(aside, Statistics())
         # A database in memory is a private file, the same for both.
-        return self._make_life(self.lives[-1].engine.url if self._lives else self.url)
+        url = self.lives[-1].engine.url if self._lives else self.url
+        return self._make_life(url, is_aside=True)
 
     # -- for the unit of work ------------------------------------------------------------------
 

@@ -101,7 +101,7 @@ class Sandbox:
                 f"{self._database!r} is in a sandbox already: end it before you begin another, or"
                 " use `async with session.begin_nested()` inside it."
             )
-        held = [name for life in self._database.lives for name in life.connections.holders()]
+        held = [str(who) for life in self._database.lives for who in life.connections.holders()]
         if held:
             raise SandboxError(
                 f"A sandbox begins when nothing is open, but connections are held by:"
