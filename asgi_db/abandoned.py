@@ -106,6 +106,8 @@ class AbandonedStatements:
         if isinstance(error, Exception):
             return  # the connection itself has failed: there is nobody to tell
         driver = self._engine.dialect.get_driver_connection(connection)
+        if getattr(driver, "is_sandboxed", False):
+            return  # the sandbox ends its statements itself, and goes on
         if error is not None and hasattr(driver, "interrupt") and running_loop() is not None:
             # SQLite, in its thread; one that is idle would not close in good order afterwards.
             in_background(_interrupt(driver))

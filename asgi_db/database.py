@@ -10,14 +10,14 @@ import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 from weakref import WeakSet
 
 import anyio
 from sqlalchemy import URL, Connection, Engine, MetaData, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext import asyncio as sqlalchemy_asyncio
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from asgi_db.abandoned import connection_aside, connection_of, patient_connection_class
 from asgi_db.cancellation import run_to_completion
@@ -38,6 +38,9 @@ from asgi_db.settings import (
 )
 from asgi_db.statistics import DatabaseStats, Statistics, name_of, total
 from asgi_db.unit_of_work import Origin
+
+if TYPE_CHECKING:
+    from asgi_db.testing import Sandbox
 
 logger = logging.getLogger("asgi_db")
 
@@ -133,6 +136,7 @@ class Database:
         _databases.add(self)
         self._of_parent: list[EngineLife] = []
         self._variants: dict[tuple[Engine, tuple[object, ...]], Engine] = {}
+        self.active_sandbox: Sandbox | None = None
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ, **options: Any) -> Self:
@@ -179,11 +183,13 @@ class Database:
         life = self._lives.get(loop)
         if life is None:
             self._forget_closed_loops()
-            life = self._lives[loop] = self._make_life()
+            life = self._lives[loop] = self._make_life(self.url)
+            if self.active_sandbox is not None:
+                self.active_sandbox.cover(life)
         return life
 
-    def _make_life(self) -> EngineLife:
-        url, folder = self.url, None
+    def _make_life(self, url: URL, *, is_aside: bool = False) -> EngineLife:
+        folder = None
         if url.get_backend_name() == "sqlite" and url.database == ":memory:":
             # Each connection to SQLite's own `:memory:` is a database of its own. A private file
             # is one database for all of them, with transactions that do not see each other.
@@ -200,11 +206,11 @@ class Database:
         verify = self._profile.verify and not self._engine_options.get("pool_pre_ping")
         return EngineLife(
             engine,
-            self.statistics,
+            Statistics() if is_aside else self.statistics,
             folder=folder,
             pooler=self._pooler is not None,
             verify=verify,
-            leak_threshold=self._leak_threshold,
+            leak_threshold=None if is_aside else self._leak_threshold,
         )
 
     async def start(self) -> None:
@@ -365,6 +371,38 @@ class Database:
         """
         async with self.session(mode) as session:
             yield session
+
+    def sandbox(self) -> Sandbox:
+        """Begin a sandbox, for a test: nothing that is written in its block stays.
+
+            with database.sandbox():  # or: async with
+                response = client.post("/orders")
+
+        It holds for requests, `session()`, `transaction()` and the engine, in every event loop.
+
+        Raises:
+            SandboxError: there is one already, or a connection is still held.
+        """
+        from asgi_db.testing import Sandbox
+
+        return Sandbox(self)
+
+    # -- for the sandbox -----------------------------------------------------------------------
+
+    @property
+    def lives(self) -> list[EngineLife]:
+        """The engines of all event loops, each with its life."""
+        return [self._given] if self._given is not None else list(self._lives.values())
+
+    def make_life_aside(self) -> EngineLife:
+        """Make an engine that is made as the others are, and is not among them."""
+        if self._given is not None:
+            engine = self._given.engine
+            aside = create_async_engine(engine.url, pool=engine.pool.recreate())
+            return EngineLife(aside, Statistics())
+        # A database in memory is a private file, the same for both.
+        url = self.lives[-1].engine.url if self._lives else self.url
+        return self._make_life(url, is_aside=True)
 
     # -- for the unit of work ------------------------------------------------------------------
 

@@ -78,6 +78,10 @@ class FailedTransactionError(PendingRollbackError):
         )
 
 
+class SandboxError(InvalidRequestError):
+    """Raised when a test asks of a sandbox what it cannot do."""
+
+
 class UncommittedWorkError(InvalidRequestError):
     """Raised where work that is not committed would be thrown away, or has been.
 

@@ -190,6 +190,10 @@ class Connections:
         self._out.clear()
         return len(connections)
 
+    def forget(self, kind: type[object]) -> None:
+        """Take the connections of a kind for closed: there is nothing of them to be closed."""
+        self._open = {entry: c for entry, c in self._open.items() if not isinstance(c, kind)}
+
     def leave_to_parent(self) -> None:
         """Take each connection for closed, without a move.
 

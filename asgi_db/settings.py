@@ -152,6 +152,10 @@ class _Parts:
         if not self.database:
             raise self._error("database", f"is missing: {self.type} needs the name of a database")
         name = f"{self.database}_test" if self.unittest else self.database
+        self.check_length(name)
+        return name
+
+    def check_length(self, name: str) -> None:
         # PostgreSQL cuts a longer name off, without an error: "<63 bytes>_test" is no test database
         # but the real one.
         size, limit = (
@@ -162,7 +166,6 @@ class _Parts:
         if size > int(limit.split()[0]):
             test = ' with "_test"' if self.unittest else ""
             raise self._error("database", f"is too long{test}: {self.type} allows {limit}")
-        return name
 
     def _mysql_charset(self) -> str:
         if not re.fullmatch(r"[A-Za-z0-9_]+", self.charset):
@@ -294,6 +297,26 @@ def _with_defaults(url: URL, backend: str) -> URL:
     # Hosting services hand out libpq's name; asyncpg knows the same modes under its own.
     mode = url.query["sslmode"]
     return url.difference_update_query(["sslmode"]).update_query_dict({"ssl": mode})
+
+
+def with_database_for_tests(url: URL, worker: str | None) -> URL:
+    """Return the URL of the tests' database beside this one: `shop_test`, or `shop_test_gw0`.
+
+    Raises:
+        ConfigurationError: the name is too long.
+    """
+    backend = url.get_backend_name()
+    name = url.database or ""
+    if name == _MEMORY:
+        return url
+    stem, suffix = os.path.splitext(name) if backend == "sqlite" else (name, "")
+    stem = stem if stem.endswith("_test") else f"{stem}_test"
+    name = f"{stem}_{worker}{suffix}" if worker else f"{stem}{suffix}"
+    if backend != "sqlite":
+        _Parts(
+            backend, None, None, None, None, name, "", {"database": "The database for tests"}
+        ).check_length(name)
+    return url.set(database=name)
 
 
 def database_url_from_env(environ: Mapping[str, str]) -> URL | None:

@@ -587,6 +587,24 @@ def test_the_readmes_collector_counts_for_prometheus(
     assert 'outcome="committed",route="POST /orders (create_order)"} 1.0' in scrape
 
 
+@covers("README: Testing your application", "README: A test in a sandbox")
+def test_the_readmes_tests_pass_on_a_database_of_their_own(
+    database_url: str, tmp_path: Path
+) -> None:
+    blocks = readme_blocks()
+    for name, heading in {
+        "tables": "Install",
+        "main": "FastAPI",
+        "conftest": "Testing your application",
+        "test_orders": "A test in a sandbox",
+    }.items():
+        (tmp_path / f"{name}.py").write_text(blocks[heading])
+    options = [f"--asgi-db-url={database_url}", "-W", "error", "-p", "no:asyncio"]
+    command = [sys.executable, "-m", "pytest", *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert "2 passed" in done.stdout, done.stdout + done.stderr
+
+
 async def test_as_the_readme_says_what_had_not_left_with_a_chunk_is_rolled_back(
     database_url: str,
 ) -> None:

@@ -22,6 +22,7 @@ import asgi_db.opentelemetry
 import asgi_db.prometheus
 import asgi_db_fastapi
 import asgi_db_litestar
+import asgi_db_pytest
 import asgi_db_starlette
 from asgi_db import (
     ConcurrentUseError,
@@ -34,6 +35,7 @@ from asgi_db import (
     ModeConflictError,
     OutcomeUnknownError,
     ReadOnlyError,
+    SandboxError,
     SessionExpiredError,
     UnavailableError,
     UncommittedWorkError,
@@ -41,7 +43,13 @@ from asgi_db import (
     session_of,
 )
 
-PACKAGES: list[ModuleType] = [asgi_db, asgi_db_fastapi, asgi_db_litestar, asgi_db_starlette]
+PACKAGES: list[ModuleType] = [
+    asgi_db,
+    asgi_db_fastapi,
+    asgi_db_litestar,
+    asgi_db_pytest,
+    asgi_db_starlette,
+]
 FRAMEWORKS = {"fastapi", "litestar", "starlette"}
 
 
@@ -71,6 +79,7 @@ def test_the_core_exports_the_names_of_the_design() -> None:
         "ModeConflictError",
         "OutcomeUnknownError",
         "ReadOnlyError",
+        "SandboxError",
         "UnavailableError",
         "SessionExpiredError",
         "UncommittedWorkError",
@@ -91,6 +100,7 @@ def test_the_adapters_export_the_names_of_the_design() -> None:
         "CurrentSessionReadOnly",
     }
     assert asgi_db_litestar.__all__ == ["DatabasePlugin"]
+    assert asgi_db_pytest.__all__ == ["asgi_db_database", "sandbox"]
     assert set(asgi_db_starlette.__all__) == {"get_session", "lifespan"}
 
 
@@ -163,6 +173,7 @@ BASES: dict[type[Exception], type[Exception]] = {
     MissingMiddlewareError: RuntimeError,
     ModeConflictError: RuntimeError,
     ReadOnlyError: InvalidRequestError,
+    SandboxError: InvalidRequestError,
     SessionExpiredError: RuntimeError,
     UncommittedWorkError: InvalidRequestError,
     DatabaseBusyError: PoolTimeoutError,
@@ -303,6 +314,7 @@ def test_what_an_optional_module_needs_is_named_with_its_remedy(module: str, nee
     [
         ("asgi_db_fastapi", {"fastapi", "starlette"}),
         ("asgi_db_litestar", {"litestar"}),
+        ("asgi_db_pytest", set[str]()),
         ("asgi_db_starlette", {"starlette"}),
     ],
 )

@@ -2,7 +2,7 @@
 
 import sqlite3
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,13 @@ class Site:
                 await connection.execute(statement)
         options = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 5}
         async with Database(url, engine_options=options) as database:
-            yield cls(framework, url, database)
+            async with cls.around(database):
+                yield cls(framework, url, database)
+
+    @classmethod
+    def around(cls, database: Database) -> AbstractAsyncContextManager[object]:
+        """What stands around all that happens there."""
+        return nullcontext()
 
     def app(
         self,

@@ -1,0 +1,258 @@
+"""For the tests of applications: sandboxes, and databases that last as long as a test run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+from sqlalchemy import URL, NullPool, event, text
+from sqlalchemy.engine import Dialect
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import DisconnectionError
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+
+from asgi_db.cancellation import run_to_completion
+from asgi_db.engine import lost_connection
+from asgi_db.errors import ConfigurationError, SandboxError
+from asgi_db.pool import EngineLife
+from asgi_db.sandbox import SandboxedConnection, in_thread, sandboxed_connection
+from asgi_db.settings import parse_database_url, with_database_for_tests
+from asgi_db.shared_connection import SharedConnection, shared_connection
+
+if TYPE_CHECKING:
+    from asgi_db.database import Database
+
+
+class Sandbox:
+    """A span of time in which nothing that is written through a `Database` stays.
+
+        with database.sandbox():  # or: async with
+            ...
+
+    Everything runs on one connection, whose transaction is rolled back at the end: what the
+    application and the test commit meanwhile is there for both of them, and for nobody else. It
+    works in every event loop and thread of the process.
+    """
+
+    def __init__(self, database: Database) -> None:
+        """Prepare it; use `database.sandbox()`.
+
+        Args:
+            database: what is written through it is undone.
+        """
+        self._database = database
+        self._portals = ExitStack()
+        self._life: EngineLife | None = None
+        self._shared: SharedConnection | None = None
+        self._covered: list[EngineLife] = []
+
+    # -- begin and end -------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        portal = self._begin()
+        try:
+            portal.call(self._open, portal)
+            self._cover_all()
+        except BaseException:
+            self._end(portal)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        _: type[BaseException] | None,
+        __: BaseException | None,
+        ___: TracebackType | None,
+    ) -> None:
+        shared = self._uncover_all()
+        self._end(shared.portal)
+
+    async def __aenter__(self) -> Self:
+        portal = self._begin()
+        try:
+            await run_to_completion(in_thread(portal, partial(self._open, portal)))
+            self._cover_all()
+        except BaseException:
+            self._end(portal)
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        _: type[BaseException] | None,
+        __: BaseException | None,
+        ___: TracebackType | None,
+    ) -> None:
+        shared = self._uncover_all()
+        try:
+            await run_to_completion(in_thread(shared.portal, self._close))
+        finally:
+            self._portals.close()
+
+    def _begin(self) -> BlockingPortal:
+        if self._database.active_sandbox is not None:
+            raise SandboxError(
+                f"{self._database!r} is in a sandbox already: end it before you begin another, or"
+                " use `async with session.begin_nested()` inside it."
+            )
+        held = [str(who) for life in self._database.lives for who in life.connections.holders()]
+        if held:
+            raise SandboxError(
+                f"A sandbox begins when nothing is open, but connections are held by:"
+                f" {'; '.join(held)}. Begin the sandbox first."
+            )
+        portal = self._portals.enter_context(start_blocking_portal(name="asgi-db sandbox"))
+        self._database.active_sandbox = self
+        return portal
+
+    async def _open(self, portal: BlockingPortal) -> None:
+        self._life = self._database.make_life_aside()
+        self._shared = shared_connection(self._life.engine, portal)
+        await self._shared.open()
+
+    async def _close(self) -> None:
+        try:
+            if self._shared is not None:
+                await self._shared.close()
+        finally:
+            if self._life is not None:
+                await self._life.dispose()
+
+    def _end(self, portal: BlockingPortal) -> None:
+        self._database.active_sandbox = None
+        try:
+            portal.call(self._close)
+        finally:
+            self._portals.close()
+
+    # -- the engines ---------------------------------------------------------------------------
+
+    def _cover_all(self) -> None:
+        for life in self._database.lives:
+            self.cover(life)
+
+    def _uncover_all(self) -> SharedConnection:
+        assert self._shared is not None
+        self._database.active_sandbox = None
+        for life in self._covered:
+            engine = life.engine.sync_engine
+            event.remove(engine, "do_connect", self._connect)
+            event.remove(engine, "checkout", self._check_out)
+            life.connections.forget(SandboxedConnection)
+        self._covered.clear()
+        return self._shared
+
+    def cover(self, life: EngineLife) -> None:
+        """Let an engine of the database connect to the sandbox instead of the server."""
+        if life in self._covered:
+            return
+        engine = life.engine.sync_engine
+        event.listen(engine, "do_connect", self._connect)
+        event.listen(engine, "checkout", self._check_out)
+        self._covered.append(life)
+
+    def _connect(
+        self, dialect: Dialect, entry: ConnectionPoolEntry | None, *_: Any
+    ) -> SandboxedConnection | None:
+        if self._shared is None or not self._is_active:
+            return None
+        if self._shared.has_gone:
+            raise lost_connection(ConnectionError("the sandbox's connection is lost"))
+        return sandboxed_connection(self._shared, dialect, entry)
+
+    def _check_out(
+        self, connection: DBAPIConnection, _: ConnectionPoolEntry, __: PoolProxiedConnection
+    ) -> None:
+        if isinstance(connection, SandboxedConnection):
+            connection.commit()  # what SQLAlchemy or the application has sent to set it up
+        elif self._is_active:
+            raise DisconnectionError("This connection is from before the sandbox.")
+
+    @property
+    def _is_active(self) -> bool:
+        # A pool that was made anew, when an engine was disposed, keeps the events of the old one.
+        return self._database.active_sandbox is self
+
+
+# -- databases ---------------------------------------------------------------------------------
+
+
+def test_database_url(url: str | URL, *, worker: str | None = None) -> URL:
+    """Return the URL of a database for tests: `shop_test` beside `shop`.
+
+    Args:
+        url: of the real database, or of one for tests already.
+        worker: name of one of several processes, such as pytest-xdist's `gw0`, that have one
+            each: `shop_test_gw0`.
+
+    Raises:
+        ConfigurationError: the URL cannot be used, or the name would become too long.
+    """
+    return with_database_for_tests(parse_database_url(url), worker)
+
+
+test_database_url.__test__ = False  # type: ignore[attr-defined]  # pytest takes it for a test
+
+
+@contextmanager
+def temporary_database(url: str | URL) -> Generator[URL]:
+    """Create an empty database for tests, and drop it at the end.
+
+    One of this name that is left from before is dropped first: the name has to say that it is for
+    tests.
+
+    Args:
+        url: of the database; its name ends with `_test`, or has `_test_` in it.
+
+    Raises:
+        ConfigurationError: the name does not say that it is for tests.
+    """
+    parsed = parse_database_url(url)
+    name = _name_of(parsed)
+    if not (name.endswith("_test") or "_test_" in name or name == ":memory:"):
+        raise ConfigurationError(
+            f"The database {name!r} would be dropped, but its name does not say that it is for"
+            " tests: let it end with _test."
+        )
+    _replace(parsed, create=True)
+    try:
+        yield parsed
+    finally:
+        _replace(parsed, create=False)
+
+
+def _name_of(url: URL) -> str:
+    name = url.database or ""
+    return os.path.splitext(name)[0] if url.get_backend_name() == "sqlite" else name
+
+
+def _replace(url: URL, *, create: bool) -> None:
+    if url.get_backend_name() == "sqlite":
+        for suffix in ("", "-wal", "-shm", "-journal"):
+            with suppress(FileNotFoundError):
+                os.remove(f"{url.database}{suffix}")
+        return
+    with start_blocking_portal() as portal:  # also where an event loop runs
+        portal.call(_replace_on_server, url, create)
+
+
+async def _replace_on_server(url: URL, create: bool) -> None:
+    is_postgresql = url.get_backend_name() == "postgresql"
+    server = url.set(database="postgres" if is_postgresql else "")
+    engine = create_async_engine(server, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    name = engine.dialect.identifier_preparer.quote_identifier(url.database or "")
+    force = " WITH (FORCE)" if is_postgresql else ""
+    charset = "" if is_postgresql else " CHARACTER SET utf8mb4"
+    try:
+        async with engine.connect() as connection:
+            await connection.execute(text(f"DROP DATABASE IF EXISTS {name}{force}"))
+            if create:
+                await connection.execute(text(f"CREATE DATABASE {name}{charset}"))
+    finally:
+        await engine.dispose()

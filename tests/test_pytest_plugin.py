@@ -1,0 +1,198 @@
+"""The pytest plugin, and the databases that it makes, as a project uses them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sqlalchemy import make_url
+from sqlalchemy.exc import DBAPIError
+
+from asgi_db import ConfigurationError, create_database_url
+from asgi_db.testing import temporary_database, test_database_url
+from tests.servers import DatabaseServer, outside, run
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "tested_app"
+
+WITH_ANYIO = ["-p", "no:asyncio", "-o", "anyio_mode=auto"]
+WITH_PYTEST_ASYNCIO = [
+    "-o",
+    "anyio_mode=strict",
+    "-o",
+    "asyncio_mode=auto",
+    "-o",
+    "asyncio_default_fixture_loop_scope=function",
+]
+
+
+def run_pytest(folder: Path, *arguments: str) -> str:
+    """Run the tests of a project in a process of their own; return what they print."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTEST_ADDOPTS": "-W error"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done.stdout + done.stderr
+
+
+def databases(url: str) -> set[str]:
+    """The databases on a server that are named after this one, itself included."""
+    parsed = make_url(url)
+    if parsed.get_backend_name() == "sqlite":
+        folder = Path(str(parsed.database)).parent
+        return {path.name for path in folder.iterdir()}
+
+    async def listed() -> set[str]:
+        sql = {
+            "postgresql": "SELECT datname FROM pg_database",
+            "mysql": "SELECT schema_name FROM information_schema.schemata",
+        }[parsed.get_backend_name()]
+        async with outside(url) as connection:
+            rows = await connection.execute(sql)
+        return {name for (name,) in rows if name.startswith(str(parsed.database))}
+
+    return run(listed())
+
+
+# -- the example -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("style", [WITH_ANYIO, WITH_PYTEST_ASYNCIO], ids=["anyio", "asyncio"])
+def test_the_example_is_tested_in_sandboxes(database_url: str, style: list[str]) -> None:
+    before = databases(database_url)
+    output = run_pytest(EXAMPLE, f"--asgi-db-url={database_url}", *style)
+    assert "5 passed" in output, output
+    assert databases(database_url) == before
+
+
+# -- a database for each worker ----------------------------------------------------------------
+
+PROJECT = """
+import os
+import anyio
+from sqlalchemy import text
+from asgi_db import Database
+
+BEFORE = os.environ["DATABASE_URL"]  # where an application reads it, when it is imported
+
+def test_the_database_is_this_workers(asgi_db_url):
+    async def ask():
+        async with Database() as database, database.session() as session:
+            assert await session.scalar(text("SELECT 1")) == 1
+    worker = os.environ["PYTEST_XDIST_WORKER"]
+    assert BEFORE == os.environ["DATABASE_URL"] == asgi_db_url
+    assert f"_test_{worker}" in asgi_db_url
+    anyio.run(ask)
+
+def test_another(): pass
+"""
+
+
+def test_each_worker_has_a_database_of_its_own(database_url: str, tmp_path: Path) -> None:
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "test_project.py").write_text(PROJECT)
+    before = databases(database_url)
+    output = run_pytest(folder, f"--asgi-db-url={database_url}", "-n1", "-p", "no:asyncio")
+    assert "2 passed" in output, output
+    assert databases(database_url) == before
+
+
+def test_the_url_may_stand_in_the_configuration(tmp_path: Path) -> None:
+    (tmp_path / "pytest.ini").write_text("[pytest]\nasgi_db_url = sqlite:///shop.db\n")
+    (tmp_path / "test_url.py").write_text(
+        "import os\n"
+        "def test_url(): assert os.environ['DATABASE_URL'] == 'sqlite+aiosqlite:///shop_test.db'\n"
+    )
+    output = run_pytest(tmp_path, "-p", "no:asyncio")
+    assert "1 passed" in output, output
+
+
+def test_without_a_url_the_plugin_does_nothing_and_loads_nothing(tmp_path: Path) -> None:
+    (tmp_path / "test_nothing.py").write_text(
+        "import os, sys\n"
+        "def test_nothing(request):\n"
+        "    assert not {'sqlalchemy', 'asgi_db.database'} & set(sys.modules)\n"
+        "    assert 'asgi_db_url' not in request.fixturenames\n"
+    )
+    output = run_pytest(tmp_path, "-p", "no:asyncio")
+    assert "1 passed" in output, output
+
+
+def test_the_sandbox_asks_for_the_database_of_the_application(tmp_path: Path) -> None:
+    (tmp_path / "test_sandbox.py").write_text("def test_sandbox(sandbox): pass\n")
+    output = run_pytest(tmp_path, "-p", "no:asyncio")
+    assert "has to know the Database of your application" in output
+
+
+def test_a_url_that_cannot_be_used_is_an_error_without_the_password(tmp_path: Path) -> None:
+    output = run_pytest(tmp_path, "--asgi-db-url=oracle://app:secret@localhost/shop")
+    assert 'unknown database "oracle"' in output
+    assert "secret" not in output
+
+
+# -- databases for tests -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "worker", "database"),
+    [
+        ("postgresql://localhost/shop", None, "shop_test"),
+        ("postgresql://localhost/shop", "gw3", "shop_test_gw3"),
+        ("mysql://localhost/shop_test", "gw3", "shop_test_gw3"),
+        ("sqlite:////srv/shop.db", "gw3", "/srv/shop_test_gw3.db"),
+        ("sqlite://", "gw3", ":memory:"),
+    ],
+)
+def test_a_database_for_tests_is_named_after_the_real_one_and_the_worker(
+    url: str, worker: str | None, database: str
+) -> None:
+    assert test_database_url(url, worker=worker).database == database
+
+
+def test_without_a_worker_it_is_the_name_that_create_database_url_gives() -> None:
+    there = create_database_url("postgresql", database="shop", unittest=True)
+    assert test_database_url("postgresql://localhost/shop") == there
+
+
+def test_a_name_that_would_be_too_long_is_an_error() -> None:
+    with pytest.raises(ConfigurationError, match="too long"):
+        test_database_url(f"postgresql://localhost/{'a' * 56}", worker="gw3")
+
+
+def test_a_temporary_database_is_empty_and_gone_afterwards(database_url: str) -> None:
+    url = test_database_url(database_url)
+
+    async def use(sql: str) -> None:
+        async with outside(url.render_as_string(hide_password=False)) as connection:
+            await connection.execute(sql)
+
+    before = databases(database_url)
+    for _ in range(2):
+        with temporary_database(url):
+            run(use("CREATE TABLE thing (id INT)"))
+            with temporary_database(url):  # what is left from a run that was killed
+                run(use("CREATE TABLE thing (id INT)"))
+    assert databases(database_url) == before
+
+
+def test_a_database_whose_name_is_not_for_tests_is_never_dropped(
+    postgresql_server: DatabaseServer,
+) -> None:
+    with postgresql_server.fresh_database() as url:
+        shop = make_url(url).set(database="shop")
+        with pytest.raises(ConfigurationError, match="let it end with _test"):
+            with temporary_database(shop):
+                pass
+
+
+def test_a_server_that_refuses_says_so() -> None:
+    with pytest.raises((DBAPIError, OSError)):
+        with temporary_database("postgresql://nobody@127.0.0.1:1/shop_test"):
+            pass
