@@ -278,16 +278,35 @@ def test_the_application_behind_pgbouncer_answers(
                 assert client.get("/level").json() == "serializable"
 
 
-@covers("how-to/testing.md")
-def test_the_shops_own_tests_pass(load: Load, tmp_path: Path) -> None:
-    load(TUTORIAL, "how-to/testing.md")
-    assert " 2 passed" in run_pytest(tmp_path)
+TESTING = "how-to/testing.md"
 
 
-def run_pytest(folder: Path) -> str:
+@covers(TESTING)
+def test_the_shops_own_tests_pass_and_leave_nothing(tmp_path: Path, database_url: str) -> None:
+    write_files(tmp_path, TUTORIAL, TESTING)
+    assert " 6 passed" in run_pytest(tmp_path, DATABASE_URL=database_url)
+    assert items(database_url) == []
+    run(assert_disconnected(database_url))
+
+
+def test_the_shops_own_tests_pass_side_by_side(tmp_path: Path, postgresql_url: str) -> None:
+    write_files(tmp_path, TUTORIAL, TESTING)
+    of_tests = f"{make_url(postgresql_url).database}_test%"
+    assert " 6 passed" in run_pytest(tmp_path, f"--asgi-db-url={postgresql_url}", "-n", "2")
+    left = f"SELECT datname FROM pg_database WHERE datname LIKE '{of_tests}'"
+    assert sql(postgresql_url, left) == []
+
+
+def run_pytest(folder: Path, *arguments: str, **environment: str) -> str:
     """Runs the tests of a folder as a user would, and returns what pytest printed."""
-    pytest = [sys.executable, "-m", "pytest", "-W", "error", "-p", "no:cacheprovider"]
-    done = subprocess.run(pytest, cwd=folder, capture_output=True, encoding="utf-8", timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-W", "error", "-p", "no:cacheprovider", *arguments],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
