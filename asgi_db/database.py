@@ -25,6 +25,7 @@ from asgi_db.engine import base_options, lost_connection, variant
 from asgi_db.errors import ConfigurationError, DatabaseBusyError, DatabaseDownError
 from asgi_db.fair_pool import FairPool
 from asgi_db.modes import Mode, Transactional, plain, transactional
+from asgi_db.origin import Origin
 from asgi_db.pool import EngineLife, prepare_postgresql, prepare_sqlite, reset_mysql
 from asgi_db.session import DBSession
 from asgi_db.settings import (
@@ -37,7 +38,6 @@ from asgi_db.settings import (
     pool_profile,
 )
 from asgi_db.statistics import DatabaseStats, Statistics, name_of, total
-from asgi_db.unit_of_work import Origin
 
 if TYPE_CHECKING:
     from asgi_db.testing import Sandbox

@@ -35,12 +35,13 @@ from asgi_db.frameworks import (
 )
 from asgi_db.lifespan import serve_lifespan
 from asgi_db.modes import Mode, ModeDefault, plain, retrying, should_commit
+from asgi_db.origin import Origin
 from asgi_db.readiness import refuse
 from asgi_db.retry import Attempts
 from asgi_db.session import DBSession
 from asgi_db.statistics import Tally
 from asgi_db.types import ASGIApp, Message, Receive, Scope, Send
-from asgi_db.unit_of_work import Origin, UnitOfWork
+from asgi_db.unit_of_work import UnitOfWork
 
 logger = logging.getLogger("asgi_db")
 

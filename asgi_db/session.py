@@ -19,7 +19,8 @@ from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 from asgi_db.hooks import Hook, HookFunction, When
 
 if TYPE_CHECKING:
-    from asgi_db.unit_of_work import Origin, UnitOfWork
+    from asgi_db.origin import Origin
+    from asgi_db.unit_of_work import UnitOfWork
 
 
 class UnitSession(Session):

@@ -23,7 +23,7 @@ import anyio
 from sqlalchemy import Connection, Engine, Result
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
 from asgi_db.cancellation import current_task, run_to_completion
@@ -47,7 +47,7 @@ from asgi_db.session import DBSession, UnitSession
 from asgi_db.statistics import Outcome, Tally
 
 if TYPE_CHECKING:
-    from asgi_db.database import Database
+    from asgi_db.origin import Origin
 
 logger = logging.getLogger("asgi_db")
 
@@ -77,73 +77,6 @@ TRANSITIONS: dict[State, tuple[State, ...]] = {
     State.ENDING: (State.IDLE,),
     State.CLOSED: (),
 }
-
-
-class Origin:
-    """What a session is for: a request, or a block of code.
-
-    It has the session's unit of work, which is made when somebody first asks for it.
-
-    Attributes:
-        database: where the session comes from.
-        attempt: which attempt at the request it is, from 1.
-        ends_at: when the mode's `timeout=` is over, in the event loop's time, if an earlier attempt
-            has let it begin.
-        was_used: whether anybody has asked for the unit of work.
-    """
-
-    database: Database
-    attempt = 1
-    ends_at: float | None = None
-    was_used = False
-    _unit: UnitOfWork | None = None
-    _is_over = False
-
-    def engine(self) -> AsyncEngine:
-        """Return the engine of the session's event loop."""
-        return self.database.engine
-
-    def route_mode(self) -> Mode | None:
-        """Return the mode that the route itself sets, which wins over everything."""
-        return None
-
-    def default_mode(self) -> Mode:
-        """Return the mode that holds if nothing stronger says otherwise."""
-        raise NotImplementedError
-
-    def describe(self) -> str:
-        """Name it, for messages."""
-        raise NotImplementedError
-
-    def route(self) -> str:
-        """Name it among the counters: it has one name, however often it comes."""
-        return self.describe()
-
-    def unit_ended(self, tally: Tally) -> None:
-        """Take note of what a unit of work has done."""
-
-    def unit_of_work(self, session: DBSession) -> UnitOfWork:
-        """Return the unit of work of the session, which is the same for as long as this lasts."""
-        unit = self._unit
-        if unit is None:
-            unit = UnitOfWork(session, self)
-            self.was_used = True
-            if self._is_over:
-                unit.close()
-            else:
-                self._unit = unit
-        return unit
-
-    def close(self) -> None:
-        """Let the session go for good: whoever still uses it gets an error.
-
-        What refers to each other comes apart here, so that nothing waits for the garbage
-        collector, and the memory serves the next request while it is warm.
-        """
-        self._is_over = True
-        if (unit := self._unit) is not None:
-            self._unit = None
-            unit.close()
 
 
 class Transaction:
