@@ -234,15 +234,16 @@ class Database:
                 logger.warning(
                     "%r is not there yet (%s); trying for %.1f s more",
                     self,
-                    type(error).__name__,
+                    _cause(error),
                     left,
                 )
                 await anyio.sleep(min(delay, left))
                 delay = min(delay * 2, 2.0)
 
     def _not_there(self, error: Exception) -> ConnectionError:
-        cause = str(error).partition("\n")[0] or "no answer"
-        return ConnectionError(f"{self!r} did not come up within {self._wait_for:g} s: {cause}")
+        return ConnectionError(
+            f"{self!r} did not come up within {self._wait_for:g} s: {_cause(error)}"
+        )
 
     async def dispose(self) -> None:
         """Close every connection, also those which are still out after a while.
@@ -485,6 +486,10 @@ class Block(Origin):
 
     def describe(self) -> str:
         return self._name
+
+
+def _cause(error: Exception) -> str:
+    return str(error).partition("\n")[0] or "no answer"
 
 
 async def _ask(connecting: AbstractAsyncContextManager[AsyncConnection]) -> None:
