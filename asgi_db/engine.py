@@ -398,11 +398,16 @@ class Connector:
 
         Raises:
             DatabaseDownError: there is none.
+            ConfigurationError: the driver does not take what the URL asks for.
         """
         try:
             return await connect_whole(self._connect, *args, **kwargs)
         except self._errors as error:
             raise lost_connection(error) from error
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"The driver does not take the options in the URL, or in connect_args: {error}."
+            ) from error
 
 
 def raise_if_connect_failed(error: BaseException) -> None:

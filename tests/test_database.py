@@ -463,6 +463,13 @@ async def test_ping_answers_only_if_the_database_does(
     await assert_no_thread_of_sqlite()
 
 
+async def test_an_option_that_the_driver_does_not_take_is_named(server_url: str) -> None:
+    url = make_url(server_url).update_query_dict({"nonsense": "1"})
+    async with Database(url) as database:
+        with pytest.raises(ConfigurationError, match="options in the URL.*nonsense"):
+            await database.ping()
+
+
 async def test_ping_says_so_if_no_connection_is_free_in_time(database_url: str) -> None:
     options = {**ONE_CONNECTION, "pool_timeout": 0.1}
     async with Database(database_url, engine_options=options) as database:

@@ -7,7 +7,7 @@ import socket
 import statistics
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -68,11 +68,7 @@ async def _check_server(report: Report, database: Database, plan: Plan) -> None:
 
 @asynccontextmanager
 async def _connected(database: Database) -> AsyncGenerator[AsyncConnection]:
-    async with AsyncExitStack() as stack:
-        try:
-            connection = await stack.enter_async_context(connection_of(database.engine))
-        except (TypeError, ValueError) as error:  # of what the URL gives to the driver's `connect`
-            raise ConfigurationError(f"the driver does not take the URL ({error})") from error
+    async with connection_of(database.engine) as connection:
         await connection.execution_options(isolation_level="AUTOCOMMIT")
         yield connection
 
