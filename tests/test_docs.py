@@ -299,8 +299,10 @@ def test_the_shops_own_tests_pass_side_by_side(tmp_path: Path, postgresql_url: s
 
 def run_pytest(folder: Path, *arguments: str, **environment: str) -> str:
     """Runs the tests of a folder as a user would, and returns what pytest printed."""
+    # The shop uses anyio's plugin; pytest-asyncio is here for another example, and warns.
+    without = ["-p", "no:cacheprovider", "-p", "no:asyncio"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-W", "error", "-p", "no:cacheprovider", *arguments],
+        [sys.executable, "-m", "pytest", "-W", "error", *without, *arguments],
         cwd=folder,
         env={**os.environ, **environment},
         capture_output=True,
