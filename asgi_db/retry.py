@@ -61,11 +61,12 @@ class Attempts:
         self._messages: list[Message] = []
         self._size = 0
         self._position = 0
-        self._keeps_body: Callable[[], bool] = lambda: True
+        self._are_wanted: Callable[[], bool] = lambda: True
+        self._keeps_body: bool | None = None  # not decided before the first piece of it comes
 
     def keep_body_if(self, wanted: Callable[[], bool]) -> None:
-        """Keep the body only if this says so when the first piece of it comes."""
-        self._keeps_body = wanted
+        """Keep the body only if this says so: when it comes, the route is known."""
+        self._are_wanted = wanted
 
     async def receive(self) -> Message:
         """Receive for the application: first what an earlier attempt has received."""
@@ -73,24 +74,26 @@ class Attempts:
             message = self._messages[self._position]
         else:
             message = await self._receive()
-            if not self._size and not self._messages and not self._keeps_body():
-                self._size = BODY_LIMIT + 1
             self._keep(message)
         self._position += 1
         return message
 
     def _keep(self, message: Message) -> None:
+        if self._keeps_body is None:
+            self._keeps_body = self._are_wanted()
+        if not self._keeps_body:
+            return
+        self._messages.append(message)
         self._size += len(message.get("body") or b"")
-        if self._size <= BODY_LIMIT:
-            self._messages.append(message)
-        else:
+        if self._size > BODY_LIMIT:
+            self._keeps_body = False
             self._messages.clear()
 
     def obstacle(self, retries: int) -> str:
         """Say why there will be no further attempt; an empty string if there will be one."""
         if self.number > retries:
             return f"{self.number} attempts have lost, and retries={retries}"
-        if self._size > BODY_LIMIT:
+        if self._keeps_body is False:
             return f"its body is larger than the {BODY_LIMIT} bytes that are kept for that"
         if self.ends_at is not None and self._longest_delay + _now() > self.ends_at:
             return "its timeout= is nearly over"
