@@ -94,7 +94,10 @@ class Attempts:
         if self.number > retries:
             return f"{self.number} attempts have lost, and retries={retries}"
         if self._keeps_body is False:
-            return f"its body is larger than the {BODY_LIMIT} bytes that are kept for that"
+            return (
+                f"its body was not kept: it has more than {BODY_LIMIT} bytes, or was read before"
+                " the route was known"
+            )
         if self.ends_at is not None and self._longest_delay + _now() > self.ends_at:
             return "its timeout= is nearly over"
         return ""
