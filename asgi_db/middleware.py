@@ -188,7 +188,9 @@ class Call(Origin):
 
     def close(self) -> None:
         super().close()
-        self._scope = marks_of(self._scope)  # the scope has the session, and so this
+        # The scope has the session, which has this; and the server's functions have the scope.
+        self._scope = marks_of(self._scope)
+        del self._receive, self._send
 
     def engine(self) -> AsyncEngine:
         return self.database.engine_on(self._loop)  # also in a thread, which has no loop of its own
