@@ -1,0 +1,113 @@
+"""What a request leaves behind goes at once, and does not wait for the garbage collector."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from sqlalchemy import insert, select
+
+from asgi_db import (
+    Database,
+    DBSession,
+    DBSessionMiddleware,
+    Mode,
+    plain,
+    read_only,
+    transactional,
+    uuid4_str,
+)
+from asgi_db.types import Message, Receive, Scope, Send
+from tests.tables import Author, Base
+
+
+class Server:
+    """As a server does it: the functions that it gives to the application know the scope."""
+
+    def __init__(self, type: str) -> None:
+        self.scope: dict[str, Any] = {"type": type, "path": "/", "headers": [], "state": {}}
+        if type == "http":
+            self.scope["method"] = "GET"
+
+    async def receive(self) -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(self, message: Message) -> None: ...
+
+
+async def do_nothing(session: DBSession) -> None: ...
+
+
+async def read(session: DBSession) -> None:
+    await session.scalars(select(Author))
+
+
+async def write(session: DBSession) -> None:
+    await session.execute(insert(Author).values(name=uuid4_str()))
+
+
+async def add(session: DBSession) -> None:
+    session.add(Author(name=uuid4_str()))
+    session.on_commit(lambda: None)
+
+
+async def fail(session: DBSession) -> None:
+    await read(session)
+    raise LookupError
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("type", ["http", "websocket"])
+@pytest.mark.parametrize(
+    ("mode", "work"),
+    [
+        (plain, do_nothing),
+        (plain, read),
+        (read_only, read),
+        (read_only(timeout=10), read),
+        (transactional, write),
+        (transactional, add),
+        (plain, fail),
+    ],
+)
+async def test_nothing_of_a_request_waits_for_the_garbage_collector(
+    database_url: str, type: str, mode: Mode, work: Any
+) -> None:
+    left: list[weakref.ref[Any]] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        session: DBSession = scope["state"]["db"]
+        left.append(weakref.ref(session))
+        await work(session)
+        left.append(weakref.ref(session.sync_session)) if work is not do_nothing else None
+        kind = "response.start" if type == "http" else "accept"
+        await send({"type": f"{type}.{kind}", "status": 200, "headers": []})
+        if type == "http":
+            await send({"type": "http.response.body"})
+
+    async def serve(database: Database) -> None:
+        server = Server(type)
+        left.append(weakref.ref(server))
+        middleware = DBSessionMiddleware(app, database, mode=mode)
+        try:
+            await middleware(server.scope, server.receive, server.send)
+        except LookupError as error:
+            error.__traceback__ = None
+
+    async with Database(database_url) as database:
+        await database.create_tables(Base.metadata)
+        for _ in range(2):  # the first opens the connection
+            left.clear()
+            await serve(database)
+        assert [ref() for ref in left if ref() is not None] == []
