@@ -301,10 +301,11 @@ def run_pytest(folder: Path, *arguments: str, **environment: str) -> str:
     """Runs the tests of a folder as a user would, and returns what pytest printed."""
     # The shop uses anyio's plugin; pytest-asyncio is here for another example, and warns.
     without = ["-p", "no:cacheprovider", "-p", "no:asyncio"]
+    outside = {key: value for key, value in os.environ.items() if "PYTEST_XDIST" not in key}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-W", "error", *without, *arguments],
         cwd=folder,
-        env={**os.environ, **environment},
+        env={**outside, **environment},
         capture_output=True,
         encoding="utf-8",
         timeout=120,
