@@ -477,6 +477,26 @@ async def test_one_that_somebody_else_has_ended_is_no_trouble(
     assert "could" not in caplog.text
 
 
+async def test_a_server_that_cannot_be_told_is_left_alone_after_a_while(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("asgi_db.abandoned.ATTEMPT_TIMEOUT", 0.2)
+    monkeypatch.setattr("asgi_db.abandoned.GIVE_UP_AFTER", 0)
+    with servers.postgresql(own=True) as server, server.fresh_database() as url:
+        async with Database(url, engine_options=POOL) as database:
+            await database.create_tables(Base.metadata)
+            site = Site(url, database)
+            request = begin(site)
+            await asleep(url)
+            with server.frozen():
+                site.cancel()
+                await ended(request)
+                async with asyncio.timeout(10):
+                    while "may still run on the server" not in caplog.text:  # noqa: ASYNC110
+                        await asyncio.sleep(0.05)
+            assert "1 statements" in caplog.text
+
+
 # -- SQLite -------------------------------------------------------------------------------------
 
 ENDLESS = """

@@ -101,6 +101,20 @@ async def test_a_hook_that_does_not_end_is_cut_off_some_time_after_the_cancellat
     assert "a hook was cut off after COMMIT" in caplog.text
 
 
+async def test_hooks_of_a_commit_by_hand_run_also_if_it_is_cancelled(database: Database) -> None:
+    lines: list[str] = []
+    async with database.session() as session:
+        session.on_commit(lambda: lines.append("committed"))
+        session.add(Author(name="a"))
+        await session.flush()
+        committing = asyncio.create_task(session.commit())
+        await asyncio.sleep(0)
+        committing.cancel()
+        await asyncio.wait((committing,))
+        assert committing.cancelled()
+        assert lines == ["committed"]
+
+
 async def test_each_message_of_a_socket_runs_its_own_hooks(database: Database) -> None:
     lines: list[str] = []
 

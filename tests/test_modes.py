@@ -109,6 +109,12 @@ vary: Any = transactional
 vary_read_only: Any = read_only
 
 
+@pytest.mark.parametrize("timeout", [0, -1, float("nan")])
+def test_a_timeout_that_is_no_time_is_refused(timeout: Any) -> None:
+    with pytest.raises(ValueError, match="must be seconds, more than 0"):
+        transactional(timeout=timeout)
+
+
 @pytest.mark.parametrize("isolation", ["serializable", "SNAPSHOT", "", "AUTOCOMMIT", 3])
 def test_an_unknown_isolation_is_refused_with_the_known_ones(isolation: Any) -> None:
     with pytest.raises(ValueError, match="READ COMMITTED.*SERIALIZABLE") as refused:

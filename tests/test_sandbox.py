@@ -563,3 +563,28 @@ async def test_a_sandbox_on_a_server_that_cannot_be_reached_says_so_and_ends() -
     with pytest.raises(DBAPIError, match="cannot be reached"):
         database.sandbox().__enter__()
     await database.dispose()
+
+
+async def test_what_stands_for_a_connection_behaves_like_one(database: Database) -> None:
+    async with database.sandbox(), database.session() as session:
+        raw = await (await session.connection()).get_raw_connection()
+        adapted, driver = raw.dbapi_connection, raw.driver_connection
+        assert adapted.driver_connection is driver
+
+        def by_hand(_: Any) -> list[Any]:
+            cursor = adapted.execute("SELECT 1")
+            return [tuple(row) for row in cursor]
+
+        assert await session.run_sync(by_hand) == [(1,)]
+        for stand_in in (adapted, driver):
+            assert not hasattr(stand_in, "_no_such_thing")
+
+
+async def test_a_rollback_in_words_is_one(database: Database) -> None:
+    async with database.sandbox():
+        async with database.session() as session:
+            await session.execute(add("undone"))
+            await (await session.connection()).exec_driver_sql("ROLLBACK")
+            await session.execute(add("kept"))
+            await session.commit()
+        assert await names(database) == ["Ada", "kept"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import insert, inspect, select, text
+from sqlalchemy import func, insert, inspect, select, text
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession, async_object_session, create_async_engine
 from sqlalchemy.orm import Session, object_session
@@ -22,6 +22,7 @@ from asgi_db import (
     Database,
     DBSession,
     Mode,
+    ReadOnlyError,
     SessionExpiredError,
     plain,
     read_only,
@@ -98,6 +99,36 @@ async def test_the_session_is_a_real_async_session(database: Database) -> None:
         assert async_object_session(ada) is session
         assert object_session(ada) is session.sync_session
         assert inspect(ada).persistent
+
+
+async def test_a_wrong_name_is_an_attribute_error_before_the_first_use_and_after(
+    database: Database,
+) -> None:
+    async with unit_of(database) as unit:
+        for _ in range(2):
+            with pytest.raises(AttributeError, match="DBSession.*no attribute 'execut'"):
+                getattr(unit.session, "execut")  # noqa: B009 - a type checker sees it
+            assert await unit.session.scalar(select(func.count(Author.id))) == 1
+
+
+async def test_a_transaction_that_was_begun_by_hand_is_committed_by_hand(
+    database: Database, database_url: str
+) -> None:
+    async with unit_of(database, plain) as unit:
+        transaction = await unit.session.begin()
+        unit.session.add(Author(name="by hand"))
+        await transaction.commit()
+        assert "by hand" in await authors(database_url)
+
+
+async def test_a_statement_without_parameters_is_held_against_the_mode_too(
+    database: Database,
+) -> None:
+    async with unit_of(database, read_only) as unit:
+        connection = await unit.session.connection(execution_options={"no_parameters": True})
+        await connection.exec_driver_sql("SELECT 1")
+        with pytest.raises(ReadOnlyError):
+            await connection.exec_driver_sql("DELETE FROM author")
 
 
 async def test_the_options_of_the_sessions_are_handed_on(sqlite_url: str) -> None:

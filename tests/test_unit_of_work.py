@@ -242,6 +242,46 @@ async def test_a_request_without_a_statement_costs_no_task_greenlet_or_connectio
         assert await server_connections(postgresql_url) == []
 
 
+async def test_an_application_that_takes_no_notice_of_a_failed_commit_sends_nothing(
+    sqlite_url: str,
+) -> None:
+    """The error comes out of each `send`, and at the end out of the application."""
+    async with Database(sqlite_url) as database:
+        await database.create_tables(Deferred.metadata)
+        seen: list[type[Exception]] = []
+        sent: list[Any] = []
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            scope["state"]["db"].add(Child(parent_id=1))
+            for kind in ("start", "body"):
+                try:
+                    await send({"type": f"http.response.{kind}", "status": 200, "headers": []})
+                except IntegrityError as error:
+                    seen.append(type(error))
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        middleware = DBSessionMiddleware(app, database, mode=transactional)
+        with pytest.raises(IntegrityError):
+            await middleware({"type": "http", "method": "GET", "path": "/"}, send, send)
+        assert (seen, sent) == ([IntegrityError] * 2, [])
+
+
+async def test_a_connection_of_another_kind_is_none_of_the_middlewares_business(
+    on_sqlite: Database,
+) -> None:
+    scopes: list[Scope] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        scopes.append(dict(scope))
+
+    async def channel(message: Any = None) -> None: ...
+
+    await DBSessionMiddleware(app, on_sqlite)({"type": "webtransport"}, channel, channel)
+    assert scopes == [{"type": "webtransport"}]
+
+
 async def test_in_use_says_whether_there_is_anything_to_end(on_sqlite: Database) -> None:
     unit = unit_of(on_sqlite)
     assert not unit.in_use
