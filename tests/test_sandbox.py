@@ -568,7 +568,8 @@ async def test_a_sandbox_on_a_server_that_cannot_be_reached_says_so_and_ends() -
 async def test_what_stands_for_a_connection_behaves_like_one(database: Database) -> None:
     async with database.sandbox(), database.session() as session:
         raw = await (await session.connection()).get_raw_connection()
-        adapted, driver = raw.dbapi_connection, raw.driver_connection
+        adapted: Any = raw.dbapi_connection
+        driver = raw.driver_connection
         assert adapted.driver_connection is driver
 
         def by_hand(_: Any) -> list[Any]:

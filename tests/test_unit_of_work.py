@@ -259,7 +259,7 @@ async def test_an_application_that_takes_no_notice_of_a_failed_commit_sends_noth
                 except IntegrityError as error:
                     seen.append(type(error))
 
-        async def send(message: Any) -> None:
+        async def send(message: Any = None) -> None:
             sent.append(message)
 
         middleware = DBSessionMiddleware(app, database, mode=transactional)
