@@ -123,6 +123,7 @@ class DBSessionMiddleware:
                 await exchange.run()
             finally:
                 exchange.close()
+                exchange.leave()
             if not exchange.is_lost:
                 return
             scope = await attempts.next()
@@ -348,6 +349,10 @@ class Exchange(Call):
         self.ends_at = attempts.ends_at
         self._attempts = attempts
         attempts.keep_body_if(lambda: (self.route_mode() or self.default_mode()).retries > 0)
+
+    def leave(self) -> None:
+        """Be one of several attempts no more: they know this, and nothing is to go in circles."""
+        self._attempts = None
 
     def _lose_if_it_has_lost(self, error: BaseException | None) -> None:
         """Give the attempt up if the database has preferred another transaction to it."""

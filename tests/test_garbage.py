@@ -79,6 +79,9 @@ def no_collector() -> Iterator[None]:
         (transactional, write),
         (transactional, add),
         (plain, fail),
+        (transactional(retries=1), write),  # from here on, any request may be run again
+        (plain, do_nothing),
+        (plain, read),
     ],
 )
 async def test_nothing_of_a_request_waits_for_the_garbage_collector(
