@@ -136,6 +136,19 @@ async def outside(url: str) -> AsyncGenerator[Outside, None]:
             raise ValueError(f"no tests on {backend}")
 
 
+def sql(url: str, *statements: str) -> list[Row]:
+    """Runs statements on another connection, and returns the rows of the last one."""
+
+    async def execute() -> list[Row]:
+        rows = list[Row]()
+        async with outside(url) as connection:
+            for statement in statements:
+                rows = await connection.execute(statement)
+        return rows
+
+    return run(execute())
+
+
 @dataclass(frozen=True)
 class ServerConnection:
     """One client of a database, as its server sees it."""

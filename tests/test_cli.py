@@ -26,7 +26,7 @@ from asgi_db.cli.sqlite import file_system
 from tests import servers
 from tests.pgbouncer import pgbouncer, through
 from tests.relay import Fate, Relay, once
-from tests.servers import DatabaseServer, Row, assert_disconnected, outside, run
+from tests.servers import DatabaseServer, assert_disconnected, run, sql
 
 COMMAND = Path(sys.executable).with_name("asgi-db")
 SECRET = "s3cr3t"
@@ -53,19 +53,6 @@ def asgi_db(
     )
     assert SECRET not in done.stdout + done.stderr
     return done
-
-
-def sql(url: str, *statements: str) -> list[Row]:
-    """Run statements on another connection, and return the rows of the last one."""
-
-    async def execute() -> list[Row]:
-        rows = list[Row]()
-        async with outside(url) as connection:
-            for statement in statements:
-                rows = await connection.execute(statement)
-        return rows
-
-    return run(execute())
 
 
 def with_password(url: str, password: str) -> str:

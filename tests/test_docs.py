@@ -16,13 +16,7 @@ from starlette.testclient import TestClient
 from asgi_db import Database, Mode, plain, read_only, transactional
 from asgi_db.settings import POOL_PROFILES
 from tests.pgbouncer import pgbouncer, through
-from tests.servers import (
-    DatabaseServer,
-    Row,
-    assert_disconnected,
-    outside,
-    run,
-)
+from tests.servers import DatabaseServer, assert_disconnected, run, sql
 from tests.snippets import PYTHON_BLOCK, files_of, sql_of
 
 ROOT = Path(__file__).parents[1]
@@ -75,19 +69,6 @@ def load(
 def serve(app: Any) -> TestClient:
     """A client for an application, which starts it and ends it with its block."""
     return TestClient(app, raise_server_exceptions=False, follow_redirects=False)
-
-
-def sql(url: str, *statements: str) -> list[Row]:
-    """Runs statements on another connection, and returns the rows of the last one."""
-
-    async def execute() -> list[Row]:
-        rows = list[Row]()
-        async with outside(url) as connection:
-            for statement in statements:
-                rows = await connection.execute(statement)
-        return rows
-
-    return run(execute())
 
 
 def items(url: str) -> list[str]:

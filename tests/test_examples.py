@@ -25,7 +25,7 @@ from asgi_db import Database, DBSessionMiddleware, PoolProfile, session_of, tran
 from asgi_db.settings import POOL_PROFILES
 from asgi_db.types import Message, Receive, Scope, Send
 from models import Account
-from tests.servers import Row, assert_disconnected, assert_idle, outside, run
+from tests.servers import Row, assert_disconnected, assert_idle, run, sql
 from tests.snippets import blocks_by_heading
 
 ROOT = Path(__file__).parents[1]
@@ -41,19 +41,6 @@ def covers(*names: str) -> Callable[[Test], Test]:
     """Notes which example files a test runs."""
     COVERED.update(names)
     return lambda test: test
-
-
-def sql(url: str, *statements: str) -> list[Row]:
-    """Runs statements on another connection, and returns the rows of the last one."""
-
-    async def execute() -> list[Row]:
-        rows = list[Row]()
-        async with outside(url) as connection:
-            for statement in statements:
-                rows = await connection.execute(statement)
-        return rows
-
-    return run(execute())
 
 
 @pytest.fixture
