@@ -481,9 +481,8 @@ class UnitOfWork:
             await run_to_completion(whole())
         except asyncio.CancelledError:
             self.commit_outlived_request = self.is_unanswered
-            if self.hooks is not None:
-                with contextlib.suppress(Exception):  # it is logged
-                    await self.hooks.run(self.describe)
+            with contextlib.suppress(Exception):  # it is logged
+                await self.run_hooks()
             raise
         await self.run_hooks()
 
