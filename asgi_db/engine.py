@@ -6,13 +6,12 @@ One engine and one pool serve all modes. For each mode there is a variant of the
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import re
 import sqlite3
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 from sqlalchemy import URL, Connection, Engine, event
 from sqlalchemy.engine import Dialect, ExceptionContext, ExecutionContext
@@ -426,15 +425,25 @@ def raise_if_connect_failed(error: BaseException) -> None:
 
 
 class _SQLiteConnection(sqlite3.Connection):
-    """Rolls back before it closes.
+    """Is closed, and its transaction over, once `close` returns.
 
     To SQLite a connection is closed only when its last statement is gone: one that was cut off
-    would keep the transaction, and its lock, until the garbage collector finds it.
+    would keep the transaction, and its lock, until the garbage collector finds it. And while it
+    is there, a connection that has been interrupted refuses to roll back.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._cursors = WeakSet[sqlite3.Cursor]()
+
+    def cursor(self, *args: Any, **kwargs: Any) -> Any:
+        cursor: sqlite3.Cursor = super().cursor(*args, **kwargs)
+        self._cursors.add(cursor)
+        return cursor
+
     def close(self) -> None:
-        with contextlib.suppress(sqlite3.Error):
-            self.rollback()
+        for cursor in tuple(self._cursors):
+            cursor.close()
         super().close()
 
 

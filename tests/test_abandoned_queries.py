@@ -590,6 +590,38 @@ async def test_sqlite_does_not_compute_what_comes_after_the_interrupt(sqlite_url
     await assert_no_thread_of_sqlite()
 
 
+async def test_sqlite_gives_its_lock_back_when_the_interrupt_meets_a_statement_with_rows_left(
+    sqlite_url: str,
+) -> None:
+    """SQLite goes on to refuse whatever comes, a ROLLBACK too, until that statement is gone."""
+    busy, go_on = threading.Event(), threading.Event()
+
+    def keep_busy() -> None:
+        busy.set()
+        go_on.wait(10)
+
+    async with Database(sqlite_url) as database:
+        await database.create_tables(Base.metadata)
+        async with database.session() as session:
+            await session.execute(insert(Author).values(name="lost"))
+            connection = await (await session.connection()).get_raw_connection()
+            driver: Any = connection.driver_connection
+            await driver.create_function("keep_busy", 0, keep_busy)
+            cursor = await driver.cursor()
+            await cursor.execute("SELECT 1 UNION SELECT 2")
+            statement = asyncio.create_task(session.execute(text("SELECT keep_busy()")))
+            await asyncio.to_thread(busy.wait)
+            statement.cancel()
+            await asyncio.wait((statement,))
+            await turns(5)  # it has been interrupted, and cannot have been closed yet
+            go_on.set()
+            await database.dispose()
+            async with outside(sqlite_url) as other:
+                await other.execute("INSERT INTO author (name) VALUES ('kept')")
+            assert await authors(sqlite_url) == ["kept"]
+    await assert_no_thread_of_sqlite()
+
+
 @each_server
 async def test_a_query_that_was_cut_off_on_its_way_to_the_server_is_ended_there(url: str) -> None:
     """It begins at the server after it has been cut off here."""
