@@ -20,6 +20,7 @@ from tests.bench.samples import Measured, merge
 from tests.bench.traffic import held, round_trips
 from tests.contenders import FIELD, OURS, Backend
 from tests.contenders.served import allow_many_sockets
+from tests.options import add_choice
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "performance.md"
@@ -108,16 +109,11 @@ def _run(
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make bench ARGS=...", description=__doc__)
 
-    def choice(option: str, names: Sequence[str], help: str) -> None:
-        parser.add_argument(
-            option, nargs="+", action="extend", default=[], choices=names, metavar="NAME", help=help
-        )
-
     measurements = [one.__name__ for one in [*EVERYWHERE, *ON_POSTGRESQL]]
-    choice("--only", measurements, f"measurements: {', '.join(measurements)}")
+    add_choice(parser, "--only", measurements, "measurements")
     names = [contender.name for contender in FIELD]
-    choice("--contender", names, f"contenders: {', '.join(names)}; asgi_db is what ratios are to")
-    choice("--database", BACKENDS, f"databases: {', '.join(BACKENDS)}")
+    add_choice(parser, "--contender", names, "contenders, asgi_db being what ratios are to")
+    add_choice(parser, "--database", BACKENDS, "databases")
     parser.add_argument("--seed", type=int, help="that of an earlier run; chosen if left out")
     parser.add_argument("--seconds", type=int, default=SECONDS, help="of a slice of load")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="slices for each contender")

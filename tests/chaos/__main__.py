@@ -15,6 +15,7 @@ from tests.chaos.report import Row
 from tests.chaos.runner import Job, run
 from tests.chaos.scenarios import ON_FILES, SCENARIOS
 from tests.contenders import CONTENDERS, DATABASES, OURS, Backend
+from tests.options import add_choice
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "reliability.md"
@@ -76,15 +77,9 @@ def _sorted(rows: Sequence[Row]) -> list[Row]:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make chaos ARGS=...", description=__doc__)
 
-    def choice(option: str, names: Sequence[str], help: str) -> None:
-        parser.add_argument(
-            option, nargs="+", action="extend", default=[], choices=names, metavar="NAME", help=help
-        )
-
-    choice("--only", [*SCENARIOS, *ON_FILES], f"scenarios: {', '.join([*SCENARIOS, *ON_FILES])}")
-    names = [contender.name for contender in CONTENDERS]
-    choice("--contender", names, f"contenders: {', '.join(names)}")
-    choice("--database", list(DATABASES), f"databases: {', '.join(DATABASES)}")
+    add_choice(parser, "--only", [*SCENARIOS, *ON_FILES], "scenarios")
+    add_choice(parser, "--contender", [one.name for one in CONTENDERS], "contenders")
+    add_choice(parser, "--database", list(DATABASES), "databases")
     parser.add_argument("--seed", type=int, help="that of an earlier run; chosen if left out")
     parser.add_argument("--scale", type=float, default=1, help="multiplies the numbers of tries")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="contenders at a time")
