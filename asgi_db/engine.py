@@ -1,7 +1,8 @@
 """What an engine does for the modes: how transactions begin, what may be sent, what errors mean.
 
-One engine and one pool serve all modes. For each mode there is a variant of the engine
-(`Engine.execution_options()`, which shares the pool); the events below read its options.
+One engine and one pool serve all modes. For a mode that begins in another way there is a variant
+of the engine (`Engine.execution_options()`, which shares the pool); the events below read its
+options, and find the unit of work that has a connection.
 """
 
 from __future__ import annotations
@@ -50,9 +51,6 @@ SQLAlchemy's own `isolation_level="AUTOCOMMIT"` changes it twice per request, an
 of the engine (see `watch`).
 """
 
-MODE_OPTION = "asgi_db_mode"
-"""Execution option: the mode, where it restricts what may be sent."""
-
 UNIT_INFO = "asgi_db_unit_of_work"
 """The key in a pooled connection's `info` under which the unit stands that has it."""
 
@@ -95,16 +93,12 @@ def variant_options(engine: Engine, mode: Mode) -> dict[str, Any]:
             f"deferrable=True exists only on PostgreSQL, and this database is {dialect}: leave it"
             " out of transactional(...)."
         )
-    options = _BEGIN.get(dialect, _begin_standard)(mode)
-    if mode.autocommit and _has_autocommit_option(engine):
-        options = dict[str, Any]({AUTOCOMMIT_OPTION: True})
-    if mode.read_only:
-        options[MODE_OPTION] = mode
-    return options
-
-
-def _has_autocommit_option(engine: Engine) -> bool:
-    return _is_asyncpg(engine.dialect) or AUTOCOMMIT_OPTION in engine.get_execution_options()
+    if mode.autocommit:
+        if _is_asyncpg(engine.dialect):
+            return {}  # `begin_unit` sees to it
+        if AUTOCOMMIT_OPTION in engine.get_execution_options():
+            return {AUTOCOMMIT_OPTION: True}
+    return _BEGIN.get(dialect, _begin_standard)(mode)
 
 
 def _is_asyncpg(dialect: Dialect) -> bool:
@@ -113,10 +107,11 @@ def _is_asyncpg(dialect: Dialect) -> bool:
 
 def begin_unit(connection: Connection, unit: UnitOfWork) -> None:
     """Let the events of the engine and of the pool find the unit that now has this connection."""
-    connection.info[UNIT_INFO] = unit
+    pooled = connection.connection
+    pooled.info[UNIT_INFO] = unit
     _units[connection] = ref(unit)
     if unit.mode.autocommit and _is_asyncpg(connection.dialect):
-        _set_autocommit(connection.connection.dbapi_connection, True)
+        _set_autocommit(pooled.dbapi_connection, True)
 
 
 def _set_autocommit(connection: Any, value: bool) -> None:
@@ -161,7 +156,7 @@ def _begin_mysql(mode: Mode) -> dict[str, Any]:
     begin = [f"SET TRANSACTION {', '.join(characteristics)}"] if characteristics else []
     if mode.snapshot:
         begin.append("START TRANSACTION WITH CONSISTENT SNAPSHOT")
-    return {BEGIN_OPTION: begin}
+    return {BEGIN_OPTION: begin} if begin else {}
 
 
 def _begin_sqlite(mode: Mode) -> dict[str, Any]:
@@ -223,23 +218,23 @@ def writes(statement: str) -> bool:
 
 def _check_statement(statement: str, context: ExecutionContext) -> None:
     """Hold a statement that is about to be sent against the mode."""
-    mode: Mode | None = context.execution_options.get(MODE_OPTION)
     unit = _unit_of(context.root_connection)
-    if unit is not None:
-        unit.tally.statements += 1
+    if unit is None:
+        return
+    unit.tally.statements += 1
+    mode = unit.mode
     if writes(statement):
-        if mode is not None:
+        if mode.read_only:
             raise ReadOnlyError(
-                f"{_where(unit)}this statement writes, but the mode is {mode.name} and only reads:"
-                f" {statement[:60]!r}. Put @transactional on the route, or ask for the"
+                f"{unit.describe()}: this statement writes, but the mode is {mode.name} and only"
+                f" reads: {statement[:60]!r}. Put @transactional on the route, or ask for the"
                 " transactional session."
             )
-        if unit is not None:
-            unit.transaction.has_writes = True
-    elif mode is not None and mode.autocommit and context.execution_options.get("stream_results"):
+        unit.transaction.has_writes = True
+    elif mode.autocommit and context.execution_options.get("stream_results"):
         raise ReadOnlyError(
-            f"{_where(unit)}a server-side cursor lives in a transaction, and the read_only mode has"
-            " none: use read_only(snapshot=True), or fetch the rows at once."
+            f"{unit.describe()}: a server-side cursor lives in a transaction, and the read_only"
+            " mode has none: use read_only(snapshot=True), or fetch the rows at once."
         )
 
 
@@ -348,13 +343,16 @@ def watch(engine: Engine) -> None:
 
 
 def variant(engine: Engine, mode: Mode) -> Engine:
-    """Make the variant of an engine on which transactions begin as the mode says.
+    """Return the variant of an engine on which transactions begin as the mode says.
 
     Raises:
         ConfigurationError: the mode asks for what this database does not have.
     """
     watch(engine)
-    return engine.execution_options(**variant_options(engine, mode))
+    options = variant_options(engine, mode)
+    if options.items() <= engine.get_execution_options().items():
+        return engine  # which does not look up its events in another, as a variant does
+    return engine.execution_options(**options)
 
 
 def _terminate(dialect: Dialect, connection: DBAPIConnection) -> None:

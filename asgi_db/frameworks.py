@@ -85,11 +85,12 @@ def _endpoint(scope: Scope) -> Any:
     return scope.get("endpoint") if handler is None else getattr(handler, "fn", None)
 
 
-def _layers(endpoint: Any) -> Iterator[Any]:
+def _layers(endpoint: Any) -> list[Any]:
     """An endpoint, what it wraps, and last the class of which it is a method."""
+    layers = list[Any]()
     layer, owner = endpoint, None
     while layer is not None:
-        yield layer
+        layers.append(layer)
         owner = getattr(layer, "__self__", owner)  # a method of one of Litestar's controllers
         layer = (
             getattr(layer, "func", None)  # functools.partial; Litestar's `sync_to_thread=True`
@@ -97,7 +98,7 @@ def _layers(endpoint: Any) -> Iterator[Any]:
             # listeners in `test_litestar.py` breaks when this changes.
             or getattr(layer, "_fn", None)
         )
-    yield owner
+    return [*layers, owner]
 
 
 def _litestar_option(scope: Scope, key: str) -> Any:

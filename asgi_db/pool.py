@@ -76,13 +76,14 @@ class Connections:
             leak_threshold: seconds after which a connection that is still out is logged.
         """
         self._engine = engine
+        self._dialect = engine.dialect
         self._statistics = statistics
         self._behind_pooler = pooler
         self._verify = verify
         self._open: dict[ConnectionPoolEntry, DBAPIConnection] = {}
         self._out: dict[ConnectionPoolEntry, Held] = {}
         self._leaks = None if leak_threshold is None else LeakWatch(leak_threshold, self._suspects)
-        self._returned = anyio.Event()
+        self._returned: anyio.Event | None = None  # while somebody waits for it
         target = engine.sync_engine
         event.listen(target, "connect", self._connect)
         event.listen(target, "close", self._close)
@@ -101,7 +102,7 @@ class Connections:
     ) -> None:
         now = time.monotonic()
         returned: float | None = entry.info.get(_RETURNED)
-        if has_gone(self._engine.dialect.get_driver_connection(connection)):
+        if has_gone(self._dialect.get_driver_connection(connection)):
             closed = "the server has closed this connection"
             if returned is not None:
                 raise DisconnectionError(closed)  # the pool makes another, but not for ever
@@ -113,7 +114,7 @@ class Connections:
 
     def _ping(self, connection: DBAPIConnection) -> None:
         try:
-            self._engine.dialect.do_ping(connection)
+            self._dialect.do_ping(connection)
         except Exception as error:  # whatever it is: the pool replaces this and all older ones
             raise InvalidatePoolError(str(error)) from error
 
@@ -123,7 +124,8 @@ class Connections:
         held = self._out.pop(entry, None)
         if held is not None:
             self._count(unit, now - held.since)
-        self._returned.set()
+        if self._returned is not None:
+            self._returned.set()
 
     def _count(self, unit: UnitOfWork | None, seconds: float) -> None:
         self._statistics.connection_returned(seconds)
@@ -176,14 +178,14 @@ class Connections:
             self._leaks.stop()
         connections = list(self._open.items())
         for entry, connection in connections:
-            driver = self._engine.dialect.get_driver_connection(connection)
+            driver = self._dialect.get_driver_connection(connection)
             try:
                 if self._behind_pooler:
                     terminate(driver)
                 elif entry in self._out:  # whoever still has it gets an error, also at COMMIT
                     self._out[entry].proxy.invalidate()
                 else:
-                    self._engine.dialect.do_terminate(connection)
+                    self._dialect.do_terminate(connection)
             except RuntimeError:  # its event loop is closed
                 _shut_socket(driver)
         self._open.clear()
@@ -202,7 +204,7 @@ class Connections:
         `test_shutdown.py` breaks when this changes.
         """
         for connection in self._open.values():
-            driver = self._engine.dialect.get_driver_connection(connection)
+            driver = self._dialect.get_driver_connection(connection)
             if hasattr(driver, "_aborted"):
                 driver._aborted = True
 
