@@ -32,12 +32,17 @@ class Deadline:
         """Seconds until then."""
         return self.at - self._loop.time()
 
-    def watch_task(self) -> None:
-        """Cancel the running task when the time is over."""
+    def watch_task(self, least: float = 0.0) -> None:
+        """Cancel the running task when the time is over.
+
+        Args:
+            least: seconds that it gets in any case.
+        """
         if self._timer is None and (task := asyncio.current_task()) is not None:
             self._task = task
             self._cancellations = task.cancelling()
-            self._timer = self._loop.call_at(self.at, self._cut_off)
+            at = max(self.at, self._loop.time() + least)
+            self._timer = self._loop.call_at(at, self._cut_off)
 
     def _cut_off(self) -> None:
         if self._task is not None:

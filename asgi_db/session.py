@@ -60,6 +60,8 @@ def _inside_the_unit(name: str) -> Callable[..., Any]:
     @functools.wraps(operation)
     def guarded(self: UnitSession, *args: Any, **kwargs: Any) -> Any:
         unit = self.unit_of_work
+        if unit.is_part(name):
+            return operation(self, *args, **kwargs)
         unit.enter(name)
         try:
             result = operation(self, *args, **kwargs)

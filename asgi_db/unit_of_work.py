@@ -146,7 +146,7 @@ class UnitOfWork:
         self._operations: list[str] = []
         self._task: asyncio.Task[object] | None = None
         self._owner: asyncio.Task[object] | None = None
-        self._ended = asyncio.Event()
+        self._ended: asyncio.Event | None = None  # of the ENDING that is under way
         self._is_committing = False
         self._has_lost_work = False  # because the handler closed the session
         self._kept_changes = False  # by `release`, for the next transaction
@@ -196,21 +196,38 @@ class UnitOfWork:
 
     def bind(self, bind: Engine | Connection) -> Engine | Connection:
         """Return the engine on which the mode's transactions begin as they should."""
-        if self._state is State.IDLE:
-            self._active_mode = self.mode
-            self._move(State.ACTIVE)
-            timeout = self._active_mode.timeout
-            if timeout is None:
-                self._deadline = None
-            else:
-                self._deadline = Deadline(timeout, self._origin.ends_at)
-                self._origin.ends_at = None
-                self._deadline.watch_task()
+        self._begin()
+        self._watch()
         if not self.transaction.connections:
             self._asked_at = time.monotonic()
             if self.tally.began is None:
                 self.tally.began = self._asked_at
         return self.database.bind_for(bind, self.mode)
+
+    def _begin(self) -> None:
+        """Fix the mode, and let its time begin, unless that has been done."""
+        if self._active_mode is not None:
+            return
+        self._active_mode = mode = self.mode
+        if self._state is State.IDLE:
+            self._move(State.ACTIVE)
+        self._deadline = None
+        if mode.timeout is not None:
+            self._deadline = Deadline(mode.timeout, self._origin.ends_at)
+            self._origin.ends_at = None
+
+    def _watch(self) -> None:
+        """Let the operation that runs be cut off when its time is over.
+
+        A COMMIT has a limit of its own, after which it says what is known of it; and what ends a
+        unit whose time is over already gets some more.
+        """
+        if self._deadline is None or self._state is not State.ACTIVE or not self._operations:
+            return
+        operation = self._operations[0]
+        if operation != "commit":
+            least = CLEANUP_TIMEOUT if operation in _MAY_BE_LATE else 0.0
+            self._deadline.watch_task(least)
 
     def check_flush(self) -> None:
         """Refuse a flush in a mode that only reads."""
@@ -341,7 +358,7 @@ class UnitOfWork:
 
     async def wait_for_end(self) -> None:
         """Wait for a COMMIT or ROLLBACK that another task has under way."""
-        if self._state is State.ENDING:
+        if self._ended is not None:
             await self._ended.wait()
 
     @property
@@ -404,12 +421,13 @@ class UnitOfWork:
         problem: Exception | None = None
         if self._has_lost_work and self.mode.commits:
             problem = UncommittedWorkError(self.describe(), is_lost=True)
-        if self._state is State.ENDING:  # another task releases the session just now
+        if self._ended is not None:  # another task releases the session just now
             problem = self._concurrent_use("commit")
             await run_to_completion(self._ended.wait())
         straggler = self._other_task()
         if straggler is not None:
             problem = self._concurrent_use("commit")
+        self._begin()
         if success and not self.mode.commits:
             self._warn_of_lost_work()
         if straggler is not None or self._has_work():
@@ -452,13 +470,14 @@ class UnitOfWork:
 
     async def _end_by(self, ending: Coroutine[Any, Any, None]) -> None:
         self._move(State.ENDING)
-        self._ended.clear()
+        self._ended = ended = asyncio.Event()
         self._task = None  # until the task that ends the unit puts itself there
         try:
             await run_to_completion(ending)
         finally:
             self._become_idle()
-            self._ended.set()
+            self._ended = None
+            ended.set()
 
     async def commit(self, commit: Callable[[], Awaitable[None]]) -> None:
         """Commit by hand, without being cut off by a cancellation.
@@ -477,6 +496,7 @@ class UnitOfWork:
                 self._leave_operation()
 
         self.enter("commit")
+        self._begin()
         try:
             await run_to_completion(whole())
         except asyncio.CancelledError:
@@ -611,18 +631,30 @@ class UnitOfWork:
         if self.is_overdue and self._state is State.ACTIVE and operation not in _MAY_BE_LATE:
             raise self.overdue()
         task = asyncio.current_task()
-        is_free = not self._operations and self._state is not State.ENDING
+        if self._operations or self._state is State.ENDING:
+            if task is not self._task:
+                raise self._concurrent_use(operation)
         if not self._operations:
             self._entered_at = time.monotonic()
-        if not is_free and task is not self._task:
-            raise self._concurrent_use(operation)
         if operation in _LETS_GO and self._state in (State.IDLE, State.ACTIVE):
             self._has_lost_work = self._has_lost_work or self.has_uncommitted_work
         self._task = task
         self._operations.append(operation)
         self.commit_sent = False  # what is done within a COMMIT comes before it: a flush, above all
-        if self._deadline is not None and self._state is State.ACTIVE and operation != "commit":
-            self._deadline.watch_task()
+        self._watch()
+
+    def is_part(self, operation: str) -> bool:
+        """Whether this is but a part of what the task is doing, which is watched as a whole.
+
+        Reads are: `get` is made of an `execute`, and that of a `flush`.
+        """
+        return (
+            bool(self._operations)
+            and operation in _PARTS
+            and self._state in (State.IDLE, State.ACTIVE)
+            and not self._is_committing
+            and self._task is asyncio.current_task()
+        )
 
     def leave(self, session: UnitSession, error: BaseException | None) -> None:
         """End an operation; in autocommit the connection goes back at once."""
@@ -641,7 +673,8 @@ class UnitOfWork:
             self._leave_operation()
             if error is None and self._is_committing:
                 self.commit_sent = self._commit_comes_next()
-            self._raise_instead_of(error)
+            if error is not None or self._deadline is not None:
+                self._raise_instead_of(error)
 
     def _leave_operation(self) -> None:
         if self._operations:  # not so if the connection had to be terminated under it
@@ -713,6 +746,9 @@ class UnitOfWork:
 
 _LETS_GO = frozenset({"close", "invalidate", "reset"})
 """Operations which are harmless on a session whose request is over."""
+
+_PARTS = frozenset({"execute", "flush", "get"})
+"""Operations of which others are made."""
 
 _MAY_BE_LATE = frozenset({"commit", "rollback", *_LETS_GO})
 """Operations which end the unit, and may do so when its time is over."""

@@ -838,6 +838,49 @@ async def test_the_timeout_of_a_mode_does_not_cut_off_its_commit(
         assert await authors(server_url) == ["1"]
 
 
+async def add_alone(database: Database, way: str) -> None:
+    """Send a write with the COMMIT, which is by hand or at the unit's end, and not before."""
+    if way.startswith("by hand"):
+        async with database.session(plain(timeout=0.2)) as session:
+            if way == "by hand, as the second":
+                await session.execute(SELECT_1)
+            session.add(Author(name="ada"))
+            await session.commit()
+    else:
+        async with database.transaction(transactional(timeout=0.2)) as session:
+            session.add(Author(name="ada"))
+
+
+each_commit = pytest.mark.parametrize("way", ["by hand", "by hand, as the second", "at the end"])
+
+
+@each_commit
+async def test_the_timeout_covers_what_is_first_sent_by_the_commit(
+    server_url: str, way: str
+) -> None:
+    async with relayed(server_url) as (relay, database):
+        relay.fate_of = once(b"INSERT", Fate.HELD)
+        async with asyncio.timeout(10):
+            with pytest.raises(DatabaseTimeoutError):
+                await add_alone(database, way)
+        assert checked_out(database) == 0
+        relay.thaw()
+        await assert_full_size(database, 1)
+        assert await authors(server_url) == []
+
+
+@each_commit
+async def test_the_timeout_does_not_cut_off_a_commit_which_it_has_begun_with(
+    server_url: str, way: str
+) -> None:
+    async with relayed(server_url) as (relay, database):
+        hold_commit(relay, Fate.ANSWER_HELD)
+        with pytest.raises(OutcomeUnknownError):
+            await add_alone(database, way)
+        relay.thaw()
+        assert await authors(server_url) == ["ada"]
+
+
 # -- what the errors are -----------------------------------------------------------------------
 
 
@@ -951,6 +994,41 @@ async def test_a_statement_that_comes_when_the_time_is_over_is_not_sent(server_u
                 relay.fate_of = once(b"INSERT", Fate.HELD)
                 await session.execute(add("ada"))
         assert not relay.holds_something.is_set()
+
+
+async def test_what_is_open_when_the_time_is_over_can_still_be_rolled_back(server_url: str) -> None:
+    async with opened(server_url) as database:
+        async with database.session(plain(timeout=0.1)) as session:
+            await session.execute(add("ada"))
+            await asyncio.sleep(0.2)
+            await session.rollback()
+            await session.execute(add("bob"))
+            await session.commit()
+        assert await authors(server_url) == ["bob"]
+
+
+async def test_a_rollback_by_hand_does_not_wait_for_ever_when_the_time_is_over(
+    server_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asgi_db.unit_of_work.CLEANUP_TIMEOUT", 0.3)
+    async with relayed(server_url) as (relay, database):
+        async with asyncio.timeout(10):
+            with pytest.raises(DatabaseTimeoutError):
+                async with database.session(plain(timeout=0.1)) as session:
+                    await session.execute(add("ada"))
+                    await asyncio.sleep(0.2)
+                    relay.freeze()
+                    await session.rollback()
+        assert checked_out(database) == 0
+        relay.thaw()
+        await assert_full_size(database, 1)
+
+
+async def test_to_ask_for_the_engine_is_nothing_that_could_time_out(sqlite_url: str) -> None:
+    async with opened(sqlite_url) as database:
+        async with database.session(plain(timeout=0.1)) as session:
+            session.sync_session.get_bind()
+            await asyncio.sleep(0.3)
 
 
 async def test_a_task_whose_statement_timed_out_is_not_left_cancelled(server_url: str) -> None:
