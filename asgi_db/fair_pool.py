@@ -83,19 +83,26 @@ class FairQueue(QueueCommon[T]):
         return self._items.pop() if self.use_lifo else self._items.popleft()
 
     async def _wait(self, seconds: float | None) -> T:
-        waiter: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[T] = loop.create_future()
         self._waiting.append(waiter)
+        timer = None if seconds is None else loop.call_later(seconds, _give_up, waiter)
         try:
-            async with asyncio.timeout(seconds):
-                return await waiter
-        except BaseException as error:
-            if waiter.done() and not waiter.cancelled():  # it came at the moment of the end
-                self.put_nowait(waiter.result())
-            elif waiter in self._waiting:
+            return await waiter
+        except BaseException:
+            if waiter in self._waiting:
                 self._waiting.remove(waiter)
-            if isinstance(error, TimeoutError):
-                raise Empty() from None
+            elif not waiter.cancelled() and waiter.exception() is None:
+                self.put_nowait(waiter.result())  # it came at the moment of the end
             raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+
+def _give_up(waiter: asyncio.Future[T]) -> None:
+    if not waiter.done():
+        waiter.set_exception(Empty())
 
 
 class FairPool(AsyncAdaptedQueuePool):
