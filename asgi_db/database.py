@@ -356,9 +356,11 @@ class Database:
             raise
         else:
             await unit.end(success=True)
-            await unit.run_late_hooks()
         finally:
-            block.close()
+            try:
+                await unit.run_late_hooks()
+            finally:
+                block.close()
 
     @asynccontextmanager
     async def transaction(self, mode: Transactional = transactional) -> AsyncGenerator[DBSession]:

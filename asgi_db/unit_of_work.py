@@ -491,12 +491,12 @@ class UnitOfWork:
         async def whole() -> None:
             self._task = asyncio.current_task()
             try:
+                self._begin()
                 await self._limit(commit)
             finally:
                 self._leave_operation()
 
         self.enter("commit")
-        self._begin()
         try:
             await run_to_completion(whole())
         except asyncio.CancelledError:

@@ -47,6 +47,21 @@ async def test_a_block_that_raises_runs_its_hooks_for_rollback(database: Databas
     assert lines == ["undone"]
 
 
+async def test_a_block_that_raises_runs_what_waits_for_its_end_after_a_commit_by_hand(
+    database: Database, sqlite_url: str
+) -> None:
+    lines: list[str] = []
+    with pytest.raises(LookupError):
+        async with database.session() as session:
+            session.on_commit(lambda: lines.append("late"), when="after_response")
+            session.add(Author(name="a"))
+            await session.commit()
+            assert lines == []
+            raise LookupError
+    assert lines == ["late"]
+    assert await authors(sqlite_url) == ["a"]
+
+
 async def test_the_error_of_a_hook_comes_out_of_the_block_and_the_commit_stands(
     database: Database, sqlite_url: str
 ) -> None:
