@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from sqlalchemy.exc import InvalidRequestError, OperationalError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -23,13 +23,23 @@ class MissingMiddlewareError(RuntimeError):
 
 
 class ModeConflictError(RuntimeError):
-    """Raised when a stronger mode is asked for after a weaker one has run a statement."""
+    """Raised when a mode is asked for that does not go together with an earlier one."""
 
-    def __init__(self, asked: str, begun: str, route: str) -> None:
-        super().__init__(
+    @classmethod
+    def too_late(cls, asked: str, begun: str, route: str) -> Self:
+        """Make the error for a mode that is asked for after a weaker one has run a statement."""
+        return cls(
             f"{route}: the {asked} mode was asked for after a statement had already run in the"
             f" {begun} mode. Put @{asked} on the route, so that the mode is known from the start,"
             " or call `await session.release()` after the earlier statements."
+        )
+
+    @classmethod
+    def at_odds(cls, asked: str, earlier: str, route: str) -> Self:
+        """Make the error for two dependencies which ask for the same mode in two ways."""
+        return cls(
+            f"{route}: {asked} was asked for, and {earlier} by another dependency: put the one that"
+            " is meant on the route, which then holds for both."
         )
 
 
@@ -113,6 +123,17 @@ class UnavailableError(Exception):
 
     reason: ClassVar[str]
     public_message: ClassVar[str]
+
+
+def unavailable_in(error: BaseException | None) -> UnavailableError | None:
+    """Return the error itself, or the first of a task group in which there is no other."""
+    if isinstance(error, UnavailableError):
+        return error
+    if not isinstance(error, BaseExceptionGroup):
+        return None
+    errors: tuple[BaseException, ...] = error.exceptions
+    found = [unavailable_in(one) for one in errors]
+    return found[0] if all(found) else None
 
 
 class DatabaseBusyError(UnavailableError, PoolTimeoutError):

@@ -81,15 +81,24 @@ def _marked_places(scope: Scope) -> Iterator[Any]:
 
 
 def _endpoint(scope: Scope) -> Any:
-    handler = scope.get("route_handler")
-    return scope.get("endpoint") if handler is None else getattr(handler, "fn", None)
+    if _litestar_is_innermost(scope):
+        return getattr(scope["route_handler"], "fn", None)
+    return scope.get("endpoint")
+
+
+def _litestar_is_innermost(scope: Scope) -> bool:
+    """Whether it was Litestar that has found the endpoint: each may be mounted in the other."""
+    if scope.get("route_handler") is None or scope.get("endpoint") is None:
+        return scope.get("route_handler") is not None
+    last = next(key for key in reversed(scope) if key in ("endpoint", "route_handler"))
+    return bool(last == "route_handler")
 
 
 def _layers(endpoint: Any) -> list[Any]:
     """An endpoint, what it wraps, and last the class of which it is a method."""
     layers = list[Any]()
     layer, owner = endpoint, None
-    while layer is not None:
+    while layer is not None and len(layers) < _MOST_LAYERS:
         layers.append(layer)
         owner = getattr(layer, "__self__", owner)  # a method of one of Litestar's controllers
         layer = (
@@ -98,7 +107,13 @@ def _layers(endpoint: Any) -> list[Any]:
             # listeners in `test_litestar.py` breaks when this changes.
             or getattr(layer, "_fn", None)
         )
+    if layers and not hasattr(layers[-1], "__qualname__") and callable(layers[-1]):
+        layers.append(type(layers[-1]).__call__)  # an object that can be called
     return [*layers, owner]
+
+
+_MOST_LAYERS = 20
+"""A mock has any attribute that it is asked for, without end."""
 
 
 def _litestar_option(scope: Scope, key: str) -> Any:
@@ -160,7 +175,7 @@ def reopen_response(scope: Scope) -> None:
     the error that `send` raises. Starlette keeps that note where nobody can reach it: there the
     error is answered afterwards, by `answer_error`.
     """
-    if "litestar_app" in scope:
+    if "litestar_app" in scope and (scope.get("endpoint") is None or _litestar_is_innermost(scope)):
         import_module("asgi_db_litestar").reopen_response(scope)
 
 

@@ -23,7 +23,12 @@ import anyio.lowlevel
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from asgi_db.database import Database
-from asgi_db.errors import MissingMiddlewareError, UnavailableError
+from asgi_db.errors import (
+    MissingMiddlewareError,
+    OutcomeUnknownError,
+    UnavailableError,
+    unavailable_in,
+)
 from asgi_db.frameworks import (
     answer_error,
     describe_route,
@@ -101,8 +106,11 @@ class DBSessionMiddleware:
             await self._pass_through(scope, receive, send)
             return
         placed: DBSession | None = scope.get(self.session_key)
-        if placed is not None and placed.origin.database is self.database:
-            await self.app(scope, receive, send)  # installed twice, it acts once
+        if placed is not None and placed.origin.serves(self.database):
+            # Installed twice, as in a mounted application too, it acts once.
+            if self.mode is not plain and isinstance(placed.origin, Call):
+                placed.origin.adopt(self.mode)
+            await self.app(scope, receive, send)
             return
         if retrying and make_call is Exchange:
             await self._run_attempts(scope, receive, send)
@@ -152,6 +160,8 @@ def session_of(scope: Scope, mode: Mode | None = None, *, key: str = "db") -> DB
     session: DBSession | None = scope.get(session_key(key))
     if session is None:
         raise MissingMiddlewareError(key)
+    if isinstance(session.origin, Call):
+        session.origin.look_into(scope)
     if mode is not None:
         session.origin.unit_of_work(session).ask(mode)
     return session
@@ -169,6 +179,8 @@ class Call(Origin):
     _late_cancellation: asyncio.CancelledError | None = None
     """The cancellation that came during COMMIT and waits until the answer has left; an anyio
     scope raises its own at the next await."""
+    _late_task: asyncio.Task[object] | None = None
+    """The task that is to be cancelled then."""
 
     def __init__(
         self, middleware: DBSessionMiddleware, scope: Scope, receive: Receive, send: Send
@@ -177,6 +189,7 @@ class Call(Origin):
         session = DBSession(self)
         scope[middleware.session_key] = scope.setdefault("state", {})[middleware.key] = session
         self._middleware = middleware
+        self._default_mode = middleware.mode
         self._scope = scope
         self._receive = receive
         self._send = send
@@ -191,10 +204,21 @@ class Call(Origin):
         super().close()
         # The scope has the session, which has this; and the server's functions have the scope.
         self._scope = marks_of(self._scope)
-        del self._receive, self._send
+        self._receive = _DISCONNECTED[self._scope["type"]]
+        self._send = _send_to_nobody
+        self._late_task = None
 
     def engine(self) -> AsyncEngine:
         return self.database.engine_on(self._loop)  # also in a thread, which has no loop of its own
+
+    def adopt(self, mode: ModeDefault) -> None:
+        """Let the mode of a middleware that is nearer to the route be the default."""
+        self._default_mode = mode
+
+    def look_into(self, scope: Scope) -> None:
+        """Look for the route in the scope that the endpoint has: on its way it may be copied."""
+        if not self._is_over:
+            self._scope = scope
 
     def route_mode(self) -> Mode | None:
         """Return the mode that the route sets."""
@@ -202,7 +226,7 @@ class Call(Origin):
 
     def default_mode(self) -> Mode:
         """Return the mode of the middleware."""
-        mode = self._middleware.mode
+        mode = self._default_mode
         return mode if isinstance(mode, Mode) else mode(self._scope)
 
     def describe(self) -> str:
@@ -233,16 +257,32 @@ class Call(Origin):
         self, unit: UnitOfWork, *, success: bool, answer: str = ""
     ) -> None:
         """End the unit; where the request is cancelled during its COMMIT, let the answer leave."""
+        by_hand, unit.is_unanswered = unit.is_unanswered, False
         try:
             await unit.end(success=success, answer=answer)
         except asyncio.CancelledError as error:
-            if not unit.is_unanswered:
+            if not unit.is_unanswered:  # there was none, or it has failed
                 raise
-            self._late_cancellation = error
-        if unit.is_unanswered:
-            in_cancelled_scope = anyio.current_effective_deadline() == -math.inf
-            late = self._late_cancellation is not None
-            self._was_cancelled_in_commit = late or in_cancelled_scope
+            self._be_cancelled_after_answer(error)
+        finally:
+            unit.is_unanswered = unit.is_unanswered or by_hand
+        if unit.is_unanswered and self._late_task is None:
+            self._was_cancelled_in_commit = anyio.current_effective_deadline() == -math.inf
+
+    def _be_cancelled_after_answer(self, error: asyncio.CancelledError) -> None:
+        self._was_cancelled_in_commit = True
+        self._late_cancellation = error
+        self._late_task = asyncio.current_task()
+        self._loop.call_later(2 * DELIVERY_TIMEOUT, self._cancel_late)
+
+    def _cancel_late(self) -> None:
+        """Cancel the task again, which has sent nothing meanwhile, or leaves that to another."""
+        task, self._late_task = self._late_task, None
+        if task is not None:
+            self._was_cancelled_in_commit = False
+            self._late_cancellation = None
+            task.uncancel()  # to its `asyncio.timeout` it is the same cancellation
+            task.cancel()
 
     async def _send_answer(self, unit: UnitOfWork, message: Message) -> None:
         """Send what tells the client of a COMMIT."""
@@ -267,11 +307,30 @@ class Call(Origin):
         """Raise the cancellation that had to wait."""
         if not self._was_cancelled_in_commit:
             return
-        self._was_cancelled_in_commit = False
+        if self._late_task not in (None, asyncio.current_task()):
+            self._loop.call_soon(self._cancel_late)
+            return
+        self._was_cancelled_in_commit, self._late_task = False, None
         cancelled, self._late_cancellation = self._late_cancellation, None
         if cancelled is not None:
             raise cancelled from None
         await anyio.lowlevel.checkpoint()
+
+
+async def _http_disconnected() -> Message:
+    return {"type": "http.disconnect"}
+
+
+async def _websocket_disconnected() -> Message:
+    return {"type": "websocket.disconnect", "code": 1006}
+
+
+async def _send_to_nobody(_: Message) -> None:
+    raise ConnectionError("the request is over, or the connection is closed")
+
+
+_DISCONNECTED = {"http": _http_disconnected, "websocket": _websocket_disconnected}
+"""What a task is told that outlives its request and still asks."""
 
 
 class Response(enum.Enum):
@@ -299,6 +358,7 @@ class Exchange(Call):
 
     is_lost = False
     _attempts: Attempts | None = None
+    _app_task: asyncio.Task[object] | None = None
     _response = PENDING
     _commit_error: Exception | None = None
     """Why the response that the application began was refused, until it begins another."""
@@ -314,6 +374,7 @@ class Exchange(Call):
         """Run the application, then end what its last event has left open."""
         enclosing_app = self._scope.get("app")
         app = self._middleware.app
+        self._app_task = asyncio.current_task()
         try:
             await app(self._scope, self._receive_noting, self._send_after_commit)
         except BaseException as error:
@@ -388,10 +449,14 @@ class Exchange(Call):
     # -- what comes and goes -------------------------------------------------------------------
 
     async def _receive_noting(self) -> Message:
-        self._exception_at_receive = error = sys.exc_info()[1]
-        if error is not None:
-            self._receiver = asyncio.current_task()
-        return await self._receive()
+        error = sys.exc_info()[1]
+        if error is None:
+            return await self._receive()
+        self._exception_at_receive, self._receiver = error, asyncio.current_task()
+        try:
+            return await self._receive()
+        finally:
+            self._exception_at_receive = self._receiver = None
 
     async def _send_after_commit(self, message: Message) -> None:
         unit = self._unit
@@ -416,7 +481,8 @@ class Exchange(Call):
     async def _send_piece(self, unit: UnitOfWork, message: Message) -> None:
         await self._send_answer(unit, message)
         await self._be_cancelled_late()
-        if self._response is COMPLETE:
+        # A task that only makes the stream is cancelled at its end; `run` does it then.
+        if self._response is COMPLETE and asyncio.current_task() is self._app_task:
             await unit.run_late_hooks()
 
     def _is_at_work_beside(self, unit: UnitOfWork) -> bool:
@@ -433,9 +499,9 @@ class Exchange(Call):
             return
         status = message["status"]
         error = self._exception_being_handled()
-        if status == 500 and isinstance(error, UnavailableError):
-            if not has_handler(self._scope, error):
-                await self._refuse(error)
+        if status == 500 and (unavailable := self._unavailable(error)) is not None:
+            if not has_handler(self._scope, unavailable):
+                await self._refuse(unavailable)
                 return
         if self._unit is None:
             self._response = STARTED
@@ -464,10 +530,11 @@ class Exchange(Call):
             return
         if unit.is_used_by_another_task and not unit.mode.commits:
             return
-        success = should_commit(unit.mode, status, error)
-        if not success:
-            self._lose_if_it_has_lost(error)
         try:
+            success = should_commit(unit.mode, status, error)
+            if not success:
+                self._lose_if_it_has_lost(error)
+                self._warn_of_exception(unit, status, error)
             await self._end_before_answer(unit, success=success, answer=f"the response {status}")
             if self.is_lost and unit.conflict is not None:
                 raise unit.conflict
@@ -495,11 +562,30 @@ class Exchange(Call):
                 )
             finally:
                 await self._end(success=False)
-        except UnavailableError as unanswered:
-            if self._response is PENDING:
-                await self._refuse(unanswered)
-            elif self._response is not REPLACED:
+        except Exception as unanswered:
+            unavailable = self._unavailable(unanswered)
+            if unavailable is not None and self._response is PENDING:
+                await self._refuse(unavailable)
+            elif unavailable is None or self._response is not REPLACED:
                 raise
+
+    def _unavailable(self, error: BaseException | None) -> UnavailableError | None:
+        """Why the database was not there; None if there is a COMMIT that is not to be repeated."""
+        found = unavailable_in(error)
+        has_committed = self._unit is not None and self._unit.is_unanswered
+        return found if isinstance(found, OutcomeUnknownError) or not has_committed else None
+
+    def _warn_of_exception(
+        self, unit: UnitOfWork, status: int, error: BaseException | None
+    ) -> None:
+        if error is not None and status < 400 and unit.mode.commits and unit.has_uncommitted_work:
+            logger.warning(
+                "%s: rolled back, though the response is %d: it was made while a %s was handled."
+                " Raise a redirect, or answer after the `except` block.",
+                self.describe(),
+                status,
+                type(error).__name__,
+            )
 
     async def _refuse(self, error: UnavailableError) -> None:
         await self._end(success=False)
@@ -515,6 +601,7 @@ class Socket(Call):
     async def run(self) -> None:
         """Run the application, then end what its last event has left open."""
         app = self._middleware.app
+        self.task = asyncio.current_task()
         try:
             await app(self._scope, self._receive_between_units, self._send_after_commit)
         except BaseException as error:
@@ -543,7 +630,11 @@ class Socket(Call):
             await unit.wait_for_end()
             await self._send(message)
         else:
-            await self._end_before_answer(unit, success=self._exception_being_handled() is None)
+            error = self._exception_being_handled()
+            success = error is None
+            if message["type"] == "websocket.http.response.start" and unit.in_use:
+                success = should_commit(unit.mode, message["status"], error)
+            await self._end_before_answer(unit, success=success)
             await self._send_answer(unit, message)
             await self._be_cancelled_late()
             await unit.run_late_hooks()

@@ -18,7 +18,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self, TypeAlias, TypeVar, get_args, overload
+from typing import Any, ClassVar, Literal, Self, TypeAlias, TypeVar, cast, get_args, overload
 
 from asgi_db.types import Scope
 
@@ -93,10 +93,19 @@ class Mode:
         """What its transactions look like to the database: equal for modes that begin alike."""
         return self.name, self.isolation, self.read_only, self.deferrable, self.snapshot
 
+    def covers(self, other: Mode) -> bool:
+        """Whether who asks for the other mode gets with this one what he asks for."""
+        if self.strength != other.strength:
+            return self.strength > other.strength
+        return other in (self, type(self)())
+
     def _mark_or_vary(self, target: tuple[Any, ...], options: dict[str, Any]) -> Any:
         return self._mark(*target, **options) if target else self._variant(options)
 
     def _mark(self, target: Target) -> Target:
+        if type(target) in (staticmethod, classmethod):
+            self._mark(cast(Any, target).__func__)
+            return target
         with contextlib.suppress(AttributeError):  # a bound method, for one, takes no attribute
             if _can_be_an_endpoint(target):
                 setattr(target, MODE_ATTRIBUTE, self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -26,12 +27,14 @@ class Origin:
         ends_at: when the mode's `timeout=` is over, in the event loop's time, if an earlier attempt
             has let it begin.
         was_used: whether anybody has asked for the unit of work.
+        task: the task to which the units belong that no other has begun; None if any may end them.
     """
 
     database: Database
     attempt = 1
     ends_at: float | None = None
     was_used = False
+    task: asyncio.Task[object] | None = None
     _unit: UnitOfWork | None = None
     _is_over = False
 
@@ -69,6 +72,10 @@ class Origin:
             else:
                 self._unit = unit
         return unit
+
+    def serves(self, database: Database) -> bool:
+        """Whether it is still there, and for this database."""
+        return self.database is database and not self._is_over
 
     def close(self) -> None:
         """Let the session go for good: whoever still uses it gets an error.

@@ -176,7 +176,8 @@ class UnitOfWork:
         """Take note of the mode that a dependency stands for; the strongest asked for wins.
 
         Raises:
-            ModeConflictError: a statement has already run in a weaker mode.
+            ModeConflictError: a statement has already run in a weaker mode, or an earlier
+                dependency has asked for the same mode with other options.
             ConfigurationError: the mode has `retries=`.
         """
         if mode.retries:
@@ -184,12 +185,14 @@ class UnitOfWork:
                 f"{self.describe()}: a dependency comes too late for retries={mode.retries}, when"
                 " the body may have been read: put the mode on the route, or into the middleware."
             )
-        if self._asked is not None and self._asked.strength >= mode.strength:
+        asked, begun = self._asked, self._active_mode
+        if asked is not None and asked.covers(mode):
             return
-        begun = self._active_mode
-        if begun is not None and begun.strength < mode.strength:
-            if self._origin.route_mode() is None:
-                raise ModeConflictError(mode.name, begun.name, self.describe())
+        if self._origin.route_mode() is None:  # else it wins, whatever they ask for
+            if asked is not None and not mode.covers(asked):
+                raise ModeConflictError.at_odds(repr(mode), repr(asked), self.describe())
+            if begun is not None and not begun.covers(mode):
+                raise ModeConflictError.too_late(mode.name, begun.name, self.describe())
         self._asked = mode
 
     # -- what the session asks and tells -------------------------------------------------------
@@ -348,8 +351,14 @@ class UnitOfWork:
 
     @property
     def is_work_of_another_task(self) -> bool:
-        """Whether another task than this is in the middle of the unit."""
-        return self.in_use and self._owner not in (None, asyncio.current_task())
+        """Whether another task than this is in the middle of the unit.
+
+        One that has ended, such as a statement in `asyncio.gather`, has left it to who waited.
+        """
+        owner = self._owner
+        if owner is None or owner.done():
+            owner = self._origin.task
+        return self.in_use and owner not in (None, asyncio.current_task())
 
     @property
     def has_uncommitted_work(self) -> bool:
@@ -396,7 +405,9 @@ class UnitOfWork:
             raise
         self.hooks.settle("commit" if keeps else "rollback")
         await self.hooks.run(self.describe)
-        await self.end(success=True)  # what the hooks have done with the session
+        # What the hooks have done with the session; if that fails, it masks no other error.
+        with contextlib.nullcontext() if success else contextlib.suppress(Exception):
+            await self.end(success=True)
 
     async def run_late_hooks(self) -> None:
         """Run the hooks that were to wait for the response."""
@@ -413,6 +424,8 @@ class UnitOfWork:
         """
         if self._state is State.CLOSED:
             raise SessionExpiredError(f"on_{hook.outcome}", self.describe())
+        if not self.in_use:
+            self._owner = current_task()
         if self.hooks is None:
             self.hooks = Hooks()
         self.hooks.add(hook)

@@ -210,10 +210,15 @@ def test_every_error_says_when_it_is_raised(error: type[Exception]) -> None:
             ["app.add_middleware(DBSessionMiddleware, key='analytics')", "DatabasePlugin"],
         ),
         (
-            ModeConflictError("transactional", "plain", "GET /orders"),
+            ModeConflictError.too_late("transactional", "plain", "GET /orders"),
             "GET /orders: the transactional mode was asked for after a statement had already run"
             " in the plain mode",
             ["@transactional", "await session.release()"],
+        ),
+        (
+            ModeConflictError.at_odds("transactional(1)", "transactional(2)", "GET /orders"),
+            "GET /orders: transactional(1) was asked for, and transactional(2) by another",
+            ["put the one that is meant on the route"],
         ),
         (
             SessionExpiredError("execute", "GET /orders"),

@@ -97,10 +97,10 @@ def _raised_by_application(error: Exception, commit_error: Exception) -> Excepti
     """Find what the application would have raised, had the response not begun.
 
     A dependency may have turned the commit error into one of its own. Starlette wraps what it
-    refuses to handle once a response has begun; `test_starlette.py` watches its words.
+    refuses to handle once a response has begun, as does Litestar, in which it may be mounted;
+    `test_starlette.py` and `test_composition.py` watch their words.
     """
-    refused = "Caught handled exception, but response already started."
-    while type(error) is RuntimeError and str(error) == refused and error.__cause__ is not None:
+    while str(error) in _REFUSED and error.__cause__ is not None:
         error = error.__cause__  # type: ignore[assignment]
     seen: BaseException | None = error
     while seen is not None and not isinstance(error, ExceptionGroup):
@@ -108,3 +108,9 @@ def _raised_by_application(error: Exception, commit_error: Exception) -> Excepti
             return error
         seen = seen.__cause__ or seen.__context__
     return commit_error
+
+
+_REFUSED = (
+    "Caught handled exception, but response already started.",
+    "Exception caught after response started",
+)
