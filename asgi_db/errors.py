@@ -129,11 +129,9 @@ def unavailable_in(error: BaseException | None) -> UnavailableError | None:
     """Return the error itself, or the first of a task group in which there is no other."""
     if isinstance(error, UnavailableError):
         return error
-    if not isinstance(error, BaseExceptionGroup):
-        return None
-    errors: tuple[BaseException, ...] = error.exceptions
+    errors: tuple[BaseException, ...] = getattr(error, "exceptions", ())  # an ExceptionGroup's
     found = [unavailable_in(one) for one in errors]
-    return found[0] if all(found) else None
+    return found[0] if found and all(found) else None
 
 
 class DatabaseBusyError(UnavailableError, PoolTimeoutError):

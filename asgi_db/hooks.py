@@ -51,6 +51,7 @@ class Hooks:
         self._savepoints: dict[SessionTransaction, int] = {}
         self._due: deque[Hook] = deque()
         self._late: deque[Hook] = deque()
+        self._is_running = False
 
     @property
     def are_waiting(self) -> bool:
@@ -68,7 +69,7 @@ class Hooks:
     def savepoint_rolled_back(self, savepoint: SessionTransaction) -> None:
         """Forget the hooks of a savepoint, with what else was done there."""
         # One that is not known began before the first hook was added.
-        del self._pending[self._savepoints.pop(savepoint, 0) :]
+        del self._pending[self._savepoints.get(savepoint, 0) :]
 
     def settle(self, outcome: Outcome) -> None:
         """Let those be due that have waited for this outcome, and forget the others."""
@@ -89,8 +90,13 @@ class Hooks:
             asyncio.CancelledError: the request was cancelled; the hooks have nevertheless run, for
                 up to `HOOKS_TIMEOUT` seconds.
         """
-        if self._due:
-            error = await run_to_completion(_call_each(self._due, describe), grace=HOOKS_TIMEOUT)
+        if self._due and not self._is_running:  # a hook that commits: the others' turn will come
+            self._is_running = True
+            try:
+                calls = _call_each(self._due, describe)
+                error = await run_to_completion(calls, grace=HOOKS_TIMEOUT)
+            finally:
+                self._is_running = False
             if error is not None:
                 raise error
 

@@ -593,6 +593,7 @@ class Exchange(Call):
         self._commit_error = None
         logger.error("%s: answered with 503: %s", self.describe(), error)
         await refuse(self._send, error)
+        await self._end(success=False)  # what another task of the handler has begun meanwhile
 
 
 class Socket(Call):

@@ -7,10 +7,11 @@ stands: it asks the unit of work before each operation and tells it afterwards.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
@@ -53,9 +54,15 @@ class UnitSession(Session):
         ):
             self.give_back()
 
+    def rollback(self) -> None:
+        """Roll back; also what `release` has kept, which is in no transaction."""
+        if not self.in_transaction() and (self.new or self.dirty or self.deleted):
+            Session.begin(self)
+        super().rollback()
+
 
 def _inside_the_unit(name: str) -> Callable[..., Any]:
-    operation = getattr(Session, name)
+    operation = getattr(UnitSession, name)
 
     @functools.wraps(operation)
     def guarded(self: UnitSession, *args: Any, **kwargs: Any) -> Any:
@@ -154,12 +161,18 @@ class _Transaction(AsyncSessionTransaction):
 
     __slots__ = ("_unit_of_work",)
 
-    def __init__(self, session: AsyncSession, unit_of_work: UnitOfWork) -> None:
-        super().__init__(session)
+    def __init__(
+        self, session: AsyncSession, unit_of_work: UnitOfWork, *, nested: bool = False
+    ) -> None:
+        super().__init__(session, nested=nested)
         self._unit_of_work = unit_of_work
 
     async def commit(self) -> None:
-        await self._unit_of_work.commit(super().commit)
+        await self._end(super().commit)
+
+    async def rollback(self) -> None:
+        await self._watched("rollback", super().rollback)
+        await self._unit_of_work.run_hooks()
 
     async def __aexit__(
         self,
@@ -170,7 +183,33 @@ class _Transaction(AsyncSessionTransaction):
         async def leave() -> None:
             await super(_Transaction, self).__aexit__(type_, value, traceback)
 
-        await (leave() if type_ is not None else self._unit_of_work.commit(leave))
+        if type_ is None:
+            await self._end(leave)
+        else:
+            await self._watched("rollback", leave)
+            with contextlib.suppress(Exception):  # it is logged, and masks no other
+                await self._unit_of_work.run_hooks()
+
+    async def _end(self, end: Callable[[], Awaitable[None]]) -> None:
+        if self.nested:
+            await self._watched("begin_nested", end)
+        else:
+            await self._unit_of_work.commit(end)
+
+    async def _watched(self, operation: str, end: Callable[[], Awaitable[None]]) -> None:
+        unit, session = self._unit_of_work, cast(UnitSession, self.session.sync_session)
+        unit.enter(operation)
+        try:
+            await end()
+        except BaseException as error:
+            failure = unit.transaction.failure
+            try:
+                unit.leave(session, error)
+            finally:
+                if self.nested and isinstance(error, Exception):  # which confines it
+                    unit.transaction.failure = failure
+            raise
+        unit.leave(session, None)
 
 
 class DBSession(AsyncSession):
@@ -203,6 +242,10 @@ class DBSession(AsyncSession):
     def begin(self) -> AsyncSessionTransaction:
         """Begin a transaction in a block, at whose end it is committed or rolled back."""
         return _Transaction(self, self._unit_of_work)
+
+    def begin_nested(self) -> AsyncSessionTransaction:
+        """Begin a savepoint in a block, at whose end it is released or rolled back to."""
+        return _Transaction(self, self._unit_of_work, nested=True)
 
     async def commit(self) -> None:
         """Commit the transaction; a cancellation waits until the database has answered.

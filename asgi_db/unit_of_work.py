@@ -43,6 +43,7 @@ from asgi_db.errors import (
 )
 from asgi_db.hooks import Hook, Hooks
 from asgi_db.modes import Mode
+from asgi_db.retry import is_conflict
 from asgi_db.session import DBSession, UnitSession
 from asgi_db.statistics import Outcome, Tally
 
@@ -146,11 +147,13 @@ class UnitOfWork:
         self._operations: list[str] = []
         self._task: asyncio.Task[object] | None = None
         self._owner: asyncio.Task[object] | None = None
+        self._commit_limit: asyncio.Timeout | None = None
         self._ended: asyncio.Event | None = None  # of the ENDING that is under way
         self._is_committing = False
         self._has_lost_work = False  # because the handler closed the session
         self._kept_changes = False  # by `release`, for the next transaction
         self._deadline: Deadline | None = None
+        self._ends_at: float | None = None  # of the first unit with a `timeout=`
         self._asked_at = 0.0  # for a connection
         self._entered_at = 0.0  # the operation that is running
 
@@ -218,6 +221,8 @@ class UnitOfWork:
         if mode.timeout is not None:
             self._deadline = Deadline(mode.timeout, self._origin.ends_at)
             self._origin.ends_at = None
+            if self._ends_at is None:
+                self._ends_at = self._deadline.at
 
     def _watch(self) -> None:
         """Let the operation that runs be cut off when its time is over.
@@ -251,6 +256,7 @@ class UnitOfWork:
                 raise FailedTransactionError(statement_failed=False)
         self._is_committing = True
         self.commit_sent = self._commit_comes_next()
+        self._limit_commit(COMMIT_TIMEOUT)
 
     def _commit_comes_next(self) -> bool:
         """Whether the session is in its COMMIT, on a connection that is still there."""
@@ -303,6 +309,8 @@ class UnitOfWork:
     def rolled_back(self, transaction: SessionTransaction) -> None:
         """Note that the session has rolled back to a savepoint, or the whole transaction."""
         if self.hooks is not None:
+            while not transaction.nested and transaction.parent is not None:
+                transaction = transaction.parent  # a flush that failed has rolled this back
             if transaction.nested:
                 self.hooks.savepoint_rolled_back(transaction)
             else:
@@ -312,6 +320,8 @@ class UnitOfWork:
         """Forget the transaction that the session has ended, by itself or by the handler."""
         if self.tally.outcome is None:
             self._note_outcome("failed" if self._is_committing else "rolled_back")
+        if self.hooks is not None and self._operations[:1] and self._operations[0] in _LETS_GO:
+            self.hooks.settle("rollback")
         self._is_committing = False
         self.transaction = Transaction()
         if self._state is State.ACTIVE and not self.mode.autocommit:
@@ -332,7 +342,7 @@ class UnitOfWork:
     @property
     def ends_at(self) -> float | None:
         """When the time of the mode's `timeout=` is over, in the event loop's time."""
-        return None if self._deadline is None else self._deadline.at
+        return self._ends_at
 
     @property
     def is_overdue(self) -> bool:
@@ -412,9 +422,11 @@ class UnitOfWork:
     async def run_late_hooks(self) -> None:
         """Run the hooks that were to wait for the response."""
         if self.hooks is not None:
-            await self.hooks.run_late(self.describe)
-            with contextlib.suppress(Exception):  # it is logged, and the answer has left
-                await self.end(success=True)
+            try:
+                await self.hooks.run_late(self.describe)
+            finally:
+                with contextlib.suppress(Exception):  # it is logged, and the answer has left
+                    await self.end(success=True)
 
     def add_hook(self, hook: Hook) -> None:
         """Let a function be called after the COMMIT, or the ROLLBACK, of what is open now.
@@ -470,8 +482,10 @@ class UnitOfWork:
         if self.transaction.has_writes:
             raise UncommittedWorkError(self.describe(), is_lost=False)
         if self.sync_session is not None and self.sync_session.in_transaction():
-            await self._end_by(self._give_back())
-            self._kept_changes = self._has_changes()
+            try:
+                await self._end_by(self._give_back())
+            finally:
+                self._kept_changes = self._has_changes()
         elif self._state is State.ACTIVE:
             self._become_idle()
 
@@ -500,14 +514,23 @@ class UnitOfWork:
             ConcurrentUseError: another task uses the session.
             OutcomeUnknownError: the COMMIT did not end in time.
         """
+        caller = asyncio.current_task()
 
         async def whole() -> None:
             self._task = asyncio.current_task()
             try:
                 self._begin()
                 await self._limit(commit)
+            except BaseException as error:
+                if caller is not None and caller.cancelling():  # it is not told of the error
+                    logger.error("%s: COMMIT failed: %s", self.describe(), _brief(error))
+                await self._close_by(AsyncSession.rollback(self.session))
+                raise
             finally:
                 self._leave_operation()
+                if self._state is State.ACTIVE and not self.mode.autocommit:
+                    if not self._has_work():  # not even a transaction to be committed
+                        self._become_idle()
 
         self.enter("commit")
         try:
@@ -533,9 +556,11 @@ class UnitOfWork:
         left = COMMIT_TIMEOUT
         if self._deadline is not None:
             left = max(self._deadline.left, LEAST_COMMIT_TIMEOUT)
-        limit = asyncio.timeout(left)
+        self._commit_limit = limit = asyncio.timeout(left)
         try:
             async with limit:
+                await self._close_streams()
+                self._limit_commit(None)
                 await commit()
         except BaseException as error:
             self._note_outcome("failed")
@@ -543,8 +568,15 @@ class UnitOfWork:
                 raise self._overdue(left) from None
             raise
         finally:
+            self._commit_limit = None
             self._is_committing = False
             self.commit_sent = False
+
+    def _limit_commit(self, seconds: float | None) -> None:
+        """Let the COMMIT itself have a limit, but without `timeout=` not what goes before it."""
+        if self._commit_limit is not None and self._deadline is None:
+            now = asyncio.get_running_loop().time()
+            self._commit_limit.reschedule(None if seconds is None else now + seconds)
 
     def _overdue(self, seconds: float) -> Exception:
         if not self.commit_sent:
@@ -558,14 +590,13 @@ class UnitOfWork:
     async def _commit(self, answer: str) -> None:
         self._task = asyncio.current_task()
         try:
-            await self._close_streams()
             await self._limit(lambda: AsyncSession.commit(self.session))
         except BaseException as error:
             unsent = f", and {answer} was not sent" if answer else ""
             expected = self.mode.retries > 0 and self.conflict is not None
             level = logging.WARNING if expected else logging.ERROR
             logger.log(level, "%s: COMMIT failed%s: %s", self.describe(), unsent, _brief(error))
-            await self._close_by(self.session.rollback())
+            await self._close_by(AsyncSession.rollback(self.session))
             raise
 
     async def _roll_back(self, straggler: asyncio.Task[object] | None) -> None:
@@ -574,7 +605,18 @@ class UnitOfWork:
 
     async def _give_back(self) -> None:
         self._task = asyncio.current_task()
-        await self._close_by(self._give_back_whole())
+        connections = list(self.transaction.connections)
+        try:
+            async with asyncio.timeout(CLEANUP_TIMEOUT):
+                await self._close_streams()
+                await self._give_back_whole()
+        except Exception as error:  # nothing is lost: there were no writes, and the objects stay
+            logger.error("%s: ROLLBACK failed: %s", self.describe(), _brief(error))
+            self._operations.clear()
+            await self.session.run_sync(lambda _: _terminate(connections))
+            with contextlib.suppress(SQLAlchemyError):
+                await self._give_back_whole()
+            self.transaction_ended()
 
     async def _roll_back_after(self, straggler: asyncio.Task[object] | None) -> None:
         if straggler is not None:
@@ -584,7 +626,7 @@ class UnitOfWork:
             await asyncio.wait((straggler,))
         await self._close_streams()
         if self.has_uncommitted_work or self.transaction.failure is not None:
-            await self.session.rollback()
+            await AsyncSession.rollback(self.session)
         else:  # what was only loaded stays usable
             await self._give_back_whole()
 
@@ -654,6 +696,7 @@ class UnitOfWork:
         self._task = task
         self._operations.append(operation)
         self.commit_sent = False  # what is done within a COMMIT comes before it: a flush, above all
+        self._limit_commit(None)
         self._watch()
 
     def is_part(self, operation: str) -> bool:
@@ -677,6 +720,8 @@ class UnitOfWork:
                 transaction.was_cut_off = True
             if _is_failure(error) and not session.in_nested_transaction():
                 transaction.note_failure(error)
+        if isinstance(error, DBAPIError) and self.conflict is None and is_conflict(error):
+            self.conflict = error  # of a BEGIN, which comes before the unit has the connection
         try:
             outermost = len(self._operations) == 1 and self._state is State.ACTIVE
             if outermost and self.mode.autocommit and (error is None or _is_ordinary(error)):
@@ -686,6 +731,7 @@ class UnitOfWork:
             self._leave_operation()
             if error is None and self._is_committing:
                 self.commit_sent = self._commit_comes_next()
+                self._limit_commit(COMMIT_TIMEOUT)
             if error is not None or self._deadline is not None:
                 self._raise_instead_of(error)
 
