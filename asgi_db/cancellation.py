@@ -94,6 +94,8 @@ def abandon_connect() -> None:
 
     SQLAlchemy sends statements to set up a new connection, and forgets it if it is cut off there.
     """
+    if not _being_set_up:
+        return
     connection = being_set_up()
     connect_is_complete()
     if connection is not None:

@@ -197,23 +197,27 @@ def _begin(connection: Connection) -> None:
 
 _WRITING = "INSERT|UPDATE|DELETE|MERGE|REPLACE"
 _WRITE = re.compile(
-    rf"\s*(?:(?:{_WRITING}|TRUNCATE|CREATE|ALTER|DROP|RENAME|LOAD|GRANT|REVOKE)\b"
+    r"\s*(?:(?:EXPLAIN\b[^;]*?)?\bANALY[SZ]E\b(?:[^)]*\))?(?:\s+VERBOSE)?\s*)?"  # which executes it
+    rf"(?:(?:{_WRITING}|TRUNCATE|CREATE|ALTER|DROP|RENAME|LOAD|GRANT|REVOKE|CALL|DO)\b"
     r"|WITH\b.*?(?:\bAS\s*(?:NOT\s+)?(?:MATERIALIZED\s*)?\(|\))"
     rf"\s*(?:{_WRITING})\b)",
     re.IGNORECASE | re.DOTALL,
 )
-_NOT_CODE = re.compile(r"""'[^']*'|"[^"]*"|/\*.*?\*/|--[^\n]*|\#[^\n]*""", re.DOTALL)
-"""Literals, quoted names and comments (`#` begins one in MySQL only)."""
+_NOT_CODE = re.compile(r"""'[^']*'|"[^"]*"|/\*.*?\*/|--[^\n]*""", re.DOTALL)
+"""Literals, quoted names and comments."""
+_NOT_CODE_OF_MYSQL = re.compile(_NOT_CODE.pattern + r"|\#[^\n]*", re.DOTALL)
+"""Elsewhere `#` is an operator: `data #>> '{a}'`."""
 
 
 @functools.lru_cache(maxsize=1024)
-def writes(statement: str) -> bool:
-    """Say whether this SQL changes data or tables, by its keywords.
+def writes(statement: str, *, is_for_mysql: bool = False) -> bool:
+    """Say whether this SQL changes data or tables, or may do so, by its keywords.
 
     A function with side effects cannot be seen from here; in `read_only(snapshot=True)` and
     `transactional(read_only=True)` PostgreSQL and MySQL refuse those themselves.
     """
-    return _WRITE.match(_NOT_CODE.sub(" ", statement)) is not None
+    not_code = _NOT_CODE_OF_MYSQL if is_for_mysql else _NOT_CODE
+    return _WRITE.match(not_code.sub(" ", statement)) is not None
 
 
 def _check_statement(statement: str, context: ExecutionContext) -> None:
@@ -223,7 +227,7 @@ def _check_statement(statement: str, context: ExecutionContext) -> None:
         return
     unit.tally.statements += 1
     mode = unit.mode
-    if writes(statement):
+    if writes(statement, is_for_mysql=context.dialect.name in ("mysql", "mariadb")):
         if mode.read_only:
             raise ReadOnlyError(
                 f"{unit.describe()}: this statement writes, but the mode is {mode.name} and only"

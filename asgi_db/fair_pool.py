@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, cast
 
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
 from sqlalchemy.util import await_
@@ -24,6 +25,7 @@ class FairQueue(QueueCommon[T]):
     def __init__(self, maxsize: int = 0, use_lifo: bool = False) -> None:
         self.maxsize = maxsize
         self.use_lifo = use_lifo
+        self.take_back: Callable[[T], None] = self.keep
         self._items: deque[T] = deque()
         self._waiting: deque[asyncio.Future[T]] = deque()
 
@@ -53,14 +55,24 @@ class FairQueue(QueueCommon[T]):
         Raises:
             Full: nobody waits, and there is no room.
         """
+        if not self.hand(item):
+            if self.full():
+                raise Full()
+            self._items.append(item)
+
+    def hand(self, item: T) -> bool:
+        """Hand an item to whoever has waited longest; False if nobody waits."""
         while self._waiting:
             waiter = self._waiting.popleft()
             if not waiter.done():
                 waiter.set_result(item)
-                return
-        if self.full():
-            raise Full()
-        self._items.append(item)
+                return True
+        return False
+
+    def keep(self, item: T) -> None:
+        """Hand an item to who waits, or keep it even if there is no room: it may not be lost."""
+        if not self.hand(item):
+            self._items.append(item)
 
     def get(self, block: bool = True, timeout: float | None = None) -> T:
         """Take an item, or wait for one; who waits is served before who comes later.
@@ -93,7 +105,7 @@ class FairQueue(QueueCommon[T]):
             if waiter in self._waiting:
                 self._waiting.remove(waiter)
             elif not waiter.cancelled() and waiter.exception() is None:
-                self.put_nowait(waiter.result())  # it came at the moment of the end
+                self.take_back(waiter.result())  # it came at the moment of the end
             raise
         finally:
             if timer is not None:
@@ -115,7 +127,38 @@ class FairPool(AsyncAdaptedQueuePool):
 
     _queue_class = FairQueue[ConnectionPoolEntry]
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._queue.take_back = self._take_back
+
+    @property
+    def _queue(self) -> FairQueue[Any]:
+        return cast(FairQueue[Any], self._pool)
+
+    def _do_get(self) -> ConnectionPoolEntry:
+        connection = super()._do_get()
+        if connection is not _ROOM:
+            return connection
+        try:
+            return self._create_connection()
+        except BaseException:
+            self._dec_overflow()
+            raise
+
+    def _dec_overflow(self) -> Literal[True]:
+        """Let who waits open a connection in place of one that has gone, and not who comes next."""
+        return True if self._queue.hand(_ROOM) else super()._dec_overflow()
+
+    def _take_back(self, item: Any) -> None:
+        if item is _ROOM:
+            self._dec_overflow()
+        else:
+            self._queue.keep(item)
+
     def waiting(self) -> int:
         """How many wait for a connection."""
-        queue = self._pool
-        return queue.waiting() if isinstance(queue, FairQueue) else 0
+        return self._queue.waiting()
+
+
+_ROOM = object()
+"""What is handed to who waits where a connection may be opened."""

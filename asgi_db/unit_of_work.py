@@ -26,7 +26,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
-from asgi_db.cancellation import current_task, run_to_completion
+from asgi_db.cancellation import abandon_connect, current_task, run_to_completion
 from asgi_db.deadline import Deadline
 from asgi_db.engine import begin_unit, has_gone, raise_if_connect_failed
 from asgi_db.errors import (
@@ -691,6 +691,7 @@ class UnitOfWork:
                 raise self._concurrent_use(operation)
         if not self._operations:
             self._entered_at = time.monotonic()
+            abandon_connect()  # of the engine itself: its error is no error of this operation
         if operation in _LETS_GO and self._state in (State.IDLE, State.ACTIVE):
             self._has_lost_work = self._has_lost_work or self.has_uncommitted_work
         self._task = task

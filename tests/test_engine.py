@@ -58,6 +58,13 @@ WRITES = [
     "with x as(insert into t values (1) returning id)select * from x",
     "WITH x AS (/* audit */ INSERT INTO t VALUES (1) RETURNING id) SELECT * FROM x",
     "WITH x AS (SELECT 1) -- the target\nINSERT INTO t SELECT * FROM x",
+    "WITH x AS (SELECT id FROM t WHERE data #>> '{a}' = 'b') DELETE FROM t USING x",
+    "EXPLAIN ANALYZE DELETE FROM t",
+    "EXPLAIN ANALYZE VERBOSE UPDATE t SET a = 1",
+    "EXPLAIN (ANALYZE, BUFFERS) DELETE FROM t WHERE id IN (SELECT 1)",
+    "ANALYZE DELETE FROM t",
+    "CALL wipe()",
+    "DO 'BEGIN DELETE FROM t; END'",
 ]
 
 READS = [
@@ -82,6 +89,9 @@ READS = [
     "VALUES (1)",
     "SHOW TABLES",
     "EXPLAIN SELECT 1",
+    "EXPLAIN DELETE FROM t",
+    "EXPLAIN ANALYZE SELECT * FROM t WHERE (a)",
+    "ANALYZE TABLE t",
     "SET search_path TO shop",
     "inserted",
     "",
@@ -95,6 +105,12 @@ def test_a_statement_that_changes_data_or_tables_writes(statement: str) -> None:
 
 @pytest.mark.parametrize("statement", READS)
 def test_a_statement_that_only_reads_or_locks_does_not_write(statement: str) -> None:
+    assert not writes(statement)
+
+
+def test_a_number_sign_begins_a_comment_in_mysql_alone() -> None:
+    statement = "WITH x AS (SELECT 1) # the target\nINSERT INTO t SELECT * FROM x"
+    assert writes(statement, is_for_mysql=True)
     assert not writes(statement)
 
 

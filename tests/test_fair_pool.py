@@ -13,6 +13,7 @@ from sqlalchemy.util.queue import Empty, Full
 
 from asgi_db import Database
 from asgi_db.fair_pool import FairPool, FairQueue
+from tests.relay import Relay
 
 pytestmark = pytest.mark.anyio
 
@@ -91,6 +92,88 @@ async def test_what_comes_at_the_moment_of_a_cancellation_goes_to_the_next() -> 
         await first
     assert await second == 1
     assert (queue.qsize(), queue.empty()) == (0, True)
+
+
+async def test_what_comes_back_from_who_was_cancelled_is_kept_though_there_is_no_room() -> None:
+    queue = FairQueue[int](1)
+    waiter = asyncio.create_task(take(queue))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    queue.put_nowait(1)  # it is the waiter's now
+    queue.put_nowait(2)  # and this fills the queue
+    waiter.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiter
+    assert {queue.get_nowait(), queue.get_nowait()} == {1, 2}
+
+
+TWO = {"pool_size": 1, "max_overflow": 1, "pool_timeout": 60}
+
+
+async def waiting(database: Database) -> None:
+    """Wait until somebody waits for a connection."""
+    pool = database.engine.pool
+    assert isinstance(pool, FairPool)
+    while not pool.waiting():  # noqa: ASYNC110
+        await asyncio.sleep(0)
+
+
+async def connected(database: Database) -> None:
+    async with database.engine.connect() as connection:
+        await connection.execute(text("SELECT 1"))
+
+
+async def test_a_connection_whose_waiter_is_cancelled_costs_the_pool_no_place(
+    postgresql_url: str,
+) -> None:
+    async with Database(postgresql_url, engine_options=TWO) as database:
+        first, second = await database.engine.connect(), await database.engine.connect()
+        waiter = asyncio.create_task(connected(database))
+        await waiting(database)
+        await first.close()
+        await second.close()
+        waiter.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiter
+        pool = database.engine.pool
+        assert isinstance(pool, QueuePool)
+        assert pool.checkedout() == 0
+        async with database.engine.connect():
+            await connected(database)
+        assert pool.checkedout() == 0
+
+
+async def test_who_waits_gets_the_place_of_a_connection_that_is_closed(postgresql_url: str) -> None:
+    """One beyond the size of the pool does not come back: there is room for another."""
+    async with Database(postgresql_url, engine_options=TWO) as database:
+        first, second = await database.engine.connect(), await database.engine.connect()
+        await first.close()
+        closing = asyncio.create_task(second.close())
+        await asyncio.sleep(0)
+        third = await database.engine.connect()
+        waiter = asyncio.create_task(connected(database))
+        await closing
+        async with asyncio.timeout(20):
+            await waiter  # while the third is still out
+        await third.close()
+
+
+async def test_who_waits_gets_the_place_of_a_connect_that_is_cancelled(
+    postgresql_url: str,
+) -> None:
+    async with Relay(postgresql_url) as relay:
+        options = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 60}
+        async with Database(relay.url, engine_options=options) as database:
+            relay.freeze()
+            first = asyncio.create_task(connected(database))
+            await relay.holds_something.wait()
+            waiter = asyncio.create_task(connected(database))
+            await waiting(database)
+            first.cancel()
+            await asyncio.wait((first,))
+            relay.thaw()
+            async with asyncio.timeout(20):
+                await waiter
 
 
 async def test_a_newcomer_does_not_take_what_is_for_who_waits() -> None:

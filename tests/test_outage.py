@@ -904,6 +904,20 @@ async def test_a_database_that_is_down_raises_one_error_whatever_the_driver_says
     await relay.stop()
 
 
+async def test_what_went_wrong_on_the_engine_itself_is_no_error_of_the_session(
+    postgresql_url: str,
+) -> None:
+    async with relayed(postgresql_url, max_overflow=1) as (relay, database):
+        async with database.session() as session:
+            await session.execute(add("ada"))
+            relay.fate_of = once(b"client_connection_check_interval", Fate.LOST)
+            with pytest.raises(DBAPIError):
+                async with database.engine.connect():
+                    pass
+            with pytest.raises(IntegrityError):
+                await session.execute(add("ada"))
+
+
 async def test_an_engine_of_ones_own_raises_it_too(server_url: str) -> None:
     relay = Relay(server_url)
     engine = create_async_engine(relay.url)
