@@ -401,10 +401,18 @@ class Connector:
             return await connect_whole(self._connect, *args, **kwargs)
         except self._errors as error:
             raise lost_connection(error) from error
+        except UnicodeEncodeError as error:
+            encoding = error.encoding
         except (TypeError, ValueError) as error:
             raise ConfigurationError(
                 f"The driver does not take the options in the URL, or in connect_args: {error}."
             ) from error
+        # Outside the `except`: Python's error has the whole password in it, and would stay
+        # reachable as the `__context__` of ours even with `from None`.
+        raise ConfigurationError(
+            "The user name, the password or another part of the URL has a character that the"
+            f" driver, which sends it as {encoding}, cannot send: change it."
+        )
 
 
 def raise_if_connect_failed(error: BaseException) -> None:

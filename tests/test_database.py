@@ -326,6 +326,23 @@ async def test_no_log_line_error_or_repr_shows_the_password(
     assert f"{url.host}:{url.port}/missing" in repr(database)
 
 
+@pytest.mark.parametrize("character", ["Ω", "\ud800"])  # the second no encoding has
+async def test_a_password_that_the_driver_cannot_encode_is_in_no_error(
+    character: str, mysql_url: str
+) -> None:
+    url = make_url(mysql_url).set(password=f"{SECRET}{character}")
+    async with Database(url) as database:
+        with pytest.raises(ConfigurationError, match="the password .* cannot send") as raised:
+            await database.ping()
+    assert SECRET not in "".join(traceback.format_exception(raised.value))
+    errors: list[BaseException | None] = [raised.value]
+    for error in errors:
+        if error is not None:
+            assert SECRET not in repr(error) and character not in repr(error)
+            assert SECRET not in repr(vars(error))
+            errors += [error.__cause__, error.__context__]
+
+
 # Settings which reach the engine and the session
 
 
