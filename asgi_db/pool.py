@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
-import shutil
 import socket
 import time
-import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -224,11 +221,6 @@ def _shut_socket(driver: Any) -> None:
         driver._transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
 
-def _remove_folder(folder: str, owner: int) -> None:
-    if os.getpid() == owner:  # not in a process that was forked
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 class EngineLife:
     """An engine in the event loop that uses it, with its connections, until it is disposed."""
 
@@ -240,7 +232,6 @@ class EngineLife:
         given: bool = False,
         pooler: bool = False,
         verify: bool = False,
-        folder: str | None = None,
         leak_threshold: float | None = None,
     ) -> None:
         """Look after an engine.
@@ -250,7 +241,6 @@ class EngineLife:
             given: it belongs to the user: it is not disposed.
             pooler: there is a pooler between it and its server.
             verify: ping its connections before use; see `Connections`.
-            folder: removed with it, at the latest when the program ends.
             leak_threshold: see `Connections`.
         """
         watch(engine.sync_engine)
@@ -260,9 +250,6 @@ class EngineLife:
         )
         self._abandoned = AbandonedStatements(engine, pooler=pooler)
         self._given = given
-        self._remove_folder = (
-            None if folder is None else weakref.finalize(self, _remove_folder, folder, os.getpid())
-        )
 
     def leave_to_parent(self) -> None:
         """Let this process, which was forked, not touch the sockets that it shares."""
@@ -291,8 +278,6 @@ class EngineLife:
                 terminated,
                 DISPOSE_TIMEOUT,
             )
-        if self._remove_folder is not None:
-            self._remove_folder()
 
 
 def prepare_postgresql(engine: Engine) -> None:

@@ -1,12 +1,14 @@
 """The `Database`: where it comes from, what it does outside requests, and how it ends."""
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
 import sqlite3
+import threading
 import traceback
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -463,6 +465,26 @@ async def test_a_pooler_means_nothing_to_the_other_databases(
 # What it does
 
 
+async def test_threads_that_are_first_to_use_a_database_make_one_engine(sqlite_url: str) -> None:
+    """As synchronous handlers do where the server sends no lifespan."""
+    both_make_one = threading.Barrier(2)
+
+    class Meeting(NullPool):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both_make_one.wait(timeout=1)
+
+    database = Database(sqlite_url, engine_options={"poolclass": Meeting})
+    loop = asyncio.get_running_loop()
+    first, second = await asyncio.gather(
+        asyncio.to_thread(database.engine_on, loop), asyncio.to_thread(database.engine_on, loop)
+    )
+    assert first is second is database.engine
+    assert both_make_one.broken
+    await database.dispose()
+
+
 async def test_ping_answers_only_if_the_database_does(
     database_url: str, mysql_url: str, postgresql_url: str
 ) -> None:
@@ -847,6 +869,40 @@ async def test_two_databases_in_memory_are_separate() -> None:
             await write(session)
         async with other.session() as session:
             assert (await session.scalars(select(Author))).all() == []
+
+
+def test_a_database_in_memory_is_the_same_in_every_event_loop_until_it_is_disposed() -> None:
+    """A test client without `with` has a loop for each request, and closes it without a word."""
+    database = Database("sqlite://")
+
+    async def create() -> Path:
+        await database.create_tables(Base.metadata)
+        async with database.transaction() as session:
+            await write(session)
+        return Path(str(database.engine.url.database)).parent
+
+    async def read() -> list[str]:
+        async with database.session() as session:
+            return list(await session.scalars(select(Author.name)))
+
+    async def read_and_dispose_beside_another_loop() -> None:
+        async with database:
+            assert await read() == ["Ada"]
+            await asyncio.to_thread(asyncio.run, dispose_after(read()))
+            assert await read() == ["Ada"]
+
+    async def dispose_after(reading: Coroutine[Any, Any, list[str]]) -> None:
+        assert await reading == ["Ada"]
+        await database.dispose()
+
+    folder = asyncio.run(create())
+    assert asyncio.run(read()) == ["Ada"]
+    assert folder.is_dir()
+    asyncio.run(database.dispose())  # in a loop that has not used it
+    assert not folder.exists()
+    again = asyncio.run(create())
+    asyncio.run(read_and_dispose_beside_another_loop())
+    assert again != folder and not again.exists()
 
 
 def test_the_folder_of_a_database_in_memory_goes_with_a_forgotten_database() -> None:
