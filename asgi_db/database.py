@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from importlib import import_module
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 from weakref import WeakSet, finalize
@@ -23,7 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from asgi_db.abandoned import connection_aside, connection_of, patient_connection_class
 from asgi_db.cancellation import run_to_completion
-from asgi_db.engine import base_options, lost_connection, variant
+from asgi_db.engine import Connector, base_options, lost_connection, variant
 from asgi_db.errors import ConfigurationError, DatabaseBusyError, DatabaseDownError
 from asgi_db.fair_pool import FairPool
 from asgi_db.modes import Mode, Transactional, plain, transactional
@@ -83,7 +84,8 @@ class Database:
             url: where the database is. Without it `DATABASE_URL` or `DATABASE_TYPE` and its
                 companions say so, and without these an SQLite file in the working directory
                 serves.
-            engine: an engine of your own instead; it is used as it is, and never disposed.
+            engine: an engine of your own instead; it is used as it is, and never disposed. What an
+                `async_creator` of its own raises comes as it is.
             pool: the pool profile, "low", "medium" or "high", or a `PoolProfile` of your own.
             engine_options: for SQLAlchemy's `create_async_engine`; they override the profile.
             session_options: for SQLAlchemy's `AsyncSession`, over `autoflush=False` and
@@ -451,6 +453,9 @@ class Database:
         for name, value in self._engine_options.items():
             both = isinstance(value, Mapping) and isinstance(options.get(name), Mapping)
             options[name] = {**options[name], **value} if both else value
+        if creator := options.get("async_creator"):  # which SQLAlchemy calls without `do_connect`
+            driver = import_module(url.get_driver_name())
+            options["async_creator"] = Connector(creator, driver)
         # OpenTelemetry puts its own in the place of this function, whenever it is called upon.
         return sqlalchemy_asyncio.create_async_engine(url, **options)
 

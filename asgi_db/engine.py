@@ -405,7 +405,8 @@ class Connector:
             encoding = error.encoding
         except (TypeError, ValueError) as error:
             raise ConfigurationError(
-                f"The driver does not take the options in the URL, or in connect_args: {error}."
+                "The driver does not take the options in the URL, in connect_args or of"
+                f" async_creator: {error}."
             ) from error
         # Outside the `except`: Python's error has the whole password in it, and would stay
         # reachable as the `__context__` of ours even with `from None`.

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 from sqlalchemy import event, make_url, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
@@ -24,6 +25,7 @@ from asgi_db import (
     ConcurrentUseError,
     ConfigurationError,
     Database,
+    DatabaseDownError,
     DBSession,
     FailedTransactionError,
     Mode,
@@ -506,6 +508,36 @@ async def test_an_option_that_the_driver_does_not_take_is_named(server_url: str)
     url = make_url(server_url).update_query_dict({"nonsense": "1"})
     async with Database(url) as database:
         with pytest.raises(ConfigurationError, match="options in the URL.*nonsense"):
+            await database.ping()
+
+
+async def test_a_creator_of_the_users_own_that_finds_no_server_is_a_database_that_is_down(
+    database_url: str,
+) -> None:
+    async def connect() -> Any:
+        raise ConnectionRefusedError("nobody is there")
+
+    async with Database(database_url, engine_options={"async_creator": connect}) as database:
+        with pytest.raises(DatabaseDownError, match="nobody is there"):
+            await database.ping()
+        with pytest.raises(DatabaseDownError, match="nobody is there"):
+            async with database.session() as session:
+                await session.execute(text("SELECT 1"))
+
+
+async def test_a_creator_of_the_users_own_makes_the_connections(postgresql_url: str) -> None:
+    url = make_url(postgresql_url).set(drivername="postgresql")
+    name = url.database
+
+    async def connect() -> Any:
+        return await asyncpg.connect(url.set(database=name).render_as_string(hide_password=False))
+
+    async with Database(postgresql_url, engine_options={"async_creator": connect}) as database:
+        async with database.session() as session:
+            assert await session.scalar(text("SELECT 42")) == 42
+        name = "missing"
+        await database.dispose()
+        with pytest.raises(DatabaseDownError, match='database "missing" does not exist'):
             await database.ping()
 
 
