@@ -54,6 +54,9 @@ of the engine (see `watch`).
 UNIT_INFO = "asgi_db_unit_of_work"
 """The key in a pooled connection's `info` under which the unit stands that has it."""
 
+SQLITE_BUSY_TIMEOUT = 30.0
+"""Seconds that SQLite waits for another connection's lock, unless the user has said how many."""
+
 _units: WeakKeyDictionary[Connection, ref[UnitOfWork]] = WeakKeyDictionary()
 """Where the unit of a connection is found also when it is lost, and has no `info` any more."""
 
@@ -70,7 +73,11 @@ def base_options(url: URL) -> dict[str, Any]:
     """Return the arguments of `create_async_engine` which the modes need on this database."""
     match url.get_backend_name():
         case "sqlite":
-            return {"execution_options": {BEGIN_OPTION: ("BEGIN",)}}
+            has_own = "timeout" in url.query  # which connect_args would override
+            return {
+                "execution_options": {BEGIN_OPTION: ("BEGIN",)},
+                "connect_args": {} if has_own else {"timeout": SQLITE_BUSY_TIMEOUT},
+            }
         case "mysql" | "mariadb":
             return {
                 "execution_options": {AUTOCOMMIT_OPTION: False},

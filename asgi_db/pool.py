@@ -38,9 +38,6 @@ DISPOSE_TIMEOUT = 10.0
 _RETURNED = "asgi_db_returned"
 """The key in a connection's `info` for when it was last returned; one that is new has none."""
 
-SQLITE_BUSY_TIMEOUT = 30.0
-"""Seconds that SQLite waits for another connection's lock."""
-
 
 class Held(NamedTuple):
     """A connection that is out of the pool: since when, and who took it where that is watched."""
@@ -338,7 +335,7 @@ def reset_mysql(engine: Engine) -> None:
 
 
 def prepare_sqlite(engine: Engine, *, durable: bool) -> None:
-    """Set up SQLite's connections: explicit BEGIN, foreign keys, WAL and a busy timeout.
+    """Set up SQLite's connections: explicit BEGIN, foreign keys and WAL.
 
     The driver's own transaction control starts none for a SELECT, which loses updates.
     Source: https://docs.sqlalchemy.org/en/21/dialects/sqlite.html#pysqlite-serializable
@@ -347,7 +344,6 @@ def prepare_sqlite(engine: Engine, *, durable: bool) -> None:
     def connect(connection: Any, _entry: ConnectionPoolEntry) -> None:
         connection.isolation_level = None
         cursor = connection.cursor()
-        cursor.execute(f"PRAGMA busy_timeout = {SQLITE_BUSY_TIMEOUT * 1000:.0f}")
         cursor.execute("PRAGMA foreign_keys = ON")
         cursor.execute("PRAGMA journal_mode = WAL")
         if not durable:

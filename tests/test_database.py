@@ -967,6 +967,14 @@ async def test_sqlite_has_foreign_keys_wal_and_a_busy_timeout_on_every_connectio
                 }
 
 
+@pytest.mark.parametrize("place", ["the URL", "connect_args"])
+async def test_a_busy_timeout_of_the_users_own_wins(place: str, sqlite_url: str) -> None:
+    url = f"{sqlite_url}?timeout=2" if place == "the URL" else sqlite_url
+    options = {"connect_args": {"timeout": 2}} if place == "connect_args" else {}
+    async with Database(url, engine_options=options) as database, database.session() as session:
+        assert await session.scalar(text("PRAGMA busy_timeout")) == 2_000
+
+
 async def test_a_broken_reference_is_refused_by_sqlite(sqlite_url: str) -> None:
     async with Database(sqlite_url) as database:
         await database.create_tables(Base.metadata)
