@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import socket
+import sqlite3
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -345,7 +346,11 @@ def prepare_sqlite(engine: Engine, *, durable: bool) -> None:
         connection.isolation_level = None
         cursor = connection.cursor()
         cursor.execute("PRAGMA foreign_keys = ON")
-        cursor.execute("PRAGMA journal_mode = WAL")
+        try:
+            cursor.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:  # a file for reading alone keeps its journal
+            if error.sqlite_errorcode != sqlite3.SQLITE_READONLY:
+                raise
         if not durable:
             cursor.execute("PRAGMA synchronous = OFF")
         cursor.close()

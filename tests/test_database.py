@@ -991,6 +991,23 @@ async def test_an_sqlite_file_is_durable_and_one_in_memory_need_not_be(sqlite_ur
         assert await session.scalar(synchronous) == 0
 
 
+async def test_an_sqlite_file_for_reading_alone_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "test.db"
+    with sqlite3.connect(file) as other:
+        other.execute("CREATE TABLE author (id INTEGER PRIMARY KEY, name)")
+        other.execute("INSERT INTO author VALUES (1, 'Ada')")
+    other.close()
+    async with Database(f"sqlite:///file:{file}?mode=ro&uri=true") as database:
+        for mode in (plain, read_only, read_only(snapshot=True)):
+            async with database.session(mode) as session:
+                assert await session.scalar(text("SELECT name FROM author")) == "Ada"
+        with pytest.raises(DBAPIError, match="readonly database"):
+            async with database.transaction() as session:
+                await write(session)
+        await database.ping()
+    assert os.listdir(tmp_path) == [file.name]
+
+
 async def test_wal_lets_a_reader_in_while_somebody_writes(sqlite_url: str) -> None:
     async with Database(sqlite_url) as database:
         await database.create_tables(Base.metadata)
