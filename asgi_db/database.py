@@ -24,7 +24,14 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from asgi_db.abandoned import connection_aside, connection_of, patient_connection_class
 from asgi_db.cancellation import run_to_completion
-from asgi_db.engine import Connector, base_options, lost_connection, variant
+from asgi_db.engine import (
+    Connector,
+    base_options,
+    isolation_options,
+    lost_connection,
+    refuse_autocommit,
+    variant,
+)
 from asgi_db.errors import ConfigurationError, DatabaseBusyError, DatabaseDownError
 from asgi_db.fair_pool import FairPool
 from asgi_db.modes import Mode, Transactional, plain, transactional
@@ -113,6 +120,9 @@ class Database:
                 f"leak_threshold={leak_threshold!r} must be seconds, more than 0; leave it out to"
                 " switch it off."
             )
+        if engine is not None:
+            refuse_autocommit("engine=", isolation_options(engine.sync_engine))
+        refuse_autocommit("engine_options=", engine_options or {})
         self.statistics = Statistics()  # which `asgi_db.opentelemetry` observes
         self._leak_threshold = leak_threshold
         self._given = (

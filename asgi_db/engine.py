@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import sqlite3
+from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet, ref
@@ -86,6 +87,37 @@ def base_options(url: URL) -> dict[str, Any]:
             }
         case _:
             return {}
+
+
+def refuse_autocommit(setting: str, options: Mapping[str, Any]) -> None:
+    """Refuse an engine whose every statement is committed by itself: no mode could roll back.
+
+    Args:
+        setting: the setting of `Database` that it comes from.
+        options: those of `create_engine`.
+
+    Raises:
+        ConfigurationError: its isolation level is AUTOCOMMIT.
+    """
+    of_connections: Mapping[str, Any] = options.get("execution_options") or {}
+    for level in (options.get("isolation_level"), of_connections.get("isolation_level")):
+        if str(level).replace("_", " ").upper() == "AUTOCOMMIT":  # as SQLAlchemy reads it
+            raise ConfigurationError(
+                f"{setting} has the isolation level AUTOCOMMIT, with which transactional could not"
+                " roll back: leave it out. To read without a transaction is what read_only does."
+            )
+
+
+def isolation_options(engine: Engine) -> dict[str, Any]:
+    """Return the options of `create_engine` which say in what isolation an engine begins.
+
+    For one of the two there is no public way; the test of engines in autocommit, in
+    `test_database.py`, breaks when this changes.
+    """
+    return {
+        "isolation_level": getattr(engine.dialect, "_on_connect_isolation_level", None),
+        "execution_options": engine.get_execution_options(),
+    }
 
 
 def variant_options(engine: Engine, mode: Mode) -> dict[str, Any]:

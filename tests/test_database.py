@@ -294,6 +294,28 @@ def test_a_setting_that_cannot_work_is_an_error_that_names_it(
         Database(**options)
 
 
+IN_AUTOCOMMIT: list[dict[str, Any]] = [
+    {"isolation_level": "AUTOCOMMIT"},
+    {"isolation_level": "autocommit"},
+    {"execution_options": {"isolation_level": "AUTOCOMMIT"}},
+]
+
+
+@pytest.mark.parametrize("options", IN_AUTOCOMMIT)
+@pytest.mark.parametrize("url", ["postgresql+asyncpg://db/shop", "mysql+asyncmy://db/shop"])
+def test_an_engine_in_autocommit_is_refused_as_no_transaction_could_be_rolled_back(
+    url: str, options: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigurationError, match="^engine_options= has .* AUTOCOMMIT"):
+        Database(url, engine_options=options)
+    engine = create_async_engine(url, **options)
+    with pytest.raises(ConfigurationError, match="^engine= has .* AUTOCOMMIT"):
+        Database(engine=engine)
+    engine = create_async_engine(url).execution_options(isolation_level="AUTOCOMMIT")
+    with pytest.raises(ConfigurationError, match="^engine= has .* AUTOCOMMIT"):
+        Database(engine=engine)
+
+
 @pytest.mark.parametrize("name", ["DATABASE_URL", "DATABASE_PORT", "DATABASE_ECHO"])
 def test_a_wrong_variable_is_an_error_that_names_it(
     name: str, no_environment: Path, monkeypatch: pytest.MonkeyPatch
