@@ -1030,6 +1030,18 @@ async def test_an_sqlite_file_for_reading_alone_is_read(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == [file.name]
 
 
+async def test_an_sqlite_file_that_cannot_be_set_to_wal_for_another_reason_is_an_error(
+    sqlite_url: str,
+) -> None:
+    other = sqlite3.connect(sqlite_url.partition("///")[2], isolation_level=None)
+    with contextlib.closing(other):
+        other.execute("CREATE TABLE author (id INTEGER PRIMARY KEY)")
+        other.execute("BEGIN EXCLUSIVE")
+        async with Database(f"{sqlite_url}?timeout=0.1") as database:
+            with pytest.raises(DBAPIError, match="database is locked"):
+                await database.ping()
+
+
 async def test_wal_lets_a_reader_in_while_somebody_writes(sqlite_url: str) -> None:
     async with Database(sqlite_url) as database:
         await database.create_tables(Base.metadata)

@@ -135,6 +135,12 @@ def test_the_charset_reaches_the_mysql_driver(type: DatabaseType, charset: str) 
     assert asyncio.run(charset_of_a_connection()) == charset
 
 
+def test_without_its_driver_any_name_of_a_charset_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "asyncmy", None)
+    url = create_database_url("mysql", database="shop", charset="utf8mb5")
+    assert dict(url.query) == {"charset": "utf8mb5"}
+
+
 @pytest.mark.parametrize("type", ["postgresql", "sqlite"])
 def test_the_charset_is_ignored_where_it_has_no_meaning(type: DatabaseType) -> None:
     assert not create_database_url(type, database="shop", charset="latin1").query
