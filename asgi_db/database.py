@@ -23,7 +23,7 @@ from sqlalchemy.ext import asyncio as sqlalchemy_asyncio
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from asgi_db.abandoned import connection_aside, connection_of, patient_connection_class
-from asgi_db.cancellation import run_to_completion
+from asgi_db.cancellation import background_is_over, run_to_completion
 from asgi_db.engine import (
     Connector,
     base_options,
@@ -36,7 +36,13 @@ from asgi_db.errors import ConfigurationError, DatabaseBusyError, DatabaseDownEr
 from asgi_db.fair_pool import FairPool
 from asgi_db.modes import Mode, Transactional, plain, transactional
 from asgi_db.origin import Origin
-from asgi_db.pool import EngineLife, prepare_postgresql, prepare_sqlite, reset_mysql
+from asgi_db.pool import (
+    DISPOSE_TIMEOUT,
+    EngineLife,
+    prepare_postgresql,
+    prepare_sqlite,
+    reset_mysql,
+)
 from asgi_db.session import DBSession
 from asgi_db.settings import (
     PoolName,
@@ -272,14 +278,18 @@ class Database:
         """
         if self._given is not None:
             await run_to_completion(self._given.dispose())
+        try:
+            await run_to_completion(self._dispose_own())
+        finally:
+            self._remove_unused_folder()
+
+    async def _dispose_own(self) -> None:
         with self._lock:
             self._forget_closed_loops()
             life = self._forget(asyncio.get_running_loop())
-        try:
-            if life is not None:
-                await run_to_completion(life.dispose())
-        finally:
-            self._remove_unused_folder()
+        if life is not None:
+            await life.dispose()
+        await background_is_over(DISPOSE_TIMEOUT)  # SQLite's connections of closed loops close here
 
     async def __aenter__(self) -> Self:
         try:
