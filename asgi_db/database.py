@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import tempfile
+import threading
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from importlib import import_module
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 import anyio
 from sqlalchemy import URL, Connection, Engine, MetaData, text
@@ -20,13 +23,26 @@ from sqlalchemy.ext import asyncio as sqlalchemy_asyncio
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from asgi_db.abandoned import connection_aside, connection_of, patient_connection_class
-from asgi_db.cancellation import run_to_completion
-from asgi_db.engine import base_options, lost_connection, variant
+from asgi_db.cancellation import background_is_over, run_to_completion
+from asgi_db.engine import (
+    Connector,
+    base_options,
+    isolation_options,
+    lost_connection,
+    refuse_autocommit,
+    variant,
+)
 from asgi_db.errors import ConfigurationError, DatabaseBusyError, DatabaseDownError
 from asgi_db.fair_pool import FairPool
 from asgi_db.modes import Mode, Transactional, plain, transactional
 from asgi_db.origin import Origin
-from asgi_db.pool import EngineLife, prepare_postgresql, prepare_sqlite, reset_mysql
+from asgi_db.pool import (
+    DISPOSE_TIMEOUT,
+    EngineLife,
+    prepare_postgresql,
+    prepare_sqlite,
+    reset_mysql,
+)
 from asgi_db.session import DBSession
 from asgi_db.settings import (
     PoolName,
@@ -81,7 +97,8 @@ class Database:
             url: where the database is. Without it `DATABASE_URL` or `DATABASE_TYPE` and its
                 companions say so, and without these an SQLite file in the working directory
                 serves.
-            engine: an engine of your own instead; it is used as it is, and never disposed.
+            engine: an engine of your own instead; it is used as it is, and never disposed. What an
+                `async_creator` of its own raises comes as it is.
             pool: the pool profile, "low", "medium" or "high", or a `PoolProfile` of your own.
             engine_options: for SQLAlchemy's `create_async_engine`; they override the profile.
             session_options: for SQLAlchemy's `AsyncSession`, over `autoflush=False` and
@@ -109,6 +126,9 @@ class Database:
                 f"leak_threshold={leak_threshold!r} must be seconds, more than 0; leave it out to"
                 " switch it off."
             )
+        if engine is not None:
+            refuse_autocommit("engine=", isolation_options(engine.sync_engine))
+        refuse_autocommit("engine_options=", engine_options or {})
         self.statistics = Statistics()  # which `asgi_db.opentelemetry` observes
         self._leak_threshold = leak_threshold
         self._given = (
@@ -133,6 +153,8 @@ class Database:
         self._pooler = pooler
         self._wait_for = wait_for
         self._lives: dict[asyncio.AbstractEventLoop, EngineLife] = {}
+        self._lock = threading.RLock()  # for whoever adds to the engines, or takes one away
+        self._folder: _Folder | None = None
         _databases.add(self)
         self._of_parent: list[EngineLife] = []
         self._variants: dict[tuple[Engine, tuple[object, ...]], Engine] = {}
@@ -180,34 +202,38 @@ class Database:
     def _life_on(self, loop: asyncio.AbstractEventLoop) -> EngineLife:
         if self._given is not None:
             return self._given
-        life = self._lives.get(loop)
-        if life is None:
-            self._forget_closed_loops()
-            life = self._lives[loop] = self._make_life(self.url)
-            if self.active_sandbox is not None:
-                self.active_sandbox.cover(life)
-        return life
+        return self._lives.get(loop) or self._begin_life(loop)
 
-    def _make_life(self, url: URL, *, is_aside: bool = False) -> EngineLife:
-        folder = None
-        if url.get_backend_name() == "sqlite" and url.database == ":memory:":
+    def _begin_life(self, loop: asyncio.AbstractEventLoop) -> EngineLife:
+        with self._lock:  # a loop's first requests may be those of synchronous handlers, in threads
+            life = self._lives.get(loop)
+            if life is None:
+                self._forget_closed_loops()
+                life = self._lives[loop] = self._make_life()
+                if self.active_sandbox is not None:
+                    self.active_sandbox.cover(life)
+            return life
+
+    def _make_life(self, *, is_aside: bool = False) -> EngineLife:
+        url = self.url
+        in_memory = url.get_backend_name() == "sqlite" and url.database == ":memory:"
+        if in_memory:
             # Each connection to SQLite's own `:memory:` is a database of its own. A private file
             # is one database for all of them, with transactions that do not see each other.
-            folder = tempfile.mkdtemp(prefix="asgi-db-")
-            url = url.set(database=os.path.join(folder, "memory.db"))
+            self._folder = self._folder or _Folder()
+            url = url.set(database=os.path.join(self._folder.path, "memory.db"))
         engine = self._make_engine(url)
         backend = url.get_backend_name()
         if backend in ("mysql", "mariadb"):
             reset_mysql(engine.sync_engine)
         elif backend == "sqlite":
-            prepare_sqlite(engine.sync_engine, durable=folder is None)
+            prepare_sqlite(engine.sync_engine, durable=not in_memory)
         elif self._pooler is None:
             prepare_postgresql(engine.sync_engine)
         verify = self._profile.verify and not self._engine_options.get("pool_pre_ping")
         return EngineLife(
             engine,
             Statistics() if is_aside else self.statistics,
-            folder=folder,
             pooler=self._pooler is not None,
             verify=verify,
             leak_threshold=None if is_aside else self._leak_threshold,
@@ -252,10 +278,18 @@ class Database:
         """
         if self._given is not None:
             await run_to_completion(self._given.dispose())
-        life = self._lives.pop(asyncio.get_running_loop(), None)
+        try:
+            await run_to_completion(self._dispose_own())
+        finally:
+            self._remove_unused_folder()
+
+    async def _dispose_own(self) -> None:
+        with self._lock:
+            self._forget_closed_loops()
+            life = self._forget(asyncio.get_running_loop())
         if life is not None:
-            self._forget_variants(life)
-            await run_to_completion(life.dispose())
+            await life.dispose()
+        await background_is_over(DISPOSE_TIMEOUT)  # SQLite's connections of closed loops close here
 
     async def __aenter__(self) -> Self:
         try:
@@ -403,9 +437,8 @@ class Database:
             engine = self._given.engine
             aside = create_async_engine(engine.url, pool=engine.pool.recreate())
             return EngineLife(aside, Statistics())
-        # A database in memory is a private file, the same for both.
-        url = self.lives[-1].engine.url if self._lives else self.url
-        return self._make_life(url, is_aside=True)
+        with self._lock:
+            return self._make_life(is_aside=True)
 
     # -- for the unit of work ------------------------------------------------------------------
 
@@ -420,7 +453,8 @@ class Database:
         key = bind, mode.characteristics
         found = self._variants.get(key)
         if found is None:
-            found = self._variants[key] = variant(bind, mode)
+            with self._lock:
+                found = self._variants[key] = variant(bind, mode)
         return found
 
     def _make_engine(self, url: URL) -> AsyncEngine:
@@ -439,6 +473,9 @@ class Database:
         for name, value in self._engine_options.items():
             both = isinstance(value, Mapping) and isinstance(options.get(name), Mapping)
             options[name] = {**options[name], **value} if both else value
+        if creator := options.get("async_creator"):  # which SQLAlchemy calls without `do_connect`
+            driver = import_module(url.get_driver_name())
+            options["async_creator"] = Connector(creator, driver)
         # OpenTelemetry puts its own in the place of this function, whenever it is called upon.
         return sqlalchemy_asyncio.create_async_engine(url, **options)
 
@@ -446,19 +483,31 @@ class Database:
         """Say which routes have the connections that are out of the pool, and for how long."""
         return [str(holder) for holder in self._life.connections.holders()]
 
-    def _forget_variants(self, life: EngineLife) -> None:
-        base = life.engine.sync_engine
-        self._variants = {key: v for key, v in self._variants.items() if key[0] is not base}
+    def _forget(self, loop: asyncio.AbstractEventLoop) -> EngineLife | None:
+        life = self._lives.pop(loop, None)
+        if life is not None:
+            base = life.engine.sync_engine
+            self._variants = {key: v for key, v in self._variants.items() if key[0] is not base}
+        return life
 
     def _forget_closed_loops(self) -> None:
         """Drop the engines of loops that ended without `dispose`: their connections are dead."""
         for loop in [loop for loop in self._lives if loop.is_closed()]:
-            life = self._lives.pop(loop)
-            self._forget_variants(life)
-            life.terminate()
+            life = self._forget(loop)
+            if life is not None:
+                life.terminate()
+
+    def _remove_unused_folder(self) -> None:
+        """Let a database in memory go when its last engine has gone, the sandbox's included."""
+        with self._lock:
+            if self._folder is not None and not self._lives and self.active_sandbox is None:
+                self._folder.remove()
+                self._folder = None
 
     def _leave_to_parent(self) -> None:
         """After a fork: leave the parent's connections alone, whose sockets this process shares."""
+        self._lock = threading.RLock()  # a thread that has not come along may hold the other
+        self._folder = None
         for life in self._lives.values():
             life.leave_to_parent()
         self._of_parent.extend(self._lives.values())  # to collect them would close something
@@ -473,6 +522,19 @@ def _leave_all_to_parent() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_leave_all_to_parent)
+
+
+class _Folder:
+    """A folder for a database in memory; it is gone when the program ends, at the latest."""
+
+    def __init__(self) -> None:
+        self.path = tempfile.mkdtemp(prefix="asgi-db-")
+        self.remove = finalize(self, _remove_folder, self.path, os.getpid())
+
+
+def _remove_folder(path: str, owner: int) -> None:
+    if os.getpid() == owner:  # not in a process that was forked
+        shutil.rmtree(path, ignore_errors=True)
 
 
 class Block(Origin):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import sqlite3
+from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet, ref
@@ -54,6 +55,9 @@ of the engine (see `watch`).
 UNIT_INFO = "asgi_db_unit_of_work"
 """The key in a pooled connection's `info` under which the unit stands that has it."""
 
+SQLITE_BUSY_TIMEOUT = 30.0
+"""Seconds that SQLite waits for another connection's lock, unless the user has said how many."""
+
 _units: WeakKeyDictionary[Connection, ref[UnitOfWork]] = WeakKeyDictionary()
 """Where the unit of a connection is found also when it is lost, and has no `info` any more."""
 
@@ -70,7 +74,11 @@ def base_options(url: URL) -> dict[str, Any]:
     """Return the arguments of `create_async_engine` which the modes need on this database."""
     match url.get_backend_name():
         case "sqlite":
-            return {"execution_options": {BEGIN_OPTION: ("BEGIN",)}}
+            has_own = "timeout" in url.query  # which connect_args would override
+            return {
+                "execution_options": {BEGIN_OPTION: ("BEGIN",)},
+                "connect_args": {} if has_own else {"timeout": SQLITE_BUSY_TIMEOUT},
+            }
         case "mysql" | "mariadb":
             return {
                 "execution_options": {AUTOCOMMIT_OPTION: False},
@@ -79,6 +87,37 @@ def base_options(url: URL) -> dict[str, Any]:
             }
         case _:
             return {}
+
+
+def refuse_autocommit(setting: str, options: Mapping[str, Any]) -> None:
+    """Refuse an engine whose every statement is committed by itself: no mode could roll back.
+
+    Args:
+        setting: the setting of `Database` that it comes from.
+        options: those of `create_engine`.
+
+    Raises:
+        ConfigurationError: its isolation level is AUTOCOMMIT.
+    """
+    of_connections: Mapping[str, Any] = options.get("execution_options") or {}
+    for level in (options.get("isolation_level"), of_connections.get("isolation_level")):
+        if str(level).replace("_", " ").upper() == "AUTOCOMMIT":  # as SQLAlchemy reads it
+            raise ConfigurationError(
+                f"{setting} has the isolation level AUTOCOMMIT, with which transactional could not"
+                " roll back: leave it out. To read without a transaction is what read_only does."
+            )
+
+
+def isolation_options(engine: Engine) -> dict[str, Any]:
+    """Return the options of `create_engine` which say in what isolation an engine begins.
+
+    For one of the two there is no public way; the test of engines in autocommit, in
+    `test_database.py`, breaks when this changes.
+    """
+    return {
+        "isolation_level": getattr(engine.dialect, "_on_connect_isolation_level", None),
+        "execution_options": engine.get_execution_options(),
+    }
 
 
 def variant_options(engine: Engine, mode: Mode) -> dict[str, Any]:
@@ -405,10 +444,19 @@ class Connector:
             return await connect_whole(self._connect, *args, **kwargs)
         except self._errors as error:
             raise lost_connection(error) from error
+        except UnicodeEncodeError as error:
+            encoding = error.encoding
         except (TypeError, ValueError) as error:
             raise ConfigurationError(
-                f"The driver does not take the options in the URL, or in connect_args: {error}."
+                "The driver does not take the options in the URL, in connect_args or of"
+                f" async_creator: {error}."
             ) from error
+        # Outside the `except`: Python's error has the whole password in it, and would stay
+        # reachable as the `__context__` of ours even with `from None`.
+        raise ConfigurationError(
+            "The user name, the password or another part of the URL has a character that the"
+            f" driver, which sends it as {encoding}, cannot send: change it."
+        )
 
 
 def raise_if_connect_failed(error: BaseException) -> None:

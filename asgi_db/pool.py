@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
-import shutil
 import socket
+import sqlite3
 import time
-import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,9 +38,6 @@ DISPOSE_TIMEOUT = 10.0
 
 _RETURNED = "asgi_db_returned"
 """The key in a connection's `info` for when it was last returned; one that is new has none."""
-
-SQLITE_BUSY_TIMEOUT = 30.0
-"""Seconds that SQLite waits for another connection's lock."""
 
 
 class Held(NamedTuple):
@@ -224,11 +219,6 @@ def _shut_socket(driver: Any) -> None:
         driver._transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
 
-def _remove_folder(folder: str, owner: int) -> None:
-    if os.getpid() == owner:  # not in a process that was forked
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 class EngineLife:
     """An engine in the event loop that uses it, with its connections, until it is disposed."""
 
@@ -240,7 +230,6 @@ class EngineLife:
         given: bool = False,
         pooler: bool = False,
         verify: bool = False,
-        folder: str | None = None,
         leak_threshold: float | None = None,
     ) -> None:
         """Look after an engine.
@@ -250,7 +239,6 @@ class EngineLife:
             given: it belongs to the user: it is not disposed.
             pooler: there is a pooler between it and its server.
             verify: ping its connections before use; see `Connections`.
-            folder: removed with it, at the latest when the program ends.
             leak_threshold: see `Connections`.
         """
         watch(engine.sync_engine)
@@ -260,9 +248,6 @@ class EngineLife:
         )
         self._abandoned = AbandonedStatements(engine, pooler=pooler)
         self._given = given
-        self._remove_folder = (
-            None if folder is None else weakref.finalize(self, _remove_folder, folder, os.getpid())
-        )
 
     def leave_to_parent(self) -> None:
         """Let this process, which was forked, not touch the sockets that it shares."""
@@ -291,8 +276,6 @@ class EngineLife:
                 terminated,
                 DISPOSE_TIMEOUT,
             )
-        if self._remove_folder is not None:
-            self._remove_folder()
 
 
 def prepare_postgresql(engine: Engine) -> None:
@@ -353,7 +336,7 @@ def reset_mysql(engine: Engine) -> None:
 
 
 def prepare_sqlite(engine: Engine, *, durable: bool) -> None:
-    """Set up SQLite's connections: explicit BEGIN, foreign keys, WAL and a busy timeout.
+    """Set up SQLite's connections: explicit BEGIN, foreign keys and WAL.
 
     The driver's own transaction control starts none for a SELECT, which loses updates.
     Source: https://docs.sqlalchemy.org/en/21/dialects/sqlite.html#pysqlite-serializable
@@ -362,9 +345,12 @@ def prepare_sqlite(engine: Engine, *, durable: bool) -> None:
     def connect(connection: Any, _entry: ConnectionPoolEntry) -> None:
         connection.isolation_level = None
         cursor = connection.cursor()
-        cursor.execute(f"PRAGMA busy_timeout = {SQLITE_BUSY_TIMEOUT * 1000:.0f}")
         cursor.execute("PRAGMA foreign_keys = ON")
-        cursor.execute("PRAGMA journal_mode = WAL")
+        try:
+            cursor.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:  # a file for reading alone keeps its journal
+            if error.sqlite_errorcode != sqlite3.SQLITE_READONLY:
+                raise
         if not durable:
             cursor.execute("PRAGMA synchronous = OFF")
         cursor.close()

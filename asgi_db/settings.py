@@ -12,6 +12,7 @@ import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from ipaddress import IPv6Address
 from types import MappingProxyType
@@ -168,8 +169,11 @@ class _Parts:
             raise self._error("database", f"is too long{test}: {self.type} allows {limit}")
 
     def _mysql_charset(self) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9_]+", self.charset):
-            raise self._error("charset", 'must be the name of a character set, such as "utf8mb4"')
+        if not _is_charset(self.charset):
+            raise self._error(
+                "charset",
+                'must be the name of a character set that the driver knows, such as "utf8mb4"',
+            )
         return self.charset
 
     def _name(self, part: str) -> str:
@@ -193,6 +197,14 @@ def _is_port(port: object) -> bool:
     return isinstance(port, int) and not isinstance(port, bool) and 1 <= port <= 65535
 
 
+def _is_charset(name: object) -> bool:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_]+", name):
+        return False
+    if find_spec("asyncmy") is None:
+        return True  # as far as can be said without the driver
+    return import_module("asyncmy.charset").charset_by_name(name) is not None
+
+
 def parse_database_url(url: str | URL) -> URL:
     """Read a database URL, and fill in the asynchronous driver where it names none.
 
@@ -202,8 +214,8 @@ def parse_database_url(url: str | URL) -> URL:
     hides it.
 
     Raises:
-        ConfigurationError: the URL cannot be parsed, or its database or driver is not supported or
-            the driver not installed.
+        ConfigurationError: the URL cannot be parsed, its database, driver or character set is not
+            supported, or the driver is not installed.
     """
     return _parse(url, "The database URL")
 
@@ -227,6 +239,11 @@ def _parse(url: str | URL, label: str) -> URL:
         raise ConfigurationError(
             f"{label} needs the driver {supported}, which is not installed: "
             f"run `pip install {_INSTALL[supported]}`."
+        )
+    if backend in _MYSQL and not _is_charset(parsed.query.get("charset", "utf8mb4")):
+        raise ConfigurationError(
+            f"{label} has in charset= the name of no character set that the driver knows: write"
+            " charset=utf8mb4, or leave it out."
         )
     return _with_defaults(parsed.set(drivername=f"{backend}+{supported}"), backend)
 

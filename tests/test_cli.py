@@ -287,6 +287,8 @@ def test_check_finds_nothing_on_a_file_of_asgi_db_and_tells_its_settings_truly(
     assert re.search("^journal_mode +wal$", done.stdout, re.MULTILINE)
     assert re.search("^foreign_keys +ON, ", done.stdout, re.MULTILINE)
     assert re.search("^busy_timeout +30 s, ", done.stdout, re.MULTILINE)
+    done = asgi_db("check", "--url", f"{sqlite_url}?timeout=2")
+    assert re.search("^busy_timeout +2 s, ", done.stdout, re.MULTILINE)
 
 
 def test_a_place_where_sqlite_cannot_work_is_an_error(tmp_path: Path) -> None:

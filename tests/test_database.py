@@ -1,16 +1,19 @@
 """The `Database`: where it comes from, what it does outside requests, and how it ends."""
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
 import sqlite3
+import threading
 import traceback
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 from sqlalchemy import event, make_url, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
@@ -22,6 +25,7 @@ from asgi_db import (
     ConcurrentUseError,
     ConfigurationError,
     Database,
+    DatabaseDownError,
     DBSession,
     FailedTransactionError,
     Mode,
@@ -33,6 +37,7 @@ from asgi_db import (
     read_only,
     transactional,
 )
+from asgi_db.cancellation import background_is_over
 from asgi_db.settings import PoolName
 from tests.servers import (
     DatabaseServer,
@@ -290,6 +295,28 @@ def test_a_setting_that_cannot_work_is_an_error_that_names_it(
         Database(**options)
 
 
+IN_AUTOCOMMIT: list[dict[str, Any]] = [
+    {"isolation_level": "AUTOCOMMIT"},
+    {"isolation_level": "autocommit"},
+    {"execution_options": {"isolation_level": "AUTOCOMMIT"}},
+]
+
+
+@pytest.mark.parametrize("options", IN_AUTOCOMMIT)
+@pytest.mark.parametrize("url", ["postgresql+asyncpg://db/shop", "mysql+asyncmy://db/shop"])
+def test_an_engine_in_autocommit_is_refused_as_no_transaction_could_be_rolled_back(
+    url: str, options: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigurationError, match="^engine_options= has .* AUTOCOMMIT"):
+        Database(url, engine_options=options)
+    engine = create_async_engine(url, **options)
+    with pytest.raises(ConfigurationError, match="^engine= has .* AUTOCOMMIT"):
+        Database(engine=engine)
+    engine = create_async_engine(url).execution_options(isolation_level="AUTOCOMMIT")
+    with pytest.raises(ConfigurationError, match="^engine= has .* AUTOCOMMIT"):
+        Database(engine=engine)
+
+
 @pytest.mark.parametrize("name", ["DATABASE_URL", "DATABASE_PORT", "DATABASE_ECHO"])
 def test_a_wrong_variable_is_an_error_that_names_it(
     name: str, no_environment: Path, monkeypatch: pytest.MonkeyPatch
@@ -324,6 +351,23 @@ async def test_no_log_line_error_or_repr_shows_the_password(
         assert SECRET not in shown
     assert repr(database).startswith("<Database ")
     assert f"{url.host}:{url.port}/missing" in repr(database)
+
+
+@pytest.mark.parametrize("character", ["Ω", "\ud800"])  # the second no encoding has
+async def test_a_password_that_the_driver_cannot_encode_is_in_no_error(
+    character: str, mysql_url: str
+) -> None:
+    url = make_url(mysql_url).set(password=f"{SECRET}{character}")
+    async with Database(url) as database:
+        with pytest.raises(ConfigurationError, match="the password .* cannot send") as raised:
+            await database.ping()
+    assert SECRET not in "".join(traceback.format_exception(raised.value))
+    errors: list[BaseException | None] = [raised.value]
+    for error in errors:
+        if error is not None:
+            assert SECRET not in repr(error) and character not in repr(error)
+            assert SECRET not in repr(vars(error))
+            errors += [error.__cause__, error.__context__]
 
 
 # Settings which reach the engine and the session
@@ -446,6 +490,26 @@ async def test_a_pooler_means_nothing_to_the_other_databases(
 # What it does
 
 
+async def test_threads_that_are_first_to_use_a_database_make_one_engine(sqlite_url: str) -> None:
+    """As synchronous handlers do where the server sends no lifespan."""
+    both_make_one = threading.Barrier(2)
+
+    class Meeting(NullPool):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both_make_one.wait(timeout=1)
+
+    database = Database(sqlite_url, engine_options={"poolclass": Meeting})
+    loop = asyncio.get_running_loop()
+    first, second = await asyncio.gather(
+        asyncio.to_thread(database.engine_on, loop), asyncio.to_thread(database.engine_on, loop)
+    )
+    assert first is second is database.engine
+    assert both_make_one.broken
+    await database.dispose()
+
+
 async def test_ping_answers_only_if_the_database_does(
     database_url: str, mysql_url: str, postgresql_url: str
 ) -> None:
@@ -467,6 +531,36 @@ async def test_an_option_that_the_driver_does_not_take_is_named(server_url: str)
     url = make_url(server_url).update_query_dict({"nonsense": "1"})
     async with Database(url) as database:
         with pytest.raises(ConfigurationError, match="options in the URL.*nonsense"):
+            await database.ping()
+
+
+async def test_a_creator_of_the_users_own_that_finds_no_server_is_a_database_that_is_down(
+    database_url: str,
+) -> None:
+    async def connect() -> Any:
+        raise ConnectionRefusedError("nobody is there")
+
+    async with Database(database_url, engine_options={"async_creator": connect}) as database:
+        with pytest.raises(DatabaseDownError, match="nobody is there"):
+            await database.ping()
+        with pytest.raises(DatabaseDownError, match="nobody is there"):
+            async with database.session() as session:
+                await session.execute(text("SELECT 1"))
+
+
+async def test_a_creator_of_the_users_own_makes_the_connections(postgresql_url: str) -> None:
+    url = make_url(postgresql_url).set(drivername="postgresql")
+    name = url.database
+
+    async def connect() -> Any:
+        return await asyncpg.connect(url.set(database=name).render_as_string(hide_password=False))
+
+    async with Database(postgresql_url, engine_options={"async_creator": connect}) as database:
+        async with database.session() as session:
+            assert await session.scalar(text("SELECT 42")) == 42
+        name = "missing"
+        await database.dispose()
+        with pytest.raises(DatabaseDownError, match='database "missing" does not exist'):
             await database.ping()
 
 
@@ -832,6 +926,42 @@ async def test_two_databases_in_memory_are_separate() -> None:
             assert (await session.scalars(select(Author))).all() == []
 
 
+def test_a_database_in_memory_is_the_same_in_every_event_loop_until_it_is_disposed() -> None:
+    """A test client without `with` has a loop for each request, and closes it without a word."""
+    database = Database("sqlite://")
+
+    async def create() -> Path:
+        await database.create_tables(Base.metadata)
+        async with database.transaction() as session:
+            await write(session)
+        return Path(str(database.engine.url.database)).parent
+
+    async def read() -> list[str]:
+        async with database.session() as session:
+            names = list(await session.scalars(select(Author.name)))
+        await background_is_over(60)  # the connections of the closed loop close in this one
+        return names
+
+    async def read_and_dispose_beside_another_loop() -> None:
+        async with database:
+            assert await read() == ["Ada"]
+            await asyncio.to_thread(asyncio.run, dispose_after(read()))
+            assert await read() == ["Ada"]
+
+    async def dispose_after(reading: Coroutine[Any, Any, list[str]]) -> None:
+        assert await reading == ["Ada"]
+        await database.dispose()
+
+    folder = asyncio.run(create())
+    assert asyncio.run(read()) == ["Ada"]
+    assert folder.is_dir()
+    asyncio.run(database.dispose())  # in a loop that has not used it
+    assert not folder.exists()
+    again = asyncio.run(create())
+    asyncio.run(read_and_dispose_beside_another_loop())
+    assert again != folder and not again.exists()
+
+
 def test_the_folder_of_a_database_in_memory_goes_with_a_forgotten_database() -> None:
     async def forget() -> Path:
         database = Database("sqlite://")
@@ -862,6 +992,14 @@ async def test_sqlite_has_foreign_keys_wal_and_a_busy_timeout_on_every_connectio
                 }
 
 
+@pytest.mark.parametrize("place", ["the URL", "connect_args"])
+async def test_a_busy_timeout_of_the_users_own_wins(place: str, sqlite_url: str) -> None:
+    url = f"{sqlite_url}?timeout=2" if place == "the URL" else sqlite_url
+    options = {"connect_args": {"timeout": 2}} if place == "connect_args" else {}
+    async with Database(url, engine_options=options) as database, database.session() as session:
+        assert await session.scalar(text("PRAGMA busy_timeout")) == 2_000
+
+
 async def test_a_broken_reference_is_refused_by_sqlite(sqlite_url: str) -> None:
     async with Database(sqlite_url) as database:
         await database.create_tables(Base.metadata)
@@ -876,6 +1014,35 @@ async def test_an_sqlite_file_is_durable_and_one_in_memory_need_not_be(sqlite_ur
         assert await session.scalar(synchronous) in (1, 2)  # NORMAL or FULL
     async with Database("sqlite://") as database, database.session() as session:
         assert await session.scalar(synchronous) == 0
+
+
+async def test_an_sqlite_file_for_reading_alone_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "test.db"
+    with sqlite3.connect(file) as other:
+        other.execute("CREATE TABLE author (id INTEGER PRIMARY KEY, name)")
+        other.execute("INSERT INTO author VALUES (1, 'Ada')")
+    other.close()
+    async with Database(f"sqlite:///file:{file}?mode=ro&uri=true") as database:
+        for mode in (plain, read_only, read_only(snapshot=True)):
+            async with database.session(mode) as session:
+                assert await session.scalar(text("SELECT name FROM author")) == "Ada"
+        with pytest.raises(DBAPIError, match="readonly database"):
+            async with database.transaction() as session:
+                await write(session)
+        await database.ping()
+    assert os.listdir(tmp_path) == [file.name]
+
+
+async def test_an_sqlite_file_that_cannot_be_set_to_wal_for_another_reason_is_an_error(
+    sqlite_url: str,
+) -> None:
+    other = sqlite3.connect(sqlite_url.partition("///")[2], isolation_level=None)
+    with contextlib.closing(other):
+        other.execute("CREATE TABLE author (id INTEGER PRIMARY KEY)")
+        other.execute("BEGIN EXCLUSIVE")
+        async with Database(f"{sqlite_url}?timeout=0.1") as database:
+            with pytest.raises(DBAPIError, match="database is locked"):
+                await database.ping()
 
 
 async def test_wal_lets_a_reader_in_while_somebody_writes(sqlite_url: str) -> None:

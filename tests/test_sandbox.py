@@ -186,6 +186,17 @@ def test_starlettes_client_with_an_event_loop_for_each_request(database_url: str
         assert run(authors(database_url)) == []
 
 
+def test_a_database_in_memory_stays_while_the_application_starts_again() -> None:
+    """Its last engine is disposed with the application, but for the one of the sandbox."""
+    with served_in_another_loop("sqlite://") as database, database.sandbox():
+        run(database.create_tables(Base.metadata))
+        with TestClient(fastapi_app(database)) as client:
+            assert client.post("/authors", params={"name": "Ben"}).status_code == 200
+        with TestClient(fastapi_app(database)) as client:
+            assert client.post("/authors", params={"name": "Cleo"}).status_code == 200
+            assert client.get("/authors").json() == ["Ben", "Cleo"]
+
+
 async def test_the_application_in_one_event_loop_and_the_test_in_another(
     database: Database,
 ) -> None:

@@ -135,6 +135,12 @@ def test_the_charset_reaches_the_mysql_driver(type: DatabaseType, charset: str) 
     assert asyncio.run(charset_of_a_connection()) == charset
 
 
+def test_without_its_driver_any_name_of_a_charset_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "asyncmy", None)
+    url = create_database_url("mysql", database="shop", charset="utf8mb5")
+    assert dict(url.query) == {"charset": "utf8mb5"}
+
+
 @pytest.mark.parametrize("type", ["postgresql", "sqlite"])
 def test_the_charset_is_ignored_where_it_has_no_meaning(type: DatabaseType) -> None:
     assert not create_database_url(type, database="shop", charset="latin1").query
@@ -157,6 +163,7 @@ def test_the_charset_is_ignored_where_it_has_no_meaning(type: DatabaseType) -> N
         ("^`password` is set without a user: set `user` too", {"password": "pw"}),
         ('^`charset` must be .* such as "utf8mb4"', {"type": "mysql", "charset": ""}),
         ("^`charset` must be", {"type": "mariadb", "charset": "utf8mb4;"}),
+        ("^`charset` must be", {"type": "mysql", "charset": "utf8mb5"}),
         ("^`host` has no meaning for SQLite", {"type": "sqlite", "host": "db"}),
         ("^`port` has no meaning for SQLite", {"type": "sqlite", "port": 1}),
         ("^`user` has no meaning for SQLite", {"type": "sqlite", "user": "app"}),
@@ -239,6 +246,8 @@ def test_a_url_gets_the_asynchronous_driver_and_a_full_character_set(
         ("names a host or a user, which SQLite has not: write three slashes", "sqlite://shop.db"),
         ("names a host or a user, which SQLite has not", "sqlite://app:pw@db/shop.db"),
         ("names a host or a user, which SQLite has not", "sqlite:///shop.db?password=pw"),
+        ("has in charset= the name of no character set", "mysql://db/shop?charset=utf8mb5"),
+        ("has in charset= the name of no", "mariadb://db/shop?charset=latin1&charset=utf8mb4"),
         ("must be a string or a sqlalchemy.URL, not NoneType", None),
         ("must be a string or a sqlalchemy.URL, not bytes", b"sqlite://"),
     ],
@@ -435,6 +444,8 @@ def test_what_is_not_set_has_its_default(environ: dict[str, str], expected: str)
         ("DATABASE_SCHEMA is missing", {"DATABASE_SCHEMA": ""}),
         ("DATABASE_PASSWORD is set without a user: set DATABASE_USER", {"DATABASE_USER": ""}),
         ("DATABASE_CHARSET must be", {"DATABASE_TYPE": "mysql", "DATABASE_CHARSET": "utf-8"}),
+        ("DATABASE_CHARSET must be", {"DATABASE_TYPE": "mysql", "DATABASE_CHARSET": "utf8mb5"}),
+        ("DATABASE_URL has in charset=", {"DATABASE_URL": "mysql://db/shop?charset=utf8mb5"}),
         ("DATABASE_USER has no meaning for SQLite", {"DATABASE_TYPE": "sqlite"}),
     ],
 )

@@ -12,7 +12,7 @@ from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from asgi_db.cli.report import Plan, Report
-from asgi_db.pool import SQLITE_BUSY_TIMEOUT
+from asgi_db.engine import SQLITE_BUSY_TIMEOUT
 
 _OVER_A_NETWORK = ("9p", "afs", "ceph", "cifs", "fuse.sshfs", "glusterfs", "nfs", "nfs4", "smb3")
 
@@ -22,7 +22,8 @@ def check_file(report: Report, plan: Plan) -> None:
     report.facts["server"] = f"SQLite {sqlite3.sqlite_version}, in this process"
     set_by_us = "on every connection of asgi-db"
     report.settings["foreign_keys"] = f"ON, {set_by_us}"
-    report.settings["busy_timeout"] = f"{SQLITE_BUSY_TIMEOUT:g} s, {set_by_us}"
+    timeout = plan.url.query.get("timeout", f"{SQLITE_BUSY_TIMEOUT:g}")
+    report.settings["busy_timeout"] = f"{timeout} s, {set_by_us}"
     file = _file(plan.url)
     if file is None:
         report.note(
