@@ -142,7 +142,7 @@ class Site:
     def will_be_cancelled_by(self, cancel: Callable[[], object]) -> None:
         self.cancel = cancel
 
-    async def serve(self, app: ASGIApp) -> Exchange:
+    async def serve(self, app: ASGIApp, spec_version: str = "2.3") -> Exchange:
         """Serve a request; the client takes its time."""
 
         async def take(message: Message) -> None:
@@ -151,7 +151,7 @@ class Site:
             self.delivered.append(message["type"])
 
         self.sent, self.delivered = [], []
-        return await call(app, watch=take)
+        return await call(app, watch=take, spec_version=spec_version)
 
     async def cancelled_call(self, app: ASGIApp, way: str, when: Awaitable[object]) -> None:
         """Serve a request, and cancel it when the moment has come."""

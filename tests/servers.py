@@ -187,6 +187,16 @@ async def server_connections(url: str) -> list[ServerConnection]:
     return [ServerConnection(id, state or "starting", query or "") for id, state, query in rows]
 
 
+async def until_active(url: str, query: str) -> None:
+    """Wait until the server is working at a statement that begins like this."""
+    async with asyncio.timeout(20):
+        while True:
+            found = await server_connections(url)
+            if any(each.state == "active" and each.query.startswith(query) for each in found):
+                return
+            await asyncio.sleep(0.01)
+
+
 async def assert_idle(url: str, within: float = 5) -> None:
     """Waits until no client is in a statement or a transaction, and fails with those that stay."""
     await _assert_none(url, within, "busy", lambda client: client.state != "idle")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
 from sqlalchemy import ForeignKey, String
 from sqlalchemy.ext.asyncio import AsyncAttrs
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
@@ -53,3 +56,26 @@ async def authors(url: str) -> list[str]:
     """The names which another connection sees at this moment."""
     async with outside(url) as connection:
         return [name for (name,) in await connection.execute("SELECT name FROM author ORDER BY 1")]
+
+
+@asynccontextmanager
+async def commits_held_back(url: str) -> AsyncGenerator[Callable[[], Awaitable[object]]]:
+    """While the block lasts, the COMMIT of an author waits, until what is given is called.
+
+    On PostgreSQL alone.
+    """
+    async with outside(url) as connection:
+        await connection.execute("SELECT pg_advisory_lock(1)")
+        await connection.execute("""
+            CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS
+            'BEGIN PERFORM pg_advisory_xact_lock(1); RETURN NULL; END'
+        """)
+        await connection.execute("""
+            CREATE CONSTRAINT TRIGGER wait AFTER INSERT ON author DEFERRABLE INITIALLY DEFERRED
+            FOR EACH ROW EXECUTE FUNCTION wait()
+        """)
+        try:
+            yield lambda: connection.execute("SELECT pg_advisory_unlock(1)")
+        finally:
+            await connection.execute("SELECT pg_advisory_unlock_all()")
+            await connection.execute("DROP FUNCTION wait CASCADE")

@@ -44,9 +44,10 @@ from tests.servers import (
     outside,
     run,
     server_connections,
+    until_active,
 )
 from tests.sockets import Socket, websocket
-from tests.tables import Author, Base, Child, Deferred, authors
+from tests.tables import Author, Base, Child, Deferred, authors, commits_held_back
 
 COUNT = select(func.count(Author.id))
 
@@ -199,33 +200,6 @@ def checked_out(database: Database) -> int:
 async def store(line: Line, name: str) -> None:
     line.session.add(Author(name=name))
     await line.session.flush()
-
-
-async def until_active(url: str, query: str) -> None:
-    """Wait until the server is working at a statement that begins like this."""
-    async with asyncio.timeout(10):
-        while True:
-            found = await server_connections(url)
-            if any(each.state == "active" and each.query.startswith(query) for each in found):
-                return
-            await asyncio.sleep(0.01)
-
-
-@asynccontextmanager
-async def commits_held_back(url: str) -> AsyncGenerator[Callable[[], Awaitable[object]]]:
-    """While the block lasts, the COMMIT of an author waits, until what is given is called."""
-    async with outside(url) as connection:
-        await connection.execute("SELECT pg_advisory_lock(1)")
-        await connection.execute("""
-            CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS
-            'BEGIN PERFORM pg_advisory_xact_lock(1); RETURN NULL; END'
-        """)
-        await connection.execute("""
-            CREATE CONSTRAINT TRIGGER wait AFTER INSERT ON author DEFERRABLE INITIALLY DEFERRED
-            FOR EACH ROW EXECUTE FUNCTION wait()
-        """)
-        yield lambda: connection.execute("SELECT pg_advisory_unlock(1)")
-        await connection.execute("DROP FUNCTION wait CASCADE")
 
 
 UNDELIVERED = "WEBSOCKET / (talk): committed, answer not delivered"
