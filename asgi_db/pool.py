@@ -46,9 +46,13 @@ SQLITE_BUSY_TIMEOUT = 30.0
 
 
 class Held(NamedTuple):
-    """A connection that is out of the pool: since when, and who took it where that is watched."""
+    """A connection that is out of the pool: since when, and who took it where that is watched.
 
-    proxy: PoolProxiedConnection
+    The proxy is held weakly: a connection that was forgotten frees its place in the pool when its
+    proxy is collected.
+    """
+
+    proxy: weakref.ref[PoolProxiedConnection]
     since: float
     stack: Stack
 
@@ -89,6 +93,7 @@ class Connections:
         event.listen(target, "close", self._close)
         event.listen(target, "checkout", self._checkout)
         event.listen(target, "checkin", self._checkin)
+        event.listen(target, "detach", self._detach)
 
     def _connect(self, connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
         connect_is_complete()
@@ -110,7 +115,7 @@ class Connections:
         if self._verify and returned is not None and now - returned > VERIFY_AFTER_IDLE:
             self._ping(connection)
         stack = [] if self._leaks is None else self._leaks.connection_taken()
-        self._out[entry] = Held(proxy, now, stack)
+        self._out[entry] = Held(weakref.ref(proxy), now, stack)
 
     def _ping(self, connection: DBAPIConnection) -> None:
         try:
@@ -127,6 +132,11 @@ class Connections:
         if self._returned is not None:
             self._returned.set()
 
+    def _detach(self, connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
+        """Take leave of a connection which its user keeps, or has forgotten."""
+        self._open.pop(entry, None)
+        self._checkin(connection, entry)
+
     def _count(self, unit: UnitOfWork | None, seconds: float) -> None:
         self._statistics.connection_returned(seconds)
         if unit is not None:
@@ -140,11 +150,11 @@ class Connections:
         """Say who has the connections that are out, the longest first."""
         now = time.monotonic()
         return [
-            Holder(_holder_of(entry), now - held.since) for entry, held in list(self._out.items())
+            Holder(_holder_of(entry), now - held.since) for entry, held in self._out.copy().items()
         ]
 
     def _suspects(self) -> Iterator[Suspect]:
-        for entry, held in self._out.items():
+        for entry, held in self._out.copy().items():  # one may be collected meanwhile
             yield Suspect(held.since, functools.partial(_holder_of, entry), held.stack)
 
     def stats(self) -> PoolStats:
@@ -179,11 +189,13 @@ class Connections:
         connections = list(self._open.items())
         for entry, connection in connections:
             driver = self._dialect.get_driver_connection(connection)
+            held = self._out.get(entry)
+            proxy = None if held is None else held.proxy()
             try:
                 if self._behind_pooler:
                     terminate(driver)
-                elif entry in self._out:  # whoever still has it gets an error, also at COMMIT
-                    self._out[entry].proxy.invalidate()
+                elif proxy is not None:  # whoever still has it gets an error, also at COMMIT
+                    proxy.invalidate()
                 else:
                     self._dialect.do_terminate(connection)
             except RuntimeError:  # its event loop is closed

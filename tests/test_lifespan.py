@@ -813,6 +813,19 @@ async def test_the_shutdown_waits_for_a_connection_that_comes_back(
     assert messages(caplog) == []
 
 
+async def test_the_shutdown_leaves_a_connection_alone_that_was_detached_from_the_pool(
+    database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one does to LISTEN on it."""
+    async with Database(database_url) as database, database.engine.connect() as connection:
+        (await connection.get_raw_connection()).detach()
+        assert (database.stats().holders, database.stats().pool.idle) == ((), 0)
+        await database.dispose()
+        await connection.execute(text("SELECT 1"))
+    assert messages(caplog) == []
+    await assert_no_connection(database_url)
+
+
 # wait_for
 
 
