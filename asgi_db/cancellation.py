@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -141,8 +141,25 @@ def in_background(work: Awaitable[Any]) -> asyncio.Future[Any]:
     return task
 
 
+CONNECT_GRACE = 1.0
+"""Seconds that a connect which was abandoned gets to end, before it is cut off after all."""
+
+
 async def background_is_over(within: float) -> None:
-    """Wait for what runs in the background of this event loop, up to so many seconds."""
-    loop = asyncio.get_running_loop()
-    if tasks := [task for task in _background if task.get_loop() is loop]:
+    """Wait for what runs in the background of this event loop, up to so many seconds.
+
+    Connects that were abandoned come first: they may leave something to the background.
+    """
+    if connects := _of_this_loop(_abandoned):
+        _, late = await asyncio.wait(connects, timeout=CONNECT_GRACE)
+        for task in late:
+            task.cancel()
+        if late:
+            await asyncio.wait(late, timeout=within)
+    if tasks := _of_this_loop(_background):
         await asyncio.wait(tasks, timeout=within)
+
+
+def _of_this_loop(futures: Iterable[asyncio.Future[Any]]) -> list[asyncio.Future[Any]]:
+    loop = asyncio.get_running_loop()
+    return [future for future in futures if future.get_loop() is loop]
