@@ -97,7 +97,16 @@ class Connections:
 
     def _connect(self, connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
         connect_is_complete()
+        self._open = self._still_open()
         self._open[entry] = connection
+
+    def _still_open(self) -> dict[ConnectionPoolEntry, DBAPIConnection]:
+        """Leave out what SQLAlchemy has closed without an event, as setting it up had failed."""
+        return {
+            entry: connection
+            for entry, connection in self._open.copy().items()
+            if entry.dbapi_connection is connection
+        }
 
     def _close(self, _: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
         self._open.pop(entry, None)
@@ -168,11 +177,12 @@ class Connections:
             overflow = pool._max_overflow  # pyright: ignore[reportPrivateUsage]
             limit = None if size is None or overflow < 0 else size + overflow
         checked_out = len(self._out)
+        idle = len(self._still_open()) - checked_out
         return PoolStats(
             size=size,
             limit=limit,
             checked_out=checked_out,
-            idle=max(len(self._open) - checked_out, 0),
+            idle=max(idle, 0),
             waiting=pool.waiting() if isinstance(pool, FairPool) else None,
         )
 
@@ -186,8 +196,8 @@ class Connections:
         """Close what is open without a word to the server; return how many."""
         if self._leaks is not None:
             self._leaks.stop()
-        connections = list(self._open.items())
-        for entry, connection in connections:
+        connections = self._still_open()
+        for entry, connection in connections.items():
             driver = self._dialect.get_driver_connection(connection)
             held = self._out.get(entry)
             proxy = None if held is None else held.proxy()
@@ -206,7 +216,7 @@ class Connections:
 
     def forget(self, kind: type[object]) -> None:
         """Take the connections of a kind for closed: there is nothing of them to be closed."""
-        self._open = {entry: c for entry, c in self._open.items() if not isinstance(c, kind)}
+        self._open = {entry: c for entry, c in self._still_open().items() if not isinstance(c, kind)}
 
     def leave_to_parent(self) -> None:
         """Take each connection for closed, without a move.
