@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -126,8 +127,21 @@ def terminate(connection: Any) -> None:
     """Close a driver's connection at once, without a word to the server."""
     for name in ("terminate", "stop", "close"):  # asyncpg, aiosqlite, asyncmy
         if hasattr(connection, name):
-            getattr(connection, name)()
+            try:
+                getattr(connection, name)()
+            except RuntimeError:  # its event loop is closed
+                _shut_socket(connection)
             break
+
+
+def _shut_socket(driver: Any) -> None:
+    """End a connection without its event loop, so that the server at least sees it go.
+
+    There is no public way to the transport; the test of applications that start again without
+    having been shut down, in `test_lifespan.py`, breaks when this changes.
+    """
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # it is closed; uvloop sees to it
+        driver._transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
 
 _background: set[asyncio.Future[Any]] = set()

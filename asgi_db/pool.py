@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import os
 import shutil
-import socket
 import time
 import weakref
 from collections.abc import Iterator
@@ -198,25 +196,23 @@ class Connections:
             self._leaks.stop()
         connections = self._still_open()
         for entry, connection in connections.items():
-            driver = self._dialect.get_driver_connection(connection)
             held = self._out.get(entry)
             proxy = None if held is None else held.proxy()
-            try:
-                if self._behind_pooler:
-                    terminate(driver)
-                elif proxy is not None:  # whoever still has it gets an error, also at COMMIT
-                    proxy.invalidate()
-                else:
-                    self._dialect.do_terminate(connection)
-            except RuntimeError:  # its event loop is closed
-                _shut_socket(driver)
+            if self._behind_pooler:
+                terminate(self._dialect.get_driver_connection(connection))
+            elif proxy is not None:  # whoever still has it gets an error, also at COMMIT
+                proxy.invalidate()
+            else:
+                self._dialect.do_terminate(connection)
         self._open.clear()
         self._out.clear()
         return len(connections)
 
     def forget(self, kind: type[object]) -> None:
         """Take the connections of a kind for closed: there is nothing of them to be closed."""
-        self._open = {entry: c for entry, c in self._still_open().items() if not isinstance(c, kind)}
+        self._open = {
+            entry: c for entry, c in self._still_open().items() if not isinstance(c, kind)
+        }
 
     def leave_to_parent(self) -> None:
         """Take each connection for closed, without a move.
@@ -234,16 +230,6 @@ class Connections:
 def _holder_of(entry: ConnectionPoolEntry) -> str:
     unit: UnitOfWork | None = entry.info.get(UNIT_INFO)
     return WITHOUT_SESSION if unit is None else unit.describe()
-
-
-def _shut_socket(driver: Any) -> None:
-    """End a connection without its event loop, so that the server at least sees it go.
-
-    There is no public way to the transport; the test of applications that start again without
-    having been shut down, in `test_lifespan.py`, breaks when this changes.
-    """
-    with contextlib.suppress(OSError, TypeError, AttributeError):  # it is closed; uvloop sees to it
-        driver._transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
 
 def _remove_folder(folder: str, owner: int) -> None:
