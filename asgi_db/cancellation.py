@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Coroutine
+import socket
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -128,8 +129,21 @@ def terminate(connection: Any) -> None:
     """Close a driver's connection at once, without a word to the server."""
     for name in ("terminate", "stop", "close"):  # asyncpg, aiosqlite, asyncmy
         if hasattr(connection, name):
-            getattr(connection, name)()
+            try:
+                getattr(connection, name)()
+            except RuntimeError:  # its event loop is closed
+                _shut_socket(connection)
             break
+
+
+def _shut_socket(driver: Any) -> None:
+    """End a connection without its event loop, so that the server at least sees it go.
+
+    There is no public way to the transport; the test of applications that start again without
+    having been shut down, in `test_lifespan.py`, breaks when this changes.
+    """
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # it is closed; uvloop sees to it
+        driver._transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
 
 _background: set[asyncio.Future[Any]] = set()
@@ -143,8 +157,25 @@ def in_background(work: Awaitable[Any]) -> asyncio.Future[Any]:
     return task
 
 
+CONNECT_GRACE = 1.0
+"""Seconds that a connect which was abandoned gets to end, before it is cut off after all."""
+
+
 async def background_is_over(within: float) -> None:
-    """Wait for what runs in the background of this event loop, up to so many seconds."""
-    loop = asyncio.get_running_loop()
-    if tasks := [task for task in _background if task.get_loop() is loop]:
+    """Wait for what runs in the background of this event loop, up to so many seconds.
+
+    Connects that were abandoned come first: they may leave something to the background.
+    """
+    if connects := _of_this_loop(_abandoned):
+        _, late = await asyncio.wait(connects, timeout=CONNECT_GRACE)
+        for task in late:
+            task.cancel()
+        if late:
+            await asyncio.wait(late, timeout=within)
+    if tasks := _of_this_loop(_background):
         await asyncio.wait(tasks, timeout=within)
+
+
+def _of_this_loop(futures: Iterable[asyncio.Future[Any]]) -> list[asyncio.Future[Any]]:
+    loop = asyncio.get_running_loop()
+    return [future for future in futures if future.get_loop() is loop]

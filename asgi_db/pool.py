@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
-import socket
 import sqlite3
 import time
+import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,9 +40,13 @@ _RETURNED = "asgi_db_returned"
 
 
 class Held(NamedTuple):
-    """A connection that is out of the pool: since when, and who took it where that is watched."""
+    """A connection that is out of the pool: since when, and who took it where that is watched.
 
-    proxy: PoolProxiedConnection
+    The proxy is held weakly: a connection that was forgotten frees its place in the pool when its
+    proxy is collected.
+    """
+
+    proxy: weakref.ref[PoolProxiedConnection]
     since: float
     stack: Stack
 
@@ -84,10 +87,20 @@ class Connections:
         event.listen(target, "close", self._close)
         event.listen(target, "checkout", self._checkout)
         event.listen(target, "checkin", self._checkin)
+        event.listen(target, "detach", self._detach)
 
     def _connect(self, connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
         connect_is_complete()
+        self._open = self._still_open()
         self._open[entry] = connection
+
+    def _still_open(self) -> dict[ConnectionPoolEntry, DBAPIConnection]:
+        """Leave out what SQLAlchemy has closed without an event, as setting it up had failed."""
+        return {
+            entry: connection
+            for entry, connection in self._open.copy().items()
+            if entry.dbapi_connection is connection
+        }
 
     def _close(self, _: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
         self._open.pop(entry, None)
@@ -105,7 +118,7 @@ class Connections:
         if self._verify and returned is not None and now - returned > VERIFY_AFTER_IDLE:
             self._ping(connection)
         stack = [] if self._leaks is None else self._leaks.connection_taken()
-        self._out[entry] = Held(proxy, now, stack)
+        self._out[entry] = Held(weakref.ref(proxy), now, stack)
 
     def _ping(self, connection: DBAPIConnection) -> None:
         try:
@@ -122,6 +135,11 @@ class Connections:
         if self._returned is not None:
             self._returned.set()
 
+    def _detach(self, connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
+        """Take leave of a connection which its user keeps, or has forgotten."""
+        self._open.pop(entry, None)
+        self._checkin(connection, entry)
+
     def _count(self, unit: UnitOfWork | None, seconds: float) -> None:
         self._statistics.connection_returned(seconds)
         if unit is not None:
@@ -135,11 +153,11 @@ class Connections:
         """Say who has the connections that are out, the longest first."""
         now = time.monotonic()
         return [
-            Holder(_holder_of(entry), now - held.since) for entry, held in list(self._out.items())
+            Holder(_holder_of(entry), now - held.since) for entry, held in self._out.copy().items()
         ]
 
     def _suspects(self) -> Iterator[Suspect]:
-        for entry, held in self._out.items():
+        for entry, held in self._out.copy().items():  # one may be collected meanwhile
             yield Suspect(held.since, functools.partial(_holder_of, entry), held.stack)
 
     def stats(self) -> PoolStats:
@@ -153,11 +171,12 @@ class Connections:
             overflow = pool._max_overflow  # pyright: ignore[reportPrivateUsage]
             limit = None if size is None or overflow < 0 else size + overflow
         checked_out = len(self._out)
+        idle = len(self._still_open()) - checked_out
         return PoolStats(
             size=size,
             limit=limit,
             checked_out=checked_out,
-            idle=max(len(self._open) - checked_out, 0),
+            idle=max(idle, 0),
             waiting=pool.waiting() if isinstance(pool, FairPool) else None,
         )
 
@@ -171,25 +190,25 @@ class Connections:
         """Close what is open without a word to the server; return how many."""
         if self._leaks is not None:
             self._leaks.stop()
-        connections = list(self._open.items())
-        for entry, connection in connections:
-            driver = self._dialect.get_driver_connection(connection)
-            try:
-                if self._behind_pooler:
-                    terminate(driver)
-                elif entry in self._out:  # whoever still has it gets an error, also at COMMIT
-                    self._out[entry].proxy.invalidate()
-                else:
-                    self._dialect.do_terminate(connection)
-            except RuntimeError:  # its event loop is closed
-                _shut_socket(driver)
+        connections = self._still_open()
+        for entry, connection in connections.items():
+            held = self._out.get(entry)
+            proxy = None if held is None else held.proxy()
+            if self._behind_pooler:
+                terminate(self._dialect.get_driver_connection(connection))
+            elif proxy is not None:  # whoever still has it gets an error, also at COMMIT
+                proxy.invalidate()
+            else:
+                self._dialect.do_terminate(connection)
         self._open.clear()
         self._out.clear()
         return len(connections)
 
     def forget(self, kind: type[object]) -> None:
         """Take the connections of a kind for closed: there is nothing of them to be closed."""
-        self._open = {entry: c for entry, c in self._open.items() if not isinstance(c, kind)}
+        self._open = {
+            entry: c for entry, c in self._still_open().items() if not isinstance(c, kind)
+        }
 
     def leave_to_parent(self) -> None:
         """Take each connection for closed, without a move.
@@ -207,16 +226,6 @@ class Connections:
 def _holder_of(entry: ConnectionPoolEntry) -> str:
     unit: UnitOfWork | None = entry.info.get(UNIT_INFO)
     return WITHOUT_SESSION if unit is None else unit.describe()
-
-
-def _shut_socket(driver: Any) -> None:
-    """End a connection without its event loop, so that the server at least sees it go.
-
-    There is no public way to the transport; the test of applications that start again without
-    having been shut down, in `test_lifespan.py`, breaks when this changes.
-    """
-    with contextlib.suppress(OSError, TypeError, AttributeError):  # it is closed; uvloop sees to it
-        driver._transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
 
 class EngineLife:

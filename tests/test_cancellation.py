@@ -248,6 +248,36 @@ async def test_cancelled_while_it_connects(
         await assert_disconnected(url)
 
 
+@pytest.mark.usefixtures("unhandled")
+@pytest.mark.parametrize("answers", [True, False], ids=["answers", "never answers"])
+@pytest.mark.parametrize("server", ["postgresql", "mysql"])
+async def test_no_connect_that_was_cancelled_outlives_the_database(
+    request: pytest.FixtureRequest, server: str, answers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is waited for, and cut off if the server does not answer in time."""
+
+    async def read() -> None:
+        async with database.session() as session:
+            await session.execute(select(1))
+
+    if not answers:
+        monkeypatch.setattr("asgi_db.cancellation.CONNECT_GRACE", 0.1)
+    url: str = request.getfixturevalue(f"{server}_url")
+    async with Relay(url) as relay:
+        database = Database(relay.url)
+        relay.freeze()
+        reader = asyncio.create_task(read())
+        await relay.holds_something.wait()
+        reader.cancel()
+        await asyncio.wait((reader,))
+        if answers:
+            asyncio.get_running_loop().call_later(0.1, relay.thaw)
+        async with asyncio.timeout(20):
+            await database.dispose()
+        assert [task for task in asyncio.all_tasks() if "connect_whole" in repr(task)] == []
+    await assert_disconnected(url)
+
+
 @each_way
 async def test_cancelled_between_two_statements(site: Site, way: str) -> None:
     async def endpoint(session: DBSession, send: Send) -> None:

@@ -1,6 +1,7 @@
 """The engine's care: which statements write, how transactions begin, and connections that died."""
 
 import asyncio
+import gc
 import sqlite3
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
@@ -391,6 +392,30 @@ async def test_the_low_profile_does_not_verify_but_notices_what_the_server_has_c
             while not has_gone(driver):  # noqa: ASYNC110 - the driver gives no event for it
                 await asyncio.sleep(0.01)
         await database.ping()
+
+
+# Connections that the pool gets no more
+
+
+@pytest.mark.filterwarnings("ignore:The garbage collector is trying to clean up")
+@pytest.mark.parametrize("given", [False, True], ids=["own engine", "given engine"])
+async def test_a_connection_that_was_forgotten_frees_its_place_in_the_pool(
+    given: bool, database_url: str
+) -> None:
+    async def forget() -> None:
+        connection = await database.engine.connect()
+        await connection.execute(text("SELECT 1"))
+
+    options = {**ONE_CONNECTION, "pool_timeout": 5}
+    engine = create_async_engine(database_url, **options)
+    own = Database(database_url, engine_options=options)
+    async with Database(engine=engine) if given else own as database:
+        await forget()
+        gc.collect()
+        assert (database.stats().holders, database.stats().pool.idle) == ((), 0)
+        await read_once(database)
+    await engine.dispose()
+    await assert_disconnected(database_url)
 
 
 @asynccontextmanager

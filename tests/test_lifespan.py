@@ -19,9 +19,9 @@ from litestar import Litestar
 from litestar import Request as LitestarRequest
 from litestar import get as litestar_get
 from litestar.middleware import DefineMiddleware
-from sqlalchemy import make_url, select, text
+from sqlalchemy import insert, make_url, select, text
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import QueuePool
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -700,6 +700,35 @@ def abandon_twice_then_serve(
         assert "event loop was closed without `await database.dispose()`" in line
 
 
+@pytest.mark.filterwarnings("ignore:The garbage collector is trying to clean up")
+@pytest.mark.parametrize("forgotten", [False, True], ids=["kept", "forgotten"])
+@abandons_a_loop
+def test_a_transaction_that_its_loop_has_left_behind_ends_at_the_server_too(
+    forgotten: bool, database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    database = Database(database_url)
+    taken = list[AsyncConnection]()
+
+    async def abandon() -> None:
+        await database.create_tables(Base.metadata)
+        connection = await database.engine.connect()
+        await connection.execute(insert(Author).values(name="lost"))
+        taken.append(connection)
+
+    async def serve() -> None:
+        async with database, database.transaction() as session:
+            await add(session, "next")
+        await assert_no_connection(database_url)
+        assert await authors(database_url) == ["next"]
+
+    run_on_a_new_loop(abandon)
+    if forgotten:
+        taken.clear()
+        gc.collect()
+    run_on_a_new_loop(serve)
+    assert [record for record in caplog.records if record.exc_info] == []
+
+
 def test_two_loops_at_the_same_time_have_an_engine_each(database_url: str) -> None:
     """A test client runs the application in a thread of its own, beside the test's loop."""
     database = Database(database_url)
@@ -811,6 +840,19 @@ async def test_the_shutdown_waits_for_a_connection_that_comes_back(
     await straggler.task
     assert await authors(database_url) == ["in time"]
     assert messages(caplog) == []
+
+
+async def test_the_shutdown_leaves_a_connection_alone_that_was_detached_from_the_pool(
+    database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one does to LISTEN on it."""
+    async with Database(database_url) as database, database.engine.connect() as connection:
+        (await connection.get_raw_connection()).detach()
+        assert (database.stats().holders, database.stats().pool.idle) == ((), 0)
+        await database.dispose()
+        await connection.execute(text("SELECT 1"))
+    assert messages(caplog) == []
+    await assert_no_connection(database_url)
 
 
 # wait_for

@@ -10,7 +10,7 @@ from fastapi import APIRouter, FastAPI
 from litestar import Litestar, get
 from litestar.di import NamedDependency
 from litestar.params import FromPath
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool, QueuePool
 from starlette.applications import Starlette
@@ -69,6 +69,26 @@ async def test_the_pool_is_counted(database_url: str) -> None:
             assert database.stats().pool == PoolStats(size=2, limit=5, checked_out=1, idle=1)
         assert database.stats().pool == PoolStats(size=2, limit=5, idle=2)
     assert database.stats().pool == PoolStats()
+
+
+async def test_a_connection_that_could_not_be_set_up_is_not_counted(
+    database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def set_up(*_: object) -> None:
+        raise LookupError("no such role")
+
+    async with Database(database_url) as database:
+        event.listen(database.engine.sync_engine, "connect", set_up)
+        for _ in range(2):
+            with pytest.raises(LookupError, match="no such role"):
+                async with database.session() as session:
+                    await session.execute(QUERY)
+            assert database.stats().pool.idle == 0
+        event.remove(database.engine.sync_engine, "connect", set_up)
+        async with database.session() as session:
+            await session.execute(QUERY)
+        assert database.stats().pool.idle == 1
+    assert [record for record in caplog.records if record.name == "asgi_db"] == []
 
 
 async def test_who_waits_for_a_connection_is_counted(database: Database) -> None:
