@@ -46,7 +46,7 @@ class SandboxedConnection:
         is_closed: whether it was given up.
         settings: what the transaction has set until its end, and the values from before.
         task: the task that has begun it.
-        running: the statement that runs.
+        cut_off: done when nobody waits any more for its statement; None while none runs.
     """
 
     def __init__(self, shared: SharedConnection, entry: ConnectionPoolEntry | None) -> None:
@@ -57,7 +57,7 @@ class SandboxedConnection:
         self.has_failed = False
         self.settings: dict[str, str] = {}
         self.task: asyncio.Task[Any] | None = None
-        self.running: asyncio.Future[Outcome] | None = None
+        self.cut_off: asyncio.Future[None] | None = None
         self.is_closed = False
         self._shared = shared
         self._entry = entry

@@ -21,8 +21,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from anyio.from_thread import BlockingPortal
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from asgi_db.abandoned import INTERRUPT_AGAIN, connection_aside, id_at_server
 from asgi_db.engine import has_gone, writes
 from asgi_db.errors import SandboxError
 
@@ -125,11 +127,12 @@ class SharedConnection:
             return
         try:
             if self._floor is not None:
-                await self._interrupt(self._floor)
+                self._cut_off(self._floor)
             async with asyncio.timeout(CLOSE_TIMEOUT), self._turn:
                 await self.send("ROLLBACK")
         except Exception as error:  # the server rolls back what is cut off
             logger.warning("The sandbox's connection is cut off: %s", type(error).__name__)
+            await self.end_whatever_runs()
             await self._connection.invalidate()
         await self._connection.close()
 
@@ -214,18 +217,23 @@ class SharedConnection:
             return outcome
 
     async def _run(self, who: SandboxedConnection, statement: Statement) -> Outcome:
-        who.running = asyncio.ensure_future(
+        running = asyncio.ensure_future(
             self.send(
                 statement.sql, statement.parameters, many=statement.many, **statement.attributes
             )
         )
+        who.cut_off = asyncio.get_running_loop().create_future()
         try:
-            await asyncio.wait((who.running,))
-            return who.running.result()
+            await asyncio.wait((running, who.cut_off), return_when=asyncio.FIRST_COMPLETED)
+            if not running.done():
+                # Here, within its turn, so that it cannot meet the next statement.
+                await self.interrupt(running, statement.sql)
+                await asyncio.wait((running,))
+            return running.result()
         except asyncio.CancelledError:
             raise SandboxError("The statement was cut off.") from None
         finally:
-            who.running = None
+            who.cut_off = None
 
     async def _take_floor(self, who: SandboxedConnection, statement: Statement) -> None:
         self._check_usable(who)
@@ -285,7 +293,7 @@ class SharedConnection:
 
     async def abandon(self, who: SandboxedConnection) -> None:
         """Undo what a connection has begun that is given up, maybe in the middle of a statement."""
-        await self._interrupt(who)
+        self._cut_off(who)
         if not self.is_closed:
             await self.rollback(who)
 
@@ -321,9 +329,9 @@ class SharedConnection:
         self._floor = None
         self._turn.notify_all()
 
-    async def _interrupt(self, who: SandboxedConnection) -> None:
-        if who.running is not None:
-            await self.interrupt(who.running)
+    def _cut_off(self, who: SandboxedConnection) -> None:
+        if who.cut_off is not None and not who.cut_off.done():
+            who.cut_off.set_result(None)
 
     # -- what the databases have of their own --------------------------------------------------
 
@@ -334,11 +342,12 @@ class SharedConnection:
     def check(self, sql: str) -> None:
         """Refuse what would break out of the sandbox."""
 
-    async def interrupt(self, statement: asyncio.Future[Outcome]) -> None:
-        """End a statement for which nobody waits any more, where that harms no other.
+    async def interrupt(self, running: asyncio.Future[Outcome], sql: str) -> None:
+        """End a statement for which nobody waits any more, where that harms no other."""
+        raise NotImplementedError
 
-        SQLite would roll back the whole transaction.
-        """
+    async def end_whatever_runs(self) -> None:
+        """End the statement which keeps the connection, that is given up, from being closed."""
 
     async def begun(self, who: SandboxedConnection) -> None:
         """Let a transaction begin as it was asked to."""
@@ -365,8 +374,8 @@ class SharedPostgreSQL(SharedConnection):
     def is_in_transaction(self) -> bool:
         return has_gone(self.driver) or bool(self.driver.is_in_transaction())
 
-    async def interrupt(self, statement: asyncio.Future[Outcome]) -> None:
-        statement.cancel()  # asyncpg tells the server
+    async def interrupt(self, running: asyncio.Future[Outcome], sql: str) -> None:
+        running.cancel()  # asyncpg tells the server
 
     async def begun(self, who: SandboxedConnection) -> None:
         if who.readonly:
@@ -421,6 +430,15 @@ class SharedMySQL(SharedConnection):
     def is_in_transaction(self) -> bool:
         return has_gone(self.driver) or bool(self.driver.get_transaction_status())
 
+    async def interrupt(self, running: asyncio.Future[Outcome], sql: str) -> None:
+        try:
+            async with connection_aside(self._engine) as connection:
+                while not running.done():  # the first may come before the statement
+                    await connection.exec_driver_sql(f"KILL QUERY {id_at_server(self.driver)}")
+                    await asyncio.wait((running,), timeout=INTERRUPT_AGAIN)
+        except (SQLAlchemyError, OSError) as error:
+            logger.warning("A statement that was cut off runs on: %s", type(error).__name__)
+
     def check(self, sql: str) -> None:
         if found := _COMMITS.match(sql):
             raise SandboxError(
@@ -460,6 +478,16 @@ class SharedSQLite(SharedConnection):
 
     def is_in_transaction(self) -> bool:
         return bool(self.driver.in_transaction)
+
+    async def interrupt(self, running: asyncio.Future[Outcome], sql: str) -> None:
+        while _only_reads(sql) and not running.done():  # a write takes the transaction with it
+            await self.driver.interrupt()  # is forgotten if it comes before the statement
+            await asyncio.wait((running,), timeout=INTERRUPT_AGAIN)
+
+    async def end_whatever_runs(self) -> None:
+        while self._turn.locked():  # its thread, in which it is closed, does nothing else meanwhile
+            await self.driver.interrupt()
+            await asyncio.sleep(INTERRUPT_AGAIN)
 
     async def check_deferred(self) -> None:
         if await self._broken() - self._broken_before:

@@ -41,6 +41,13 @@ from tests.servers import assert_disconnected, outside, run
 from tests.tables import Author, Base, Child, Deferred, Parent, authors
 
 NAMES = select(Author.name).order_by(Author.name)
+ENDLESS = {
+    "postgresql": "(SELECT CAST(pg_sleep(3600) AS text))",
+    "mysql": "SLEEP(3600)",
+    "sqlite": "(WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c)"
+    " SELECT count(*) FROM c)",
+}
+"""Expressions whose value does not come before the test is over."""
 
 
 @pytest.fixture
@@ -356,15 +363,33 @@ async def test_rows_are_streamed(database: Database) -> None:
 
 
 async def test_a_unit_whose_time_is_over_is_rolled_back_and_the_sandbox_goes_on(
-    postgresql_url: str,
+    database: Database,
 ) -> None:
-    async with Database(postgresql_url) as database, database.sandbox():
-        await database.create_tables(Base.metadata)
+    endless = ENDLESS[database.url.get_backend_name()]
+    async with database.sandbox():
+        for _ in range(2):
+            with pytest.raises(DatabaseTimeoutError):
+                async with database.transaction(transactional(timeout=0.3)) as session:
+                    await session.execute(add("Ben"))
+                    await session.execute(text(f"SELECT {endless}"))
+            async with asyncio.timeout(30):
+                assert await names(database) == ["Ada"]
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["read", "write"])
+async def test_a_statement_without_an_end_does_not_keep_the_sandbox_from_ending(
+    database: Database, database_url: str, monkeypatch: pytest.MonkeyPatch, written: bool
+) -> None:
+    monkeypatch.setattr(module, "CLOSE_TIMEOUT", 0.5)
+    endless = ENDLESS[database.url.get_backend_name()]
+    statement = f"UPDATE author SET name = ({endless})" if written else f"SELECT {endless}"
+    async with asyncio.timeout(30), database.sandbox():
         with pytest.raises(DatabaseTimeoutError):
-            async with database.transaction(transactional(timeout=0.2)) as session:
-                await session.execute(add("Ben"))
-                await session.execute(text("SELECT pg_sleep(60)"))
-        assert await names(database) == []
+            async with database.transaction(transactional(timeout=0.3)) as session:
+                await session.execute(text(statement))
+    assert await authors(database_url) == ["Ada"]
+    async with database.transaction() as session:
+        await session.execute(add("Ben"))
 
 
 async def test_a_request_that_is_cancelled_in_a_statement_is_rolled_back(
