@@ -42,6 +42,7 @@ class SandboxedConnection:
         readonly: the transactions only read.
         has_begun: whether a transaction is open, as far as SQLAlchemy knows.
         has_written: whether it has done more than to read.
+        savepoint: the outermost savepoint of its own that is open.
         has_failed: whether a statement of it has failed.
         is_closed: whether it was given up.
         settings: what the transaction has set until its end, and the values from before.
@@ -55,6 +56,7 @@ class SandboxedConnection:
         self.has_begun = False
         self.has_written = False
         self.has_failed = False
+        self.savepoint: str | None = None
         self.settings: dict[str, str] = {}
         self.task: asyncio.Task[Any] | None = None
         self.cut_off: asyncio.Future[None] | None = None
@@ -80,6 +82,11 @@ class SandboxedConnection:
         """Whether a statement that comes now stands alone, in autocommit."""
         raise NotImplementedError
 
+    @property
+    def gives_way(self) -> bool:
+        """Whether its transaction may begin anew with its next statement."""
+        return not self.has_written and self.savepoint is None
+
     def describe(self) -> str:
         """Name who has it, for messages."""
         unit = None if self._entry is None else self._entry.info.get(UNIT_INFO)
@@ -88,6 +95,7 @@ class SandboxedConnection:
     def forget(self) -> None:
         """Note that the transaction is over."""
         self.has_begun = self.has_written = self.has_failed = False
+        self.savepoint = None
         self.settings.clear()
         self.task = None
 

@@ -41,8 +41,15 @@ CLOSE_TIMEOUT = 5.0
 
 _SAVEPOINT = "asgi_db_sandbox"
 
+# Not a comment whose text MySQL executes: /*! … */.
 _READ = re.compile(
-    r"[\s(]*(?:SELECT|WITH|VALUES|TABLE|SHOW|EXPLAIN|DESC|DESCRIBE|PRAGMA)\b", re.IGNORECASE
+    r"(?:[\s(]|/\*(?!M?!).*?\*/|--[^\n]*\n|\#[^\n]*\n)*"
+    r"(?:SELECT|WITH|VALUES|TABLE|SHOW|EXPLAIN|DESC|DESCRIBE|PRAGMA)\b",
+    re.IGNORECASE | re.DOTALL,
+)
+_SET_SAVEPOINT = re.compile(r"\s*SAVEPOINT\s+(\S+)", re.IGNORECASE)
+_END_SAVEPOINT = re.compile(
+    r"\s*(?:RELEASE|ROLLBACK\s+TO)\s+(?:SAVEPOINT\s+)?(\S+)", re.IGNORECASE
 )
 
 
@@ -53,6 +60,16 @@ def _only_reads(statement: str) -> bool:
         and not writes(statement)
         and "set_config" not in statement
     )
+
+
+def _note(who: SandboxedConnection, statement: str) -> None:
+    """Note what would be lost of a transaction whose savepoint is released."""
+    if found := _SET_SAVEPOINT.match(statement):
+        who.savepoint = who.savepoint or found[1]
+    elif found := _END_SAVEPOINT.match(statement):
+        who.savepoint = None if found[1] == who.savepoint else who.savepoint
+    elif not _only_reads(statement):
+        who.has_written = True
 
 
 @dataclass
@@ -211,7 +228,7 @@ class SharedConnection:
                     await self._undo(who)
                 raise
             self._check_usable(who)
-            who.has_written = who.has_written or not _only_reads(statement.sql)
+            _note(who, statement.sql)
             if who.stands_alone:
                 await self._keep(who)
             return outcome
@@ -241,7 +258,7 @@ class SharedConnection:
             return
         try:
             async with asyncio.timeout(WAIT_TIMEOUT):
-                while (holder := self._floor) is not None and holder.has_written:
+                while (holder := self._floor) is not None and not holder.gives_way:
                     if statement.task is not None and holder.task is statement.task:
                         raise _waits_for_ever(who, holder)
                     await self._turn.wait()
@@ -309,6 +326,7 @@ class SharedConnection:
         else:
             await self.committed(who)
             who.has_written = False
+            who.savepoint = None
 
     async def _release(self) -> None:
         await self.send(f"RELEASE SAVEPOINT {_SAVEPOINT}")
@@ -323,6 +341,7 @@ class SharedConnection:
             raise
         finally:
             who.has_written = who.has_failed = False
+            who.savepoint = None
             self._leave_floor()
 
     def _leave_floor(self) -> None:
@@ -501,8 +520,8 @@ class SharedSQLite(SharedConnection):
 def _waits_for_ever(who: SandboxedConnection, holder: SandboxedConnection) -> SandboxError:
     return SandboxError(
         f"{who.describe()}: in a sandbox there is one connection, and {holder.describe()} has"
-        " written on it without having ended its transaction. In production these are two"
-        " connections, of which the second would not see what the first has not committed. Commit"
+        " written on it, or has a savepoint open, without having ended its transaction. In"
+        " production these are two connections, of which the second would not see what the first has not committed. Commit"
         " or roll back first, for instance with `await session.commit()`."
     )
 

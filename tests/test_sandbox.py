@@ -438,6 +438,39 @@ async def test_a_session_that_has_only_read_does_not_stand_in_the_way(database: 
         assert await names(database) == ["Ada", "Ben"]
 
 
+@pytest.mark.parametrize(
+    "sql", ["/* why */ SELECT 1", "-- why\nSELECT 1", "/* a */ -- b\n /* c */ SELECT 1"]
+)
+async def test_a_comment_does_not_make_a_write_of_a_read(database: Database, sql: str) -> None:
+    async with database.sandbox(), database.session() as session:
+        await session.execute(text(sql))
+        assert await names(database) == ["Ada"]
+
+
+async def test_a_savepoint_that_is_over_and_has_only_read_does_not_stand_in_the_way(
+    database: Database,
+) -> None:
+    async with database.sandbox(), database.session() as session:
+        async with session.begin_nested():
+            await session.scalars(NAMES)
+        assert await names(database) == ["Ada"]
+        with pytest.raises(ZeroDivisionError):
+            async with session.begin_nested():
+                await session.scalars(NAMES)
+                raise ZeroDivisionError
+        assert await names(database) == ["Ada"]
+        async with session.begin_nested():
+            async with session.begin_nested():
+                await session.scalars(NAMES)
+            with pytest.raises(SandboxError, match="has a savepoint open"):
+                await names(database)
+            await session.execute(add("Ben"))
+        with pytest.raises(SandboxError, match="has written on it"):
+            await names(database)
+        await session.commit()
+        assert await names(database) == ["Ada", "Ben"]
+
+
 async def test_two_that_write_at_once_come_one_after_the_other(database: Database) -> None:
     async with database.sandbox(), in_process(fastapi_app(database)) as client:
         await asyncio.gather(
