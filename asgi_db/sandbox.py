@@ -30,7 +30,7 @@ from asgi_db.shared_connection import Outcome, SharedConnection, Statement
 
 _TRANSACTION = re.compile(
     r"\s*(?:(?P<begin>BEGIN|START\s+TRANSACTION)\b|(?P<commit>COMMIT|END)\b"
-    r"|(?P<rollback>ROLLBACK)(?!.*\bTO\b)|(?P<set>SET\s+(?:SESSION\s+|LOCAL\s+)?TRANSACTION)\b)",
+    r"|(?P<rollback>ROLLBACK|ABORT)(?!.*\bTO\b)|(?P<set>SET\s+(?:SESSION\s+|LOCAL\s+)?TRANSACTION)\b)",
     re.IGNORECASE | re.DOTALL,
 )
 

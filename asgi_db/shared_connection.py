@@ -48,9 +48,7 @@ _READ = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _SET_SAVEPOINT = re.compile(r"\s*SAVEPOINT\s+(\S+)", re.IGNORECASE)
-_END_SAVEPOINT = re.compile(
-    r"\s*(?:RELEASE|ROLLBACK\s+TO)\s+(?:SAVEPOINT\s+)?(\S+)", re.IGNORECASE
-)
+_END_SAVEPOINT = re.compile(r"\s*(?:RELEASE|ROLLBACK\s+TO)\s+(?:SAVEPOINT\s+)?(\S+)", re.IGNORECASE)
 
 
 def _only_reads(statement: str) -> bool:
@@ -521,8 +519,8 @@ def _waits_for_ever(who: SandboxedConnection, holder: SandboxedConnection) -> Sa
     return SandboxError(
         f"{who.describe()}: in a sandbox there is one connection, and {holder.describe()} has"
         " written on it, or has a savepoint open, without having ended its transaction. In"
-        " production these are two connections, of which the second would not see what the first has not committed. Commit"
-        " or roll back first, for instance with `await session.commit()`."
+        " production these are two connections, of which the second would not see what the first"
+        " has not committed. Commit or roll back first, for instance with `await session.commit()`."
     )
 
 

@@ -572,6 +572,20 @@ async def test_a_sandbox_does_not_begin_while_a_connection_is_held(database: Dat
         pass
 
 
+async def test_an_engine_of_ones_own_in_memory_is_refused_and_left_as_it_is() -> None:
+    engine = create_async_engine("sqlite+aiosqlite://")
+    async with Database(engine=engine) as database:
+        await database.create_tables(Base.metadata)
+        async with database.transaction() as session:
+            await session.execute(add("Ada"))
+        with pytest.raises(SandboxError, match=r'StaticPool.*Database\("sqlite://"\)'):
+            await database.sandbox().__aenter__()
+        with pytest.raises(SandboxError, match="StaticPool"):
+            await asyncio.to_thread(database.sandbox().__enter__)
+        assert await names(database) == ["Ada"]
+    await engine.dispose()
+
+
 async def test_a_session_that_outlives_its_sandbox_cannot_write(
     database: Database, database_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -639,11 +653,21 @@ async def test_what_stands_for_a_connection_behaves_like_one(database: Database)
             assert not hasattr(stand_in, "_no_such_thing")
 
 
-async def test_a_rollback_in_words_is_one(database: Database) -> None:
+@pytest.mark.parametrize(
+    ("database_url", "sql"),
+    [
+        ("postgresql", "ROLLBACK"),
+        ("postgresql", "ABORT"),
+        ("mysql", "ROLLBACK"),
+        ("sqlite", "ROLLBACK"),
+    ],
+    indirect=["database_url"],
+)
+async def test_a_rollback_in_words_is_one(database: Database, sql: str) -> None:
     async with database.sandbox():
         async with database.session() as session:
             await session.execute(add("undone"))
-            await (await session.connection()).exec_driver_sql("ROLLBACK")
+            await (await session.connection()).exec_driver_sql(sql)
             await session.execute(add("kept"))
             await session.commit()
         assert await names(database) == ["Ada", "kept"]
