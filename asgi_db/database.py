@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from weakref import WeakSet, finalize
 
 import anyio
-from sqlalchemy import URL, Connection, Engine, MetaData, text
+from sqlalchemy import URL, Connection, Engine, MetaData, StaticPool, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext import asyncio as sqlalchemy_asyncio
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -32,7 +32,7 @@ from asgi_db.engine import (
     refuse_autocommit,
     variant,
 )
-from asgi_db.errors import ConfigurationError, DatabaseBusyError, DatabaseDownError
+from asgi_db.errors import ConfigurationError, DatabaseBusyError, DatabaseDownError, SandboxError
 from asgi_db.fair_pool import FairPool
 from asgi_db.modes import Mode, Transactional, plain, transactional
 from asgi_db.origin import Origin
@@ -432,9 +432,19 @@ class Database:
         return [self._given] if self._given is not None else list(self._lives.values())
 
     def make_life_aside(self) -> EngineLife:
-        """Make an engine that is made as the others are, and is not among them."""
+        """Make an engine that is made as the others are, and is not among them.
+
+        Raises:
+            SandboxError: the engine's only connection cannot be replaced.
+        """
         if self._given is not None:
             engine = self._given.engine
+            if isinstance(engine.pool, StaticPool):
+                raise SandboxError(
+                    "The pool of this engine is a StaticPool, so there is no second connection for"
+                    " a sandbox, and a database in memory ends with the first. Let"
+                    ' Database("sqlite://") make the engine, or use a file.'
+                )
             aside = create_async_engine(engine.url, pool=engine.pool.recreate())
             return EngineLife(aside, Statistics())
         with self._lock:

@@ -6,10 +6,11 @@ REGISTRY.register(DatabaseCollector(database))
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 
 from asgi_db.database import Database
-from asgi_db.statistics import DatabaseStats
+from asgi_db.statistics import DatabaseStats, PoolStats, total
 
 try:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -50,7 +51,8 @@ class DatabaseCollector(Collector):
         """Prepare the collector, for a registry of `prometheus_client`.
 
         Args:
-            databases: all databases of the application; one registry takes one collector.
+            databases: all databases of the application; one registry takes one collector. Those
+                of one name, such as two on one URL, are added up.
         """
         self._databases = databases
 
@@ -67,15 +69,19 @@ def _of_pools(all_stats: list[DatabaseStats]) -> Iterator[Metric]:
         "Open connections, by what they are: used or idle.",
         labels=["database", "state"],
     )
+    by_name = defaultdict[str, list[PoolStats]](list)
     for stats in all_stats:
-        open_now.add_metric([stats.name, "used"], stats.pool.checked_out)
-        open_now.add_metric([stats.name, "idle"], stats.pool.idle)
+        by_name[stats.name].append(stats.pool)
+    pools = {name: total(pools) for name, pools in by_name.items()}
+    for name, pool in pools.items():
+        open_now.add_metric([name, "used"], pool.checked_out)
+        open_now.add_metric([name, "idle"], pool.idle)
     yield open_now
     for field, text in _GAUGES.items():
         gauge = GaugeMetricFamily(f"asgi_db_pool_{field}", text, labels=["database"])
-        for stats in all_stats:
-            if (value := getattr(stats.pool, field)) is not None:
-                gauge.add_metric([stats.name], value)
+        for name, pool in pools.items():
+            if (value := getattr(pool, field)) is not None:
+                gauge.add_metric([name], value)
         yield gauge
 
 
@@ -85,11 +91,12 @@ def _of_routes(all_stats: list[DatabaseStats]) -> Iterator[Metric]:
         "Units of work that have ended, by how; none: there was no transaction to end.",
         labels=["database", "route", "outcome"],
     )
+    sums = defaultdict[tuple[str, ...], float](float)
     for stats in all_stats:
         for route, counters in stats.routes.items():
             for outcome, count in counters.outcomes().items():
-                units.add_metric([stats.name, route, outcome], count)
-    yield units
+                sums[stats.name, route, outcome] += count
+    yield _with_samples(units, sums)
     for field, text in _COUNTERS.items():
         yield _counter(f"asgi_db_{field}", text, field, all_stats)
     for field, text in _SECONDS.items():
@@ -98,7 +105,16 @@ def _of_routes(all_stats: list[DatabaseStats]) -> Iterator[Metric]:
 
 def _counter(name: str, text: str, field: str, all_stats: list[DatabaseStats]) -> Metric:
     counter = CounterMetricFamily(name, text, labels=["database", "route"])
+    sums = defaultdict[tuple[str, ...], float](float)
     for stats in all_stats:
         for route, counters in stats.routes.items():
-            counter.add_metric([stats.name, route], getattr(counters, field))
+            sums[stats.name, route] += getattr(counters, field)
+    return _with_samples(counter, sums)
+
+
+def _with_samples(
+    counter: CounterMetricFamily, sums: Mapping[tuple[str, ...], float]
+) -> CounterMetricFamily:
+    for labels, value in sums.items():
+        counter.add_metric(labels, value)
     return counter

@@ -30,7 +30,7 @@ from asgi_db.shared_connection import Outcome, SharedConnection, Statement
 
 _TRANSACTION = re.compile(
     r"\s*(?:(?P<begin>BEGIN|START\s+TRANSACTION)\b|(?P<commit>COMMIT|END)\b"
-    r"|(?P<rollback>ROLLBACK)(?!.*\bTO\b)|(?P<set>SET\s+(?:SESSION\s+|LOCAL\s+)?TRANSACTION)\b)",
+    r"|(?P<rollback>ROLLBACK|ABORT)(?!.*\bTO\b)|(?P<set>SET\s+(?:SESSION\s+|LOCAL\s+)?TRANSACTION)\b)",
     re.IGNORECASE | re.DOTALL,
 )
 
@@ -42,11 +42,12 @@ class SandboxedConnection:
         readonly: the transactions only read.
         has_begun: whether a transaction is open, as far as SQLAlchemy knows.
         has_written: whether it has done more than to read.
+        savepoint: the outermost savepoint of its own that is open.
         has_failed: whether a statement of it has failed.
         is_closed: whether it was given up.
         settings: what the transaction has set until its end, and the values from before.
         task: the task that has begun it.
-        running: the statement that runs.
+        cut_off: done when nobody waits any more for its statement; None while none runs.
     """
 
     def __init__(self, shared: SharedConnection, entry: ConnectionPoolEntry | None) -> None:
@@ -55,9 +56,10 @@ class SandboxedConnection:
         self.has_begun = False
         self.has_written = False
         self.has_failed = False
+        self.savepoint: str | None = None
         self.settings: dict[str, str] = {}
         self.task: asyncio.Task[Any] | None = None
-        self.running: asyncio.Future[Outcome] | None = None
+        self.cut_off: asyncio.Future[None] | None = None
         self.is_closed = False
         self._shared = shared
         self._entry = entry
@@ -80,6 +82,11 @@ class SandboxedConnection:
         """Whether a statement that comes now stands alone, in autocommit."""
         raise NotImplementedError
 
+    @property
+    def gives_way(self) -> bool:
+        """Whether its transaction may begin anew with its next statement."""
+        return not self.has_written and self.savepoint is None
+
     def describe(self) -> str:
         """Name who has it, for messages."""
         unit = None if self._entry is None else self._entry.info.get(UNIT_INFO)
@@ -88,6 +95,7 @@ class SandboxedConnection:
     def forget(self) -> None:
         """Note that the transaction is over."""
         self.has_begun = self.has_written = self.has_failed = False
+        self.savepoint = None
         self.settings.clear()
         self.task = None
 

@@ -21,8 +21,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from anyio.from_thread import BlockingPortal
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from asgi_db.abandoned import INTERRUPT_AGAIN, connection_aside, id_at_server
 from asgi_db.engine import has_gone, writes
 from asgi_db.errors import SandboxError
 
@@ -39,9 +41,14 @@ CLOSE_TIMEOUT = 5.0
 
 _SAVEPOINT = "asgi_db_sandbox"
 
+# Not a comment whose text MySQL executes: /*! … */.
 _READ = re.compile(
-    r"[\s(]*(?:SELECT|WITH|VALUES|TABLE|SHOW|EXPLAIN|DESC|DESCRIBE|PRAGMA)\b", re.IGNORECASE
+    r"(?:[\s(]|/\*(?!M?!).*?\*/|--[^\n]*\n|\#[^\n]*\n)*"
+    r"(?:SELECT|WITH|VALUES|TABLE|SHOW|EXPLAIN|DESC|DESCRIBE|PRAGMA)\b",
+    re.IGNORECASE | re.DOTALL,
 )
+_SET_SAVEPOINT = re.compile(r"\s*SAVEPOINT\s+(\S+)", re.IGNORECASE)
+_END_SAVEPOINT = re.compile(r"\s*(?:RELEASE|ROLLBACK\s+TO)\s+(?:SAVEPOINT\s+)?(\S+)", re.IGNORECASE)
 
 
 def _only_reads(statement: str) -> bool:
@@ -51,6 +58,16 @@ def _only_reads(statement: str) -> bool:
         and not writes(statement)
         and "set_config" not in statement
     )
+
+
+def _note(who: SandboxedConnection, statement: str) -> None:
+    """Note what would be lost of a transaction whose savepoint is released."""
+    if found := _SET_SAVEPOINT.match(statement):
+        who.savepoint = who.savepoint or found[1]
+    elif found := _END_SAVEPOINT.match(statement):
+        who.savepoint = None if found[1] == who.savepoint else who.savepoint
+    elif not _only_reads(statement):
+        who.has_written = True
 
 
 @dataclass
@@ -125,11 +142,12 @@ class SharedConnection:
             return
         try:
             if self._floor is not None:
-                await self._interrupt(self._floor)
+                self._cut_off(self._floor)
             async with asyncio.timeout(CLOSE_TIMEOUT), self._turn:
                 await self.send("ROLLBACK")
         except Exception as error:  # the server rolls back what is cut off
             logger.warning("The sandbox's connection is cut off: %s", type(error).__name__)
+            await self.end_whatever_runs()
             await self._connection.invalidate()
         await self._connection.close()
 
@@ -208,24 +226,29 @@ class SharedConnection:
                     await self._undo(who)
                 raise
             self._check_usable(who)
-            who.has_written = who.has_written or not _only_reads(statement.sql)
+            _note(who, statement.sql)
             if who.stands_alone:
                 await self._keep(who)
             return outcome
 
     async def _run(self, who: SandboxedConnection, statement: Statement) -> Outcome:
-        who.running = asyncio.ensure_future(
+        running = asyncio.ensure_future(
             self.send(
                 statement.sql, statement.parameters, many=statement.many, **statement.attributes
             )
         )
+        who.cut_off = asyncio.get_running_loop().create_future()
         try:
-            await asyncio.wait((who.running,))
-            return who.running.result()
+            await asyncio.wait((running, who.cut_off), return_when=asyncio.FIRST_COMPLETED)
+            if not running.done():
+                # Here, within its turn, so that it cannot meet the next statement.
+                await self.interrupt(running, statement.sql)
+                await asyncio.wait((running,))
+            return running.result()
         except asyncio.CancelledError:
             raise SandboxError("The statement was cut off.") from None
         finally:
-            who.running = None
+            who.cut_off = None
 
     async def _take_floor(self, who: SandboxedConnection, statement: Statement) -> None:
         self._check_usable(who)
@@ -233,7 +256,7 @@ class SharedConnection:
             return
         try:
             async with asyncio.timeout(WAIT_TIMEOUT):
-                while (holder := self._floor) is not None and holder.has_written:
+                while (holder := self._floor) is not None and not holder.gives_way:
                     if statement.task is not None and holder.task is statement.task:
                         raise _waits_for_ever(who, holder)
                     await self._turn.wait()
@@ -285,7 +308,7 @@ class SharedConnection:
 
     async def abandon(self, who: SandboxedConnection) -> None:
         """Undo what a connection has begun that is given up, maybe in the middle of a statement."""
-        await self._interrupt(who)
+        self._cut_off(who)
         if not self.is_closed:
             await self.rollback(who)
 
@@ -301,6 +324,7 @@ class SharedConnection:
         else:
             await self.committed(who)
             who.has_written = False
+            who.savepoint = None
 
     async def _release(self) -> None:
         await self.send(f"RELEASE SAVEPOINT {_SAVEPOINT}")
@@ -315,15 +339,16 @@ class SharedConnection:
             raise
         finally:
             who.has_written = who.has_failed = False
+            who.savepoint = None
             self._leave_floor()
 
     def _leave_floor(self) -> None:
         self._floor = None
         self._turn.notify_all()
 
-    async def _interrupt(self, who: SandboxedConnection) -> None:
-        if who.running is not None:
-            await self.interrupt(who.running)
+    def _cut_off(self, who: SandboxedConnection) -> None:
+        if who.cut_off is not None and not who.cut_off.done():
+            who.cut_off.set_result(None)
 
     # -- what the databases have of their own --------------------------------------------------
 
@@ -334,11 +359,12 @@ class SharedConnection:
     def check(self, sql: str) -> None:
         """Refuse what would break out of the sandbox."""
 
-    async def interrupt(self, statement: asyncio.Future[Outcome]) -> None:
-        """End a statement for which nobody waits any more, where that harms no other.
+    async def interrupt(self, running: asyncio.Future[Outcome], sql: str) -> None:
+        """End a statement for which nobody waits any more, where that harms no other."""
+        raise NotImplementedError
 
-        SQLite would roll back the whole transaction.
-        """
+    async def end_whatever_runs(self) -> None:
+        """End the statement which keeps the connection, that is given up, from being closed."""
 
     async def begun(self, who: SandboxedConnection) -> None:
         """Let a transaction begin as it was asked to."""
@@ -365,8 +391,8 @@ class SharedPostgreSQL(SharedConnection):
     def is_in_transaction(self) -> bool:
         return has_gone(self.driver) or bool(self.driver.is_in_transaction())
 
-    async def interrupt(self, statement: asyncio.Future[Outcome]) -> None:
-        statement.cancel()  # asyncpg tells the server
+    async def interrupt(self, running: asyncio.Future[Outcome], sql: str) -> None:
+        running.cancel()  # asyncpg tells the server
 
     async def begun(self, who: SandboxedConnection) -> None:
         if who.readonly:
@@ -421,6 +447,15 @@ class SharedMySQL(SharedConnection):
     def is_in_transaction(self) -> bool:
         return has_gone(self.driver) or bool(self.driver.get_transaction_status())
 
+    async def interrupt(self, running: asyncio.Future[Outcome], sql: str) -> None:
+        try:
+            async with connection_aside(self._engine) as connection:
+                while not running.done():  # the first may come before the statement
+                    await connection.exec_driver_sql(f"KILL QUERY {id_at_server(self.driver)}")
+                    await asyncio.wait((running,), timeout=INTERRUPT_AGAIN)
+        except (SQLAlchemyError, OSError) as error:
+            logger.warning("A statement that was cut off runs on: %s", type(error).__name__)
+
     def check(self, sql: str) -> None:
         if found := _COMMITS.match(sql):
             raise SandboxError(
@@ -461,6 +496,16 @@ class SharedSQLite(SharedConnection):
     def is_in_transaction(self) -> bool:
         return bool(self.driver.in_transaction)
 
+    async def interrupt(self, running: asyncio.Future[Outcome], sql: str) -> None:
+        while _only_reads(sql) and not running.done():  # a write takes the transaction with it
+            await self.driver.interrupt()  # is forgotten if it comes before the statement
+            await asyncio.wait((running,), timeout=INTERRUPT_AGAIN)
+
+    async def end_whatever_runs(self) -> None:
+        while self._turn.locked():  # its thread, in which it is closed, does nothing else meanwhile
+            await self.driver.interrupt()
+            await asyncio.sleep(INTERRUPT_AGAIN)
+
     async def check_deferred(self) -> None:
         if await self._broken() - self._broken_before:
             raise self.adapted("dbapi").IntegrityError("FOREIGN KEY constraint failed")
@@ -473,9 +518,9 @@ class SharedSQLite(SharedConnection):
 def _waits_for_ever(who: SandboxedConnection, holder: SandboxedConnection) -> SandboxError:
     return SandboxError(
         f"{who.describe()}: in a sandbox there is one connection, and {holder.describe()} has"
-        " written on it without having ended its transaction. In production these are two"
-        " connections, of which the second would not see what the first has not committed. Commit"
-        " or roll back first, for instance with `await session.commit()`."
+        " written on it, or has a savepoint open, without having ended its transaction. In"
+        " production these are two connections, of which the second would not see what the first"
+        " has not committed. Commit or roll back first, for instance with `await session.commit()`."
     )
 
 

@@ -17,6 +17,8 @@ from sqlalchemy import URL
 
 Outcome: TypeAlias = Literal["committed", "rolled_back", "failed"]
 
+_OUTCOMES = ("committed", "rolled_back", "failed", "none")
+
 WITHOUT_SESSION = "the engine, without a session"
 """The name of whoever takes a connection from `database.engine` itself."""
 
@@ -26,11 +28,12 @@ class RouteStats:
     """What one route has done since the process began; all times are seconds.
 
     Attributes:
-        units: units of work that have ended, each from its first statement on.
+        units: units of work that have ended, each from its first statement on; those of all four
+            outcomes.
         committed: those which ended with COMMIT.
         rolled_back: those which ended with ROLLBACK; in `plain` also those that only read.
-        failed: those whose COMMIT failed, or has an outcome that is not known. What remains of
-            `units` ended with neither: `read_only` has no transaction.
+        failed: those whose COMMIT failed, or has an outcome that is not known.
+        none: those which ended with neither: `read_only` has no transaction.
         statements: statements sent, without those that begin and end transactions.
         retries: requests that were run again.
         connections: how often a connection was taken from the pool.
@@ -48,6 +51,7 @@ class RouteStats:
     committed: int = 0
     rolled_back: int = 0
     failed: int = 0
+    none: int = 0
     statements: int = 0
     retries: int = 0
     connections: int = 0
@@ -60,12 +64,7 @@ class RouteStats:
 
     def outcomes(self) -> dict[str, int]:
         """Return how many units ended how; "none": there was no transaction to end."""
-        ended = {
-            "committed": self.committed,
-            "rolled_back": self.rolled_back,
-            "failed": self.failed,
-        }
-        return {**ended, "none": self.units - sum(ended.values())}
+        return {outcome: getattr(self, outcome) for outcome in _OUTCOMES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,20 +159,23 @@ class Tally:
 
 
 class Counters:
-    """The counters of one route, which go on; see `RouteStats`."""
+    """The counters of one route, which go on; see `RouteStats`.
 
-    __slots__ = RouteStats.__slots__
+    Each is written at once, because another thread may read between two of them. The units are
+    the sum of their outcomes, so that they agree at every moment.
+    """
+
+    __slots__ = tuple(name for name in RouteStats.__slots__ if name != "units")
 
     def __init__(self) -> None:
-        self.units = self.committed = self.rolled_back = self.failed = 0
+        self.committed = self.rolled_back = self.failed = self.none = 0
         self.statements = self.retries = self.connections = self.timeouts = 0
         self.held = self.held_max = self.waited = self.waited_max = self.busy = 0.0
 
     def add(self, tally: Tally) -> None:
         """Add a unit of work that has ended."""
-        self.units += 1
-        if tally.outcome is not None:
-            setattr(self, tally.outcome, getattr(self, tally.outcome) + 1)
+        outcome = tally.outcome or "none"
+        setattr(self, outcome, getattr(self, outcome) + 1)
         self.statements += tally.statements
         self.timeouts += tally.timeouts
         self.waited += tally.waited
@@ -189,7 +191,8 @@ class Counters:
 
     def stats(self) -> RouteStats:
         """Say how they stand."""
-        return RouteStats(*(getattr(self, name) for name in RouteStats.__slots__))
+        values = {name: getattr(self, name) for name in Counters.__slots__}
+        return RouteStats(units=sum(values[outcome] for outcome in _OUTCOMES), **values)
 
 
 class Observer(Protocol):

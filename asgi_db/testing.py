@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import unquote, urlsplit
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from sqlalchemy import URL, NullPool, event, text
@@ -208,7 +209,8 @@ def temporary_database(url: str | URL) -> Generator[URL]:
     tests.
 
     Args:
-        url: of the database; its name ends with `_test`, or has `_test_` in it.
+        url: of the database; its name ends with `_test`, or has `_test_` in it. The folders of
+            an SQLite file do not count.
 
     Raises:
         ConfigurationError: the name does not say that it is for tests.
@@ -228,15 +230,22 @@ def temporary_database(url: str | URL) -> Generator[URL]:
 
 
 def _name_of(url: URL) -> str:
-    name = url.database or ""
-    return os.path.splitext(name)[0] if url.get_backend_name() == "sqlite" else name
+    if url.get_backend_name() != "sqlite":
+        return url.database or ""
+    return os.path.splitext(os.path.basename(_file_of(url)))[0]
+
+
+def _file_of(url: URL) -> str:
+    """The file of an SQLite database, which the URL may name by a URI: `file:shop_test.db`."""
+    (name,), options = url.get_dialect()().create_connect_args(url)
+    return unquote(urlsplit(name).path) if options.get("uri") else str(name)
 
 
 def _replace(url: URL, *, create: bool) -> None:
     if url.get_backend_name() == "sqlite":
         for suffix in ("", "-wal", "-shm", "-journal"):
             with suppress(FileNotFoundError):
-                os.remove(f"{url.database}{suffix}")
+                os.remove(f"{_file_of(url)}{suffix}")
         return
     with start_blocking_portal() as portal:  # also where an event loop runs
         portal.call(_replace_on_server, url, create)

@@ -427,6 +427,26 @@ def test_an_option_of_the_url_that_the_driver_does_not_take_is_an_error(
     assert_found(done.stdout, "error", option, "the options in the URL")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("wait", "--timeout", "1"),
+        ("create-tables", "shop.tables:Base"),
+        ("drop-tables", "shop.tables:Base", "--yes"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_such_an_option_is_an_error_of_the_other_commands_too(
+    folder: Path, arguments: tuple[str, ...]
+) -> None:
+    url = f"postgresql://app:{SECRET}@127.0.0.1:1/shop?nonsense=1"
+    done = asgi_db(*arguments, folder=folder, DATABASE_URL=url)
+    assert done.returncode == 1
+    assert "nonsense" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert SECRET not in done.stderr
+
+
 @pytest.mark.timing
 def test_a_server_that_takes_a_connection_and_never_answers_is_an_error_in_time() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:

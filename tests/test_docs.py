@@ -278,6 +278,19 @@ def test_the_shops_own_tests_pass_side_by_side(tmp_path: Path, postgresql_url: s
     assert sql(postgresql_url, left) == []
 
 
+def test_the_shops_own_tests_pass_beside_a_database_in_use(
+    tmp_path: Path, load: Load, sqlite_url: str
+) -> None:
+    app_db = make_url(sqlite_url).set(database=str(tmp_path / "app.db"))
+    url = app_db.render_as_string(hide_password=False)
+    with serve(load(TUTORIAL, url=url)["app"].app) as client:
+        client.post("/orders?number=T1&item=milk")
+    write_files(tmp_path, TESTING)
+    assert " 6 passed" in run_pytest(tmp_path, "--asgi-db-url=sqlite:///app.db")
+    assert items(url) == ["milk"]
+    assert not list(tmp_path.glob("app_test*"))
+
+
 def run_pytest(folder: Path, *arguments: str, **environment: str) -> str:
     """Runs the tests of a folder as a user would, and returns what pytest printed."""
     # The shop uses anyio's plugin; pytest-asyncio is here for another example, and warns.

@@ -85,6 +85,27 @@ async def test_one_collector_serves_several_databases(tmp_path: Path) -> None:
             assert registry.get_sample_value("asgi_db_pool_size", labels) == 10
 
 
+async def test_two_databases_of_one_name_are_added_up(sqlite_url: str) -> None:
+    async with Database(sqlite_url) as a, Database(sqlite_url, pool="low") as b:
+        for database in a, b:
+            async with database.session() as session:
+                await session.execute(QUERY)
+        registry = CollectorRegistry()
+        registry.register(DatabaseCollector(a, b))
+        names = [
+            line.rpartition(" ")[0]
+            for line in generate_latest(registry).decode().splitlines()
+            if not line.startswith("#")
+        ]
+        found = metrics(a, b)
+    assert len(names) == len(set(names))
+    route = "`async with database.session()`"
+    assert found["asgi_db_statements_total", route] == 2
+    assert found["asgi_db_units_total", "rolled_back", route] == 2
+    assert found["asgi_db_pool_connections", "idle"] == 2
+    assert found[("asgi_db_pool_size",)] == 10 + 5
+
+
 async def test_what_a_pool_does_not_know_is_left_out(sqlite_url: str) -> None:
     async with Database(sqlite_url, engine_options={"poolclass": NullPool}) as database:
         _ = database.engine

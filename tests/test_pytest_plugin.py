@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from sqlalchemy import make_url
+from sqlalchemy import make_url, text
 from sqlalchemy.exc import DBAPIError
 
-from asgi_db import ConfigurationError, create_database_url
+from asgi_db import ConfigurationError, Database, create_database_url
 from asgi_db.testing import temporary_database, test_database_url
 from tests.servers import DatabaseServer, outside, run
 
@@ -192,6 +192,34 @@ def test_a_database_whose_name_is_not_for_tests_is_never_dropped(
         with pytest.raises(ConfigurationError, match="let it end with _test"):
             with temporary_database(shop):
                 pass
+
+
+def test_a_folder_whose_name_is_for_tests_says_nothing_about_the_files_in_it(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "load_test_data"
+    folder.mkdir()
+    shop = folder / "shop.db"
+    shop.write_bytes(b"real data")
+    for url in (f"sqlite:///{shop}", f"sqlite:///file:{shop}?uri=true"):
+        with pytest.raises(ConfigurationError, match="'shop' would be dropped"):
+            with temporary_database(url):
+                pass
+    assert shop.read_bytes() == b"real data"
+
+
+def test_a_temporary_database_may_be_an_sqlite_uri(tmp_path: Path) -> None:
+    url = test_database_url(f"sqlite:///file:{tmp_path}/the%2520shop.db?uri=true")
+
+    async def create_table() -> None:
+        async with Database(url) as database, database.transaction() as session:
+            await session.execute(text("CREATE TABLE thing (id INT)"))
+
+    for _ in range(2):
+        with temporary_database(url):
+            run(create_table())
+            assert (tmp_path / "the shop_test.db").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_server_that_refuses_says_so() -> None:

@@ -41,6 +41,13 @@ from tests.servers import assert_disconnected, outside, run
 from tests.tables import Author, Base, Child, Deferred, Parent, authors
 
 NAMES = select(Author.name).order_by(Author.name)
+ENDLESS = {
+    "postgresql": "(SELECT CAST(pg_sleep(3600) AS text))",
+    "mysql": "SLEEP(3600)",
+    "sqlite": "(WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c)"
+    " SELECT count(*) FROM c)",
+}
+"""Expressions whose value does not come before the test is over."""
 
 
 @pytest.fixture
@@ -367,15 +374,33 @@ async def test_rows_are_streamed(database: Database) -> None:
 
 
 async def test_a_unit_whose_time_is_over_is_rolled_back_and_the_sandbox_goes_on(
-    postgresql_url: str,
+    database: Database,
 ) -> None:
-    async with Database(postgresql_url) as database, database.sandbox():
-        await database.create_tables(Base.metadata)
+    endless = ENDLESS[database.url.get_backend_name()]
+    async with database.sandbox():
+        for _ in range(2):
+            with pytest.raises(DatabaseTimeoutError):
+                async with database.transaction(transactional(timeout=0.3)) as session:
+                    await session.execute(add("Ben"))
+                    await session.execute(text(f"SELECT {endless}"))
+            async with asyncio.timeout(30):
+                assert await names(database) == ["Ada"]
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["read", "write"])
+async def test_a_statement_without_an_end_does_not_keep_the_sandbox_from_ending(
+    database: Database, database_url: str, monkeypatch: pytest.MonkeyPatch, written: bool
+) -> None:
+    monkeypatch.setattr(module, "CLOSE_TIMEOUT", 0.5)
+    endless = ENDLESS[database.url.get_backend_name()]
+    statement = f"UPDATE author SET name = ({endless})" if written else f"SELECT {endless}"
+    async with asyncio.timeout(30), database.sandbox():
         with pytest.raises(DatabaseTimeoutError):
-            async with database.transaction(transactional(timeout=0.2)) as session:
-                await session.execute(add("Ben"))
-                await session.execute(text("SELECT pg_sleep(60)"))
-        assert await names(database) == []
+            async with database.transaction(transactional(timeout=0.3)) as session:
+                await session.execute(text(statement))
+    assert await authors(database_url) == ["Ada"]
+    async with database.transaction() as session:
+        await session.execute(add("Ben"))
 
 
 async def test_a_request_that_is_cancelled_in_a_statement_is_rolled_back(
@@ -421,6 +446,39 @@ async def test_a_session_that_has_only_read_does_not_stand_in_the_way(database: 
             assert list(await session.scalars(NAMES)) == ["Ada"]
             await client.post("/authors", params={"name": "Ben"})
             assert list(await session.scalars(NAMES)) == ["Ada", "Ben"]
+        assert await names(database) == ["Ada", "Ben"]
+
+
+@pytest.mark.parametrize(
+    "sql", ["/* why */ SELECT 1", "-- why\nSELECT 1", "/* a */ -- b\n /* c */ SELECT 1"]
+)
+async def test_a_comment_does_not_make_a_write_of_a_read(database: Database, sql: str) -> None:
+    async with database.sandbox(), database.session() as session:
+        await session.execute(text(sql))
+        assert await names(database) == ["Ada"]
+
+
+async def test_a_savepoint_that_is_over_and_has_only_read_does_not_stand_in_the_way(
+    database: Database,
+) -> None:
+    async with database.sandbox(), database.session() as session:
+        async with session.begin_nested():
+            await session.scalars(NAMES)
+        assert await names(database) == ["Ada"]
+        with pytest.raises(ZeroDivisionError):
+            async with session.begin_nested():
+                await session.scalars(NAMES)
+                raise ZeroDivisionError
+        assert await names(database) == ["Ada"]
+        async with session.begin_nested():
+            async with session.begin_nested():
+                await session.scalars(NAMES)
+            with pytest.raises(SandboxError, match="has a savepoint open"):
+                await names(database)
+            await session.execute(add("Ben"))
+        with pytest.raises(SandboxError, match="has written on it"):
+            await names(database)
+        await session.commit()
         assert await names(database) == ["Ada", "Ben"]
 
 
@@ -525,6 +583,20 @@ async def test_a_sandbox_does_not_begin_while_a_connection_is_held(database: Dat
         pass
 
 
+async def test_an_engine_of_ones_own_in_memory_is_refused_and_left_as_it_is() -> None:
+    engine = create_async_engine("sqlite+aiosqlite://")
+    async with Database(engine=engine) as database:
+        await database.create_tables(Base.metadata)
+        async with database.transaction() as session:
+            await session.execute(add("Ada"))
+        with pytest.raises(SandboxError, match=r'StaticPool.*Database\("sqlite://"\)'):
+            await database.sandbox().__aenter__()
+        with pytest.raises(SandboxError, match="StaticPool"):
+            await asyncio.to_thread(database.sandbox().__enter__)
+        assert await names(database) == ["Ada"]
+    await engine.dispose()
+
+
 async def test_a_session_that_outlives_its_sandbox_cannot_write(
     database: Database, database_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -592,11 +664,21 @@ async def test_what_stands_for_a_connection_behaves_like_one(database: Database)
             assert not hasattr(stand_in, "_no_such_thing")
 
 
-async def test_a_rollback_in_words_is_one(database: Database) -> None:
+@pytest.mark.parametrize(
+    ("database_url", "sql"),
+    [
+        ("postgresql", "ROLLBACK"),
+        ("postgresql", "ABORT"),
+        ("mysql", "ROLLBACK"),
+        ("sqlite", "ROLLBACK"),
+    ],
+    indirect=["database_url"],
+)
+async def test_a_rollback_in_words_is_one(database: Database, sql: str) -> None:
     async with database.sandbox():
         async with database.session() as session:
             await session.execute(add("undone"))
-            await (await session.connection()).exec_driver_sql("ROLLBACK")
+            await (await session.connection()).exec_driver_sql(sql)
             await session.execute(add("kept"))
             await session.commit()
         assert await names(database) == ["Ada", "kept"]

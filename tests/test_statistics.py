@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from itertools import pairwise
+from typing import Any
 
 import pytest
 from fastapi import APIRouter, FastAPI
@@ -26,7 +28,7 @@ from asgi_db import (
     PoolProfile,
     read_only,
 )
-from asgi_db.statistics import WITHOUT_SESSION, PoolStats, RouteStats
+from asgi_db.statistics import WITHOUT_SESSION, Outcome, PoolStats, RouteStats, Statistics, Tally
 from asgi_db.types import Receive, Scope, Send
 from asgi_db_fastapi import CurrentSession
 from asgi_db_litestar import DatabasePlugin
@@ -233,6 +235,29 @@ async def test_what_was_counted_does_not_change_any_more(database: Database) -> 
         await session.execute(QUERY)
     assert before.routes["`async with database.session()`"].units == 1
     assert session_counters(database).units == 2
+
+
+def test_who_reads_while_a_unit_is_counted_sees_its_outcome_or_nothing() -> None:
+    statistics = Statistics()
+    seen: list[RouteStats] = []
+
+    class ReadInBetween(Tally):
+        """At each step of the counting somebody reads, as another thread may."""
+
+        def __getattribute__(self, name: str) -> Any:
+            seen.extend(statistics.routes.values())
+            return super().__getattribute__(name)
+
+    outcomes: list[Outcome | None] = ["committed", "failed", None]
+    for outcome in outcomes:
+        tally = ReadInBetween()
+        tally.outcome = outcome
+        statistics.unit_ended("GET /", "transactional", tally)
+    seen.extend(statistics.routes.values())
+    for before, after in pairwise(seen):
+        assert after.units == sum(after.outcomes().values())
+        assert all(count >= before.outcomes()[how] for how, count in after.outcomes().items())
+    assert seen[-1].outcomes() == {"committed": 1, "rolled_back": 0, "failed": 1, "none": 1}
 
 
 # -- the names of routes -----------------------------------------------------------------------

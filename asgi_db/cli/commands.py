@@ -191,5 +191,5 @@ def _run(database: Database, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         return asyncio.run(started())
     except SQLAlchemyError as error:
         raise click.ClickException(f"{database.url!r}: {describe(error)}") from None
-    except ConnectionError as error:  # it did not come up
+    except (ConnectionError, ConfigurationError) as error:  # it did not come up, or never will
         raise click.ClickException(str(error)) from None

@@ -1,4 +1,8 @@
-"""A guest book; its tests, beside it, are in three styles: `cd examples/tested_app && pytest`."""
+"""A guest book; its tests, beside it, are in three styles.
+
+pip install "asgi-db[fastapi]" pytest httpx httpx2
+cd examples/tested_app && pytest
+"""
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
