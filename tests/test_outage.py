@@ -935,12 +935,14 @@ async def test_a_commit_does_not_wait_for_ever_for_the_rest_of_a_stream(
             await session.execute(insert(Author), [{"name": str(n)} for n in range(3000)])
         monkeypatch.setattr("asgi_db.unit_of_work.COMMIT_TIMEOUT", 0.5)
         monkeypatch.setattr("asgi_db.unit_of_work.CLEANUP_TIMEOUT", 0.5)
-        async with asyncio.timeout(20):
-            with suppress(DatabaseTimeoutError):
-                async with database.transaction() as session:
-                    rows = await session.stream(text(many), execution_options={"yield_per": 10})
-                    await anext(rows)
-                    relay.freeze()
+        thawing = asyncio.get_running_loop().call_later(20, relay.thaw)
+        with suppress(DatabaseTimeoutError):
+            async with database.transaction() as session:
+                rows = await session.stream(text(many), execution_options={"yield_per": 10})
+                await anext(rows)
+                relay.freeze()
+        assert relay.holds_something.is_set()  # else it has waited for the network
+        thawing.cancel()
         assert checked_out(database) == 0
         relay.thaw()
         await assert_full_size(database, 1)
@@ -1124,11 +1126,11 @@ async def test_the_timeout_covers_the_end_of_a_savepoint_and_of_a_block(
     monkeypatch.setattr("asgi_db.unit_of_work.CLEANUP_TIMEOUT", 0.3)
     async with relayed(server_url) as (relay, database):
         relay.fate_of = once(words, Fate.HELD)
-        async with asyncio.timeout(10):
-            with pytest.raises((DatabaseTimeoutError, LookupError)):
-                async with database.session(plain(timeout=1)) as session:
-                    await work(session)
-        assert relay.holds_something.is_set()
+        asyncio.get_running_loop().call_later(10, relay.thaw)
+        with pytest.raises((DatabaseTimeoutError, LookupError)):
+            async with database.session(plain(timeout=1)) as session:
+                await work(session)
+        assert relay.holds_something.is_set()  # else it has waited for the network
         assert checked_out(database) == 0
         relay.thaw()
         await assert_full_size(database, 1)
