@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -881,6 +881,73 @@ async def test_the_timeout_does_not_cut_off_a_commit_which_it_has_begun_with(
         assert await authors(server_url) == ["ada"]
 
 
+async def test_what_comes_before_a_commit_has_no_limit_where_the_mode_has_none(
+    server_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flush of the COMMIT waits for a lock."""
+    monkeypatch.setattr("asgi_db.unit_of_work.COMMIT_TIMEOUT", 1)
+    async with opened(server_url) as database, outside(server_url) as other:
+        async with database.transaction() as session:
+            session.add(Author(id=1, name="ada"))
+        await other.execute("BEGIN")
+        await other.execute("UPDATE author SET name = 'locked' WHERE id = 1")
+
+        async def rename() -> None:
+            async with database.transaction() as session:
+                ada = await session.get_one(Author, 1)
+                ada.name = "grace"
+
+        renaming = asyncio.create_task(rename())
+        await asyncio.wait((renaming,), timeout=2)
+        assert not renaming.done()
+        await other.execute("ROLLBACK")
+        async with asyncio.timeout(30):
+            await renaming
+        assert await authors(server_url) == ["grace"]
+
+
+async def test_a_busy_pool_is_no_commit_that_takes_too_long(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both limits are 30 s as they come, and what was only added is first sent by the COMMIT."""
+    monkeypatch.setattr("asgi_db.unit_of_work.COMMIT_TIMEOUT", 0.3)
+
+    async def add_author(scope: Scope, receive: Receive, send: Send) -> None:
+        scope["state"]["db"].add(Author(name="ada"))
+        await send({"type": "http.response.start", "status": 201, "headers": []})
+        await send({"type": "http.response.body"})
+
+    async with opened(sqlite_url, pool_timeout=1) as database:
+        app = DBSessionMiddleware(add_author, database, mode=transactional)
+        async with database.engine.connect():
+            assert reason(await call(app)) == "busy"
+        assert checked_out(database) == 0
+        assert await authors(sqlite_url) == []
+
+
+async def test_a_commit_does_not_wait_for_ever_for_the_rest_of_a_stream(
+    mysql_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MariaDB sends all rows, and takes no other command before the last was read."""
+    many = "SELECT a.name FROM author a CROSS JOIN author b"  # more than all buffers take
+    async with relayed(mysql_url) as (relay, database):
+        async with database.transaction() as session:
+            await session.execute(insert(Author), [{"name": str(n)} for n in range(3000)])
+        monkeypatch.setattr("asgi_db.unit_of_work.COMMIT_TIMEOUT", 0.5)
+        monkeypatch.setattr("asgi_db.unit_of_work.CLEANUP_TIMEOUT", 0.5)
+        thawing = asyncio.get_running_loop().call_later(20, relay.thaw)
+        with suppress(DatabaseTimeoutError):
+            async with database.transaction() as session:
+                rows = await session.stream(text(many), execution_options={"yield_per": 10})
+                await anext(rows)
+                relay.freeze()
+        assert relay.holds_something.is_set()  # else it has waited for the network
+        thawing.cancel()
+        assert checked_out(database) == 0
+        relay.thaw()
+        await assert_full_size(database, 1)
+
+
 # -- what the errors are -----------------------------------------------------------------------
 
 
@@ -1036,6 +1103,52 @@ async def test_a_rollback_by_hand_does_not_wait_for_ever_when_the_time_is_over(
         assert checked_out(database) == 0
         relay.thaw()
         await assert_full_size(database, 1)
+
+
+async def release_a_savepoint(session: DBSession) -> None:
+    async with session.begin_nested():
+        await session.execute(add("ada"))
+
+
+async def roll_back_to_a_savepoint(session: DBSession) -> None:
+    async with session.begin_nested():
+        await session.execute(add("ada"))
+        raise LookupError
+
+
+async def roll_back_a_transaction_of_ones_own(session: DBSession) -> None:
+    async with session.begin():
+        await session.execute(add("ada"))
+        raise LookupError
+
+
+ENDS = {
+    "a savepoint is released": (release_a_savepoint, b"RELEASE SAVEPOINT"),
+    "a savepoint is rolled back to": (roll_back_to_a_savepoint, b"ROLLBACK TO SAVEPOINT"),
+    "a block is rolled back": (roll_back_a_transaction_of_ones_own, b"ROLLBACK"),
+}
+
+
+@pytest.mark.parametrize(("work", "words"), ENDS.values(), ids=ENDS)
+async def test_the_timeout_covers_the_end_of_a_savepoint_and_of_a_block(
+    server_url: str,
+    work: Callable[[DBSession], Awaitable[None]],
+    words: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What rolls back gets some more time than that, so that its connection can be kept."""
+    monkeypatch.setattr("asgi_db.unit_of_work.CLEANUP_TIMEOUT", 0.3)
+    async with relayed(server_url) as (relay, database):
+        relay.fate_of = once(words, Fate.HELD)
+        asyncio.get_running_loop().call_later(10, relay.thaw)
+        with pytest.raises((DatabaseTimeoutError, LookupError)):
+            async with database.session(plain(timeout=1)) as session:
+                await work(session)
+        assert relay.holds_something.is_set()  # else it has waited for the network
+        assert checked_out(database) == 0
+        relay.thaw()
+        await assert_full_size(database, 1)
+        assert await authors(server_url) == []
 
 
 async def test_to_ask_for_the_engine_is_nothing_that_could_time_out(sqlite_url: str) -> None:

@@ -24,7 +24,7 @@ from asgi_db import (
     read_only,
     transactional,
 )
-from asgi_db.types import ASGIApp, Receive, Scope, Send
+from asgi_db.types import ASGIApp, Message, Receive, Scope, Send
 from tests.contract.client import Exchange, call
 from tests.servers import assert_idle, outside, run
 from tests.serving import UVICORN, Client, serve
@@ -309,6 +309,33 @@ async def test_the_timeout_of_the_mode_ends_the_wait_for_a_connection_too(
                 exchange = await call(app, "/read/it")
             assert (exchange.status, exchange.error) == (503, None)
         assert (await call(app, "/read/it")).status == 201
+
+
+async def test_a_task_of_the_handler_that_goes_on_beside_the_503_keeps_no_connection(
+    database: Database,
+) -> None:
+    leaves = asyncio.Event()
+    tasks: list[asyncio.Task[str]] = []
+
+    async def go_on(session: DBSession) -> str:
+        await leaves.wait()
+        return await read(session, "")
+
+    async def be_refused(session: DBSession, _: str) -> str:
+        tasks.append(asyncio.create_task(go_on(session)))
+        await read(session, "")
+        raise DatabaseBusyError("in a test", [])
+
+    async def leave_slowly(message: Message) -> None:
+        leaves.set()
+        await asyncio.wait(tasks)
+
+    app = serving(database, transactional, refused=be_refused)
+    async with asyncio.timeout(30):
+        exchange = await call(app, "/refused/it", watch=leave_slowly)
+    assert_busy(exchange)
+    assert await tasks[0] == "of the server"
+    assert checked_out(database) == 0
 
 
 # -- over real HTTP ----------------------------------------------------------------------------

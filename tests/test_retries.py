@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import insert, text
 from sqlalchemy.exc import DBAPIError
 
 from asgi_db import ConfigurationError, Database, DBSessionMiddleware, session_of, transactional
 from asgi_db.retry import BODY_LIMIT
 from asgi_db.types import Message, Receive, Scope, Send
+from tests.contract.client import call
 from tests.servers import outside
 from tests.tables import Author, Base, authors
 
@@ -159,6 +161,61 @@ async def test_what_another_database_was_used_for_is_not_done_twice(
         reason = await refused(database, inner, Client(b""))
     assert reason == "it has used another database too."
     assert loser.bodies == [b""]
+
+
+async def test_the_timeout_counts_for_all_attempts_together_also_if_their_commits_lose(
+    database: Database, postgresql_url: str
+) -> None:
+    async with outside(postgresql_url) as connection:
+        await connection.execute(
+            "CREATE FUNCTION lose() RETURNS trigger LANGUAGE plpgsql AS"
+            " $$BEGIN RAISE EXCEPTION 'lost' USING ERRCODE = '40001'; END$$"
+        )
+        await connection.execute(
+            "CREATE CONSTRAINT TRIGGER loses AFTER INSERT ON author"
+            " DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION lose()"
+        )
+    attempts: list[int] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        session = session_of(scope)
+        attempts.append(session.attempt)
+        session.add(Author(name="ada"))
+        await session.flush()
+        await asyncio.sleep(0.5)
+        await send({"type": "http.response.start", "status": 201, "headers": []})
+        await send({"type": "http.response.body"})
+
+    mode = transactional(timeout=1, retries=9)
+    exchange = await call(DBSessionMiddleware(app, database, mode=mode))
+    assert exchange.status >= 500
+    assert len(attempts) <= 3  # of half a second each
+    assert await authors(postgresql_url) == ["shared"]
+
+
+async def test_a_lock_that_is_not_to_be_had_at_begin_is_a_conflict_on_sqlite(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asgi_db.pool.SQLITE_BUSY_TIMEOUT", 0.2)
+    attempts: list[int] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        session = session_of(scope)
+        attempts.append(session.attempt)
+        if session.attempt == 2:
+            await other.execute("ROLLBACK")
+        await session.execute(insert(Author).values(name="ada"))
+        await send({"type": "http.response.start", "status": 201, "headers": []})
+        await send({"type": "http.response.body"})
+
+    async with Database(sqlite_url) as database, outside(sqlite_url) as other:
+        await database.create_tables(Base.metadata)
+        await other.execute("BEGIN IMMEDIATE")
+        middleware = DBSessionMiddleware(app, database, mode=transactional(retries=1))
+        exchange = await call(middleware)
+        assert (exchange.status, exchange.error) == (201, None)
+        assert attempts == [1, 2]
+        assert await authors(sqlite_url) == ["ada"]
 
 
 async def test_a_dependency_comes_too_late_for_retries(database: Database) -> None:

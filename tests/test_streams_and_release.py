@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+import anyio
 import pytest
-from sqlalchemy import event, func, inspect, select
+from sqlalchemy import event, func, insert, inspect, select, text
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import selectinload
 from sqlalchemy.pool import QueuePool
 
-from asgi_db import Database, DBSession, Mode, plain, read_only, transactional
-from asgi_db.types import Message
+from asgi_db import (
+    Database,
+    DBSession,
+    DBSessionMiddleware,
+    Mode,
+    plain,
+    read_only,
+    transactional,
+)
+from asgi_db.types import Message, Receive, Scope, Send
 from tests.contract.apps import FRAMEWORKS, InStarlette
 from tests.contract.client import call
 from tests.contract.endpoints import Answer, Framework
 from tests.contract.site import Item, Site, write
+from tests.relay import Relay
 from tests.servers import DatabaseServer, outside, server_connections
+from tests.sockets import websocket
 from tests.tables import Author, Base, Book, authors
 
 MODES = {
@@ -298,9 +310,15 @@ async def test_what_a_background_task_holds_that_writes(ledger: Ledger, mode: Mo
 
 @pytest.fixture
 async def database(database_url: str) -> AsyncIterator[Database]:
-    """Ada with two books, in a database with one connection."""
+    async with ada_with_two_books(database_url) as database:
+        yield database
+
+
+@asynccontextmanager
+async def ada_with_two_books(url: str) -> AsyncGenerator[Database, None]:
+    """A database with one connection, which nobody holds at the end."""
     options = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 5}
-    async with Database(database_url, engine_options=options) as database:
+    async with Database(url, engine_options=options) as database:
         await database.create_tables(Base.metadata)
         async with database.transaction() as session:
             books = [Book(title="Notes"), Book(title="Sketch")]
@@ -391,3 +409,115 @@ async def test_what_others_have_changed_meanwhile_is_seen_after_a_refresh(
         assert ada.name == "ada"
         await session.refresh(ada)
         assert ada.name == "countess"
+
+
+# -- what release() has kept -------------------------------------------------------------------
+
+
+async def test_a_rollback_after_release_undoes_what_the_session_has_kept(
+    database: Database, database_url: str
+) -> None:
+    """It is in no transaction, of which a ROLLBACK could be sent."""
+    async with database.transaction() as session:
+        ada = await session.get_one(Author, 1)
+        ada.name = "countess"
+        session.add(Author(name="order"))
+        await session.release()
+        await session.rollback()
+        session.add(Author(name="grace"))
+    assert await authors(database_url) == ["ada", "grace"]
+
+
+async def test_a_message_of_a_socket_that_fails_after_release_leaves_nothing_to_the_next(
+    database: Database, database_url: str
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        session: DBSession = scope["state"]["db"]
+        await receive()
+        await send({"type": "websocket.accept"})
+        while (message := await receive())["type"] == "websocket.receive":
+            name: str = message["text"]
+            try:
+                await session.execute(text("SELECT 1"))
+                session.add(Author(name=name))
+                if name == "bad":
+                    await session.release()
+                    raise LookupError
+                await send({"type": "websocket.send", "text": "ok"})
+            except LookupError:
+                await send({"type": "websocket.send", "text": "refused"})
+
+    async with websocket(DBSessionMiddleware(app, database, mode=transactional)) as socket:
+        assert await socket.ask("bad") == "refused"
+        assert await socket.ask("good") == "ok"
+    assert await authors(database_url) == ["ada", "good"]
+
+
+@pytest.fixture(params=["postgresql", "mysql"])
+def server_url(request: pytest.FixtureRequest) -> str:
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
+async def test_a_release_whose_connection_is_lost_keeps_what_is_to_be_written(
+    server_url: str,
+) -> None:
+    """As after a restart: nothing was sent on it, so the next one takes it all."""
+
+    async def order(scope: Scope, receive: Receive, send: Send) -> None:
+        session: DBSession = scope["state"]["db"]
+        ada = await session.get_one(Author, 1)
+        session.add(Author(name="new"))
+        relay.cut()
+        await session.release()
+        ada.name = "countess"
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body"})
+
+    async with Relay(server_url) as relay, ada_with_two_books(relay.url) as database:
+        exchange = await call(DBSessionMiddleware(order, database, mode=transactional))
+        assert (exchange.status, exchange.error) == (200, None)
+        assert await authors(server_url) == ["countess", "new"]
+
+
+async def test_a_release_that_is_cancelled_keeps_what_is_to_be_written(
+    database: Database, database_url: str
+) -> None:
+    async with database.transaction() as session:
+        await session.execute(text("SELECT 1"))
+        session.add(Author(name="order"))
+        with anyio.move_on_after(0) as scope:
+            await session.release()
+            await anyio.sleep_forever()  # the slow service
+        assert scope.cancelled_caught
+    assert await authors(database_url) == ["ada", "order"]
+
+
+CUT_OFF = [
+    ("postgresql", "release"),
+    ("postgresql", "commit"),
+    ("postgresql", "rollback"),
+    ("postgresql", "close"),
+    ("mysql", "release"),
+    ("mysql", "commit"),
+]
+
+
+@pytest.mark.parametrize(("server", "how"), CUT_OFF)
+async def test_a_stream_that_is_cut_off_does_not_seem_to_be_at_its_end(
+    request: pytest.FixtureRequest, server: str, how: str
+) -> None:
+    url: str = request.getfixturevalue(f"{server}_url")
+    names: list[str] = []
+    async with ada_with_two_books(url) as database:
+        async with database.transaction() as session:
+            many = [{"name": f"{number:04}"} for number in range(500)]
+            await session.execute(insert(Author), many)
+        with pytest.raises(Exception, match=r"result object is closed|outside of a transaction"):
+            async with database.session(read_only(snapshot=True)) as session:
+                few = select(Author.name).execution_options(yield_per=10)
+                async for name in await session.stream_scalars(few):
+                    names.append(name)
+                    if len(names) == 1:
+                        await getattr(session, how)()
+        assert len(names) < 501

@@ -39,7 +39,7 @@ from asgi_db import unit_of_work as module
 from asgi_db.types import Receive, Scope, Send
 from asgi_db.unit_of_work import TRANSITIONS, State, UnitOfWork
 from tests.contract.client import call
-from tests.relay import Relay
+from tests.relay import Fate, Relay, once
 from tests.servers import assert_idle, outside, server_connections
 from tests.tables import Author, Base, Child, Deferred, authors
 from tests.units import new_unit
@@ -639,6 +639,40 @@ async def test_a_failed_commit_does_not_spoil_what_comes_after_a_rollback(
         unit.close()
 
 
+async def test_a_commit_by_hand_that_fails_is_rolled_back(
+    url_with_deferred_constraints: str,
+) -> None:
+    """The session can be used at once."""
+    url = url_with_deferred_constraints
+    async with opened_database(url) as database:
+        await database.create_tables(Deferred.metadata)
+        unit = unit_of(database, plain)
+        unit.session.add(Child(id=1, parent_id=77))
+        with pytest.raises(IntegrityError):
+            await unit.session.commit()
+        assert (state_of(unit), checked_out(database)) == ("IDLE", 0)
+        await unit.session.execute(add("ada"))
+        await unit.session.commit()
+        await unit.end(success=True)
+        assert await authors(url) == ["ada"]
+        unit.close()
+
+
+async def test_the_end_of_a_block_that_was_committed_by_hand_begins_no_unit(
+    database: Database, database_url: str
+) -> None:
+    """Nor does it let the time of one begin."""
+    unit = unit_of(database, plain(timeout=60))
+    async with unit.session.begin():
+        unit.session.add(Author(name="ada"))
+        await unit.session.commit()
+        assert state_of(unit) == "IDLE"
+    assert (state_of(unit), unit.in_use) == ("IDLE", False)
+    assert await authors(database_url) == ["ada"]
+    await assert_nothing_held(database, database_url)
+    unit.close()
+
+
 # -- other tasks -------------------------------------------------------------------------------
 
 
@@ -704,6 +738,30 @@ async def test_a_commit_that_another_task_has_under_way_is_not_cut_off(
         await unit.end(success=False)
         await committing
         assert await authors(postgresql_url) == ["ada"]
+
+
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+async def test_the_end_of_a_savepoint_leaves_the_session_to_no_other_task(
+    server_url: str, end: str
+) -> None:
+    words = {"commit": b"RELEASE SAVEPOINT", "rollback": b"ROLLBACK TO SAVEPOINT"}[end]
+    async with Relay(server_url) as relay, opened_database(relay.url) as database:
+        unit = unit_of(database)
+        await unit.session.execute(add("before"))
+        savepoint = await unit.session.begin_nested()
+        await unit.session.execute(add("inside"))
+        relay.fate_of = once(words, Fate.HELD)
+        asyncio.get_running_loop().call_later(10, relay.thaw)
+        ending = asyncio.create_task(getattr(savepoint, end)())
+        await relay.holds_something.wait()
+        with pytest.raises(ConcurrentUseError, match=r"session\.execute\(\) was called while"):
+            await unit.session.execute(add("beside"))
+        relay.thaw()
+        await ending
+        await unit.end(success=True)
+        names = ["before", "inside"] if end == "commit" else ["before"]
+        assert await authors(server_url) == names
+        unit.close()
 
 
 async def test_a_task_cannot_slip_in_behind_the_end_of_the_unit(database: Database) -> None:
@@ -801,6 +859,35 @@ async def test_a_failed_commit_is_logged_with_its_route_and_without_parameters(
     assert "'taken'" not in line
     assert "(taken)" not in line
     assert "\n" not in line
+
+
+async def test_a_commit_by_hand_that_fails_after_a_cancellation_is_logged(
+    postgresql_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever was cancelled is told of that, and of nothing else."""
+    async with opened_database(postgresql_url) as database, outside(postgresql_url) as gate:
+        await gate.execute(
+            "CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS"
+            " $$BEGIN PERFORM pg_advisory_xact_lock(1); RAISE EXCEPTION 'no'; END$$"
+        )
+        await gate.execute(
+            "CREATE CONSTRAINT TRIGGER fails AFTER INSERT ON author"
+            " DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION fail()"
+        )
+        await gate.execute("SELECT pg_advisory_lock(1)")
+        unit = unit_of(database, plain)
+        await unit.session.execute(add("ada"))
+        committing = asyncio.create_task(unit.session.commit())
+        await running_statement(postgresql_url, "commit")
+        committing.cancel()
+        await gate.execute("SELECT pg_advisory_unlock(1)")
+        await asyncio.wait((committing,))
+        assert committing.cancelled()
+        [line] = log_of(caplog)
+        assert line.startswith(f"{ROUTE}: COMMIT failed: DBAPIError")
+        assert await authors(postgresql_url) == []
+        await unit.end(success=True)
+        unit.close()
 
 
 @pytest.mark.parametrize("flushed", [True, False])
