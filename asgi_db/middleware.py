@@ -87,7 +87,8 @@ class DBSessionMiddleware:
             key: the name in `request.state`. A second database is a second middleware with a
                 key of its own.
             server_timing: tell the client in a `Server-Timing` header how many statements its
-                request took, and how long. Browsers show it; do not tell everybody.
+                request took (with `retries=`, its last attempt), and how long. Browsers show it;
+                do not tell everybody.
 
         Raises:
             ConfigurationError: no database was given, and the environment's settings cannot work.
