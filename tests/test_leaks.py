@@ -94,15 +94,15 @@ async def test_each_connection_is_logged_for_itself(
 async def test_who_gives_its_connection_back_is_not_logged(
     sqlite_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with Database(sqlite_url, leak_threshold=THRESHOLD) as database:
+    long = 2.0
+    async with Database(sqlite_url, leak_threshold=long) as database:
         async with database.session() as session:
             for _ in range(5):
                 await take_a_connection(session)
-                await asyncio.sleep(THRESHOLD / 2)
+                await asyncio.sleep(long / 4)
                 await session.release()
         async with holding(database):
             pass
-        await asyncio.sleep(THRESHOLD * 2)
     assert leaks(caplog) == []
 
 
