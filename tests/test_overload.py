@@ -308,6 +308,7 @@ async def test_the_timeout_of_the_mode_ends_the_wait_for_a_connection_too(
             async with asyncio.timeout(30):
                 exchange = await call(app, "/read/it")
             assert (exchange.status, exchange.error) == (503, None)
+        app = serving(database, plain, read=read)
         assert (await call(app, "/read/it")).status == 201
 
 
