@@ -309,7 +309,8 @@ class Call(Origin):
         if not self._was_cancelled_in_commit:
             return
         if self._late_task not in (None, asyncio.current_task()):
-            self._loop.call_soon(self._cancel_late)
+            if self.task is None:  # the one that is to be cancelled only waits for this stream
+                self._loop.call_soon(self._cancel_late)
             return
         self._was_cancelled_in_commit, self._late_task = False, None
         cancelled, self._late_cancellation = self._late_cancellation, None
