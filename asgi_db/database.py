@@ -278,18 +278,16 @@ class Database:
         """
         if self._given is not None:
             await run_to_completion(self._given.dispose())
+        with self._lock:
+            are_forgotten = self._forget_closed_loops()
+            life = self._forget(asyncio.get_running_loop())
         try:
-            await run_to_completion(self._dispose_own())
+            if life is not None:
+                await run_to_completion(life.dispose())
+            if are_forgotten:  # SQLite's connections of closed loops close here
+                await run_to_completion(background_is_over(DISPOSE_TIMEOUT))
         finally:
             self._remove_unused_folder()
-
-    async def _dispose_own(self) -> None:
-        with self._lock:
-            self._forget_closed_loops()
-            life = self._forget(asyncio.get_running_loop())
-        if life is not None:
-            await life.dispose()
-        await background_is_over(DISPOSE_TIMEOUT)  # SQLite's connections of closed loops close here
 
     async def __aenter__(self) -> Self:
         try:
@@ -500,12 +498,14 @@ class Database:
             self._variants = {key: v for key, v in self._variants.items() if key[0] is not base}
         return life
 
-    def _forget_closed_loops(self) -> None:
+    def _forget_closed_loops(self) -> bool:
         """Drop the engines of loops that ended without `dispose`: their connections are dead."""
-        for loop in [loop for loop in self._lives if loop.is_closed()]:
+        closed = [loop for loop in self._lives if loop.is_closed()]
+        for loop in closed:
             life = self._forget(loop)
             if life is not None:
                 life.terminate()
+        return bool(closed)
 
     def _remove_unused_folder(self) -> None:
         """Let a database in memory go when its last engine has gone, the sandbox's included."""

@@ -242,6 +242,8 @@ _WRITE = re.compile(
     rf"\s*(?:{_WRITING})\b)",
     re.IGNORECASE | re.DOTALL,
 )
+_CALL = re.compile(r"\s*(?:CALL|DO)\b", re.IGNORECASE)
+"""What may write or not; in a transaction that only reads the server itself knows."""
 _NOT_CODE = re.compile(r"""'[^']*'|"[^"]*"|/\*.*?\*/|--[^\n]*""", re.DOTALL)
 """Literals, quoted names and comments."""
 _NOT_CODE_OF_MYSQL = re.compile(_NOT_CODE.pattern + r"|\#[^\n]*", re.DOTALL)
@@ -267,7 +269,7 @@ def _check_statement(statement: str, context: ExecutionContext) -> None:
     unit.tally.statements += 1
     mode = unit.mode
     if writes(statement, is_for_mysql=context.dialect.name in ("mysql", "mariadb")):
-        if mode.read_only:
+        if mode.read_only and (mode.autocommit or _CALL.match(statement) is None):
             raise ReadOnlyError(
                 f"{unit.describe()}: this statement writes, but the mode is {mode.name} and only"
                 f" reads: {statement[:60]!r}. Put @transactional on the route, or ask for the"

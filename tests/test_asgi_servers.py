@@ -54,7 +54,7 @@ class Site:
 
     def assert_nothing_is_held(self, database: str) -> None:
         """Look at the server, at the pool, and then use all of it."""
-        run(assert_idle(self.databases.urls[database], within=1))
+        run(assert_idle(self.databases.urls[database], within=3))
         state = self.server.state()
         assert (state["requests"], state["checked_out"]) == (0, 0)
         with ThreadPoolExecutor(POOL_SIZE) as clients:
