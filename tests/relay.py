@@ -133,13 +133,24 @@ class Relay:
             await asyncio.wait((task,))
         finally:
             self._running.discard(task)
+            writer.close()  # also if it was cut before it began
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            server_reader, server_writer = await asyncio.open_connection(*self._target)
-        except OSError:  # nobody there: this client is sent away, as a proxy does
-            async with _closed_at_the_end(writer):
+        async with _closed_at_the_end(writer):
+            try:
+                server_reader, server_writer = await asyncio.open_connection(*self._target)
+            except OSError:  # nobody there: this client is sent away, as a proxy does
                 return
+            async with _closed_at_the_end(server_writer):
+                await self._forward_both(reader, writer, server_reader, server_writer)
+
+    async def _forward_both(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        server_reader: asyncio.StreamReader,
+        server_writer: asyncio.StreamWriter,
+    ) -> None:
         answered = True
         loses_answer = False
 
@@ -171,14 +182,13 @@ class Relay:
                 writer.write(data)
             await self._flows.wait()
 
-        async with _closed_at_the_end(writer), _closed_at_the_end(server_writer):
-            directions = [asyncio.ensure_future(requests()), asyncio.ensure_future(answers())]
-            try:
-                await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for direction in directions:
-                    direction.cancel()
-                await asyncio.gather(*directions, return_exceptions=True)
+        directions = [asyncio.ensure_future(requests()), asyncio.ensure_future(answers())]
+        try:
+            await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for direction in directions:
+                direction.cancel()
+            await asyncio.gather(*directions, return_exceptions=True)
 
     async def _pass(self) -> None:
         """Wait until what has come may go through."""
