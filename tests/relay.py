@@ -113,8 +113,10 @@ class Relay:
         if self._accepting is not None:
             self._accepting.close()
         self._socket.close()
+        await _turns(5)  # those that were accepted just now begin
         self.cut()
         await asyncio.gather(*self._running, return_exceptions=True)
+        await _turns(5)  # and are closed
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -197,6 +199,11 @@ class Relay:
         if not self._flows.is_set():
             self.holds_something.set()
             await self._flows.wait()
+
+
+async def _turns(number: int) -> None:
+    for _ in range(number):
+        await asyncio.sleep(0)
 
 
 def _bound_to(port: int) -> socket.socket:
