@@ -279,13 +279,12 @@ class Database:
         if self._given is not None:
             await run_to_completion(self._given.dispose())
         with self._lock:
-            are_forgotten = self._forget_closed_loops()
+            self._forget_closed_loops()
             life = self._forget(asyncio.get_running_loop())
         try:
             if life is not None:
                 await run_to_completion(life.dispose())
-            if are_forgotten:  # SQLite's connections of closed loops close here
-                await run_to_completion(background_is_over(DISPOSE_TIMEOUT))
+            await background_is_over(DISPOSE_TIMEOUT)  # SQLite's connections close in threads
         finally:
             self._remove_unused_folder()
 
@@ -498,14 +497,12 @@ class Database:
             self._variants = {key: v for key, v in self._variants.items() if key[0] is not base}
         return life
 
-    def _forget_closed_loops(self) -> bool:
+    def _forget_closed_loops(self) -> None:
         """Drop the engines of loops that ended without `dispose`: their connections are dead."""
-        closed = [loop for loop in self._lives if loop.is_closed()]
-        for loop in closed:
+        for loop in [loop for loop in self._lives if loop.is_closed()]:
             life = self._forget(loop)
             if life is not None:
                 life.terminate()
-        return bool(closed)
 
     def _remove_unused_folder(self) -> None:
         """Let a database in memory go when its last engine has gone, the sandbox's included."""
