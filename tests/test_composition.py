@@ -12,7 +12,6 @@ from fastapi import Depends, FastAPI
 from fastapi.requests import HTTPConnection
 from sqlalchemy import insert, text
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.pool import QueuePool
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -38,27 +37,17 @@ from asgi_db.types import ASGIApp, Message, Receive, Scope, Send
 from asgi_db_litestar import DatabasePlugin
 from asgi_db_starlette import get_session
 from tests.contract.client import call, scope_of
+from tests.pools import ONE_CONNECTION, checked_out, one_connection
 from tests.sockets import Socket, websocket
-from tests.tables import Author, Base, Child, Deferred, authors
-
-POOL = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 5}
+from tests.tables import Author, Child, authors
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 @pytest.fixture
 async def database(sqlite_url: str) -> AsyncIterator[Database]:
-    async with Database(sqlite_url, engine_options=POOL) as database:
-        await database.create_tables(Base.metadata)
-        await database.create_tables(Deferred.metadata)
+    async with one_connection(sqlite_url) as database:
         yield database
-        assert checked_out(database) == 0
-
-
-def checked_out(database: Database) -> int:
-    pool = database.engine.pool
-    assert isinstance(pool, QueuePool)
-    return pool.checkedout()
 
 
 def app_with(
@@ -418,7 +407,9 @@ async def test_the_status_of_a_denial_decides_as_that_of_any_response(
 @pytest.fixture
 async def crowded(database: Database, sqlite_url: str) -> AsyncIterator[Database]:
     """The same tables with a pool of one connection, for which nobody waits long."""
-    async with Database(sqlite_url, engine_options=POOL | {"pool_timeout": 0.1}) as crowded:
+    async with Database(
+        sqlite_url, engine_options=ONE_CONNECTION | {"pool_timeout": 0.1}
+    ) as crowded:
         yield crowded
         assert checked_out(crowded) == 0
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.pool import QueuePool
 
 from asgi_db import Database, DBSession, DBSessionMiddleware, SessionExpiredError, transactional
 from asgi_db.types import Receive, Scope, Send
+from tests.pools import checked_out
 from tests.sockets import websocket
 from tests.tables import Author, Base, Child, Deferred, authors
 
@@ -23,12 +23,6 @@ async def database(sqlite_url: str) -> Any:
     async with Database(sqlite_url) as database:
         await database.create_tables(Base.metadata)
         yield database
-
-
-def checked_out(database: Database) -> int:
-    pool = database.engine.pool
-    assert isinstance(pool, QueuePool)
-    return pool.checkedout()
 
 
 async def test_a_block_runs_its_hooks_when_it_has_committed(

@@ -30,7 +30,6 @@ from litestar.utils.scope.state import ScopeState
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.pool import QueuePool
 
 from asgi_db import (
     Database,
@@ -45,10 +44,9 @@ from asgi_db.middleware import session_key
 from asgi_db.types import ASGIApp, Receive, Scope, Send
 from asgi_db_litestar import DatabasePlugin
 from tests.contract.client import Exchange, call
+from tests.pools import checked_out, one_connection
 from tests.sockets import websocket
-from tests.tables import Author, Base, Child, Deferred, Parent, authors
-
-POOL = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 5}
+from tests.tables import Author, Base, Child, Parent, authors
 
 AnyRequest = Request[Any, Any, State]
 AnySocket = WebSocket[Any, Any, State]
@@ -57,17 +55,8 @@ Session = NamedDependency[DBSession]
 
 @pytest.fixture
 async def database(sqlite_url: str) -> AsyncIterator[Database]:
-    async with Database(sqlite_url, engine_options=POOL) as database:
-        await database.create_tables(Base.metadata)
-        await database.create_tables(Deferred.metadata)
+    async with one_connection(sqlite_url) as database:
         yield database
-        assert checked_out(database) == 0
-
-
-def checked_out(database: Database) -> int:
-    pool = database.engine.pool
-    assert isinstance(pool, QueuePool)
-    return pool.checkedout()
 
 
 def app_with(database: Database, *handlers: Any, **options: Any) -> Litestar:

@@ -14,7 +14,6 @@ import pytest
 from sqlalchemy import insert, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.ext.asyncio import create_async_engine
-from sqlalchemy.pool import QueuePool
 
 from asgi_db import (
     Database,
@@ -34,6 +33,7 @@ from asgi_db.types import ASGIApp, Receive, Scope, Send
 from tests import servers
 from tests.contract.client import Exchange, call
 from tests.loops import every_loop
+from tests.pools import checked_out
 from tests.relay import Fate, Relay, nth, once
 from tests.servers import DatabaseServer, HowToStop, assert_disconnected, assert_idle, outside
 from tests.tables import Author, Base, Child, Deferred, authors
@@ -96,12 +96,6 @@ def writing(database: Database, mode: Mode = transactional) -> ASGIApp:
         await send({"type": "http.response.body"})
 
     return DBSessionMiddleware(write, database, mode=mode)
-
-
-def checked_out(database: Database) -> int:
-    pool = database.engine.pool
-    assert isinstance(pool, QueuePool)
-    return pool.checkedout()
 
 
 def reason(exchange: Exchange) -> str:

@@ -11,7 +11,6 @@ from threading import Semaphore, Thread
 import pytest
 from sqlalchemy import event, insert, select, text
 from sqlalchemy.ext.asyncio import create_async_engine
-from sqlalchemy.pool import QueuePool
 
 from asgi_db import (
     Database,
@@ -26,6 +25,7 @@ from asgi_db import (
 )
 from asgi_db.types import ASGIApp, Message, Receive, Scope, Send
 from tests.contract.client import Exchange, call
+from tests.pools import checked_out
 from tests.servers import assert_idle, outside, run
 from tests.serving import UVICORN, Client, serve
 from tests.tables import Author, Base, authors
@@ -47,12 +47,6 @@ def serving(database: Database, mode: Mode, **endpoints: Endpoint) -> ASGIApp:
         await send({"type": "http.response.body", "body": body.encode()})
 
     return DBSessionMiddleware(app, database, mode=mode)
-
-
-def checked_out(database: Database) -> int:
-    pool = database.engine.pool
-    assert isinstance(pool, QueuePool)
-    return pool.checkedout()
 
 
 def assert_busy(exchange: Exchange) -> None:

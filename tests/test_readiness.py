@@ -13,7 +13,7 @@ import litestar.handlers
 import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
-from sqlalchemy.pool import NullPool, QueuePool
+from sqlalchemy.pool import NullPool
 from starlette.applications import Starlette
 from starlette.routing import Mount, Route
 
@@ -27,6 +27,7 @@ from asgi_db import (
 from asgi_db.types import ASGIApp, Message, Receive, Scope, Send
 from tests import servers
 from tests.contract.client import Exchange, call
+from tests.pools import checked_out
 from tests.relay import Fate, Relay, nth
 from tests.servers import DatabaseServer, assert_disconnected, assert_idle, server_connections
 
@@ -62,12 +63,6 @@ async def exhausted(database: Database, by: int = 2) -> AsyncGenerator[None, Non
             session = await stack.enter_async_context(database.session())
             await session.execute(SELECT_1)
         yield
-
-
-def checked_out(database: Database) -> int:
-    pool = database.engine.pool
-    assert isinstance(pool, QueuePool)
-    return pool.checkedout()
 
 
 async def ask(app: ASGIApp, path: str = "/ready", method: str = "GET") -> Exchange:

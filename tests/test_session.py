@@ -15,7 +15,6 @@ from sqlalchemy import func, insert, inspect, select, text
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession, async_object_session, create_async_engine
 from sqlalchemy.orm import Session, object_session
-from sqlalchemy.pool import QueuePool
 
 from asgi_db import (
     ConcurrentUseError,
@@ -31,6 +30,7 @@ from asgi_db import (
 )
 from asgi_db.session import OPERATIONS
 from asgi_db.unit_of_work import UnitOfWork
+from tests.pools import checked_out
 from tests.servers import assert_idle
 from tests.tables import Author, Base, Book, authors
 from tests.units import new_unit
@@ -74,12 +74,6 @@ async def unit_of(
         await unit.end(success=success)
     finally:
         unit.close()
-
-
-def checked_out(database: Database) -> int:
-    pool = database.engine.pool
-    assert isinstance(pool, QueuePool)
-    return pool.checkedout()
 
 
 async def assert_nothing_held(database: Database) -> None:

@@ -33,27 +33,17 @@ from asgi_db import (
 from asgi_db.types import ASGIApp, Receive, Scope, Send
 from asgi_db_starlette import get_session, lifespan
 from tests.contract.client import call
+from tests.pools import checked_out, one_connection
 from tests.sockets import websocket
-from tests.tables import Author, Base, Child, Deferred, authors
-
-POOL = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 5}
+from tests.tables import Author, Base, Child, authors
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 @pytest.fixture
 async def database(sqlite_url: str) -> AsyncIterator[Database]:
-    async with Database(sqlite_url, engine_options=POOL) as database:
-        await database.create_tables(Base.metadata)
-        await database.create_tables(Deferred.metadata)
+    async with one_connection(sqlite_url) as database:
         yield database
-        assert checked_out(database) == 0
-
-
-def checked_out(database: Database) -> int:
-    pool = database.engine.pool
-    assert isinstance(pool, QueuePool)
-    return pool.checkedout()
 
 
 def app_with(

@@ -12,7 +12,6 @@ import pytest
 from sqlalchemy import event, func, insert, inspect, select, text
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import selectinload
-from sqlalchemy.pool import QueuePool
 
 from asgi_db import (
     Database,
@@ -28,6 +27,7 @@ from tests.contract.apps import FRAMEWORKS, InStarlette
 from tests.contract.client import call
 from tests.contract.endpoints import Answer, Framework
 from tests.contract.site import Item, Site, write
+from tests.pools import checked_out
 from tests.relay import Relay
 from tests.servers import DatabaseServer, outside, server_connections
 from tests.sockets import websocket
@@ -325,12 +325,6 @@ async def ada_with_two_books(url: str) -> AsyncGenerator[Database, None]:
             session.add(Author(name="ada", books=books))
         yield database
         assert checked_out(database) == 0
-
-
-def checked_out(database: Database) -> int:
-    pool = database.engine.pool
-    assert isinstance(pool, QueuePool)
-    return pool.checkedout()
 
 
 def counting(database: Database) -> Callable[[], int]:

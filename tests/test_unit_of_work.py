@@ -39,6 +39,7 @@ from asgi_db import unit_of_work as module
 from asgi_db.types import Receive, Scope, Send
 from asgi_db.unit_of_work import TRANSITIONS, State, UnitOfWork
 from tests.contract.client import call
+from tests.pools import checked_out
 from tests.relay import Fate, Relay, once
 from tests.servers import assert_idle, outside, server_connections
 from tests.tables import Author, Base, Child, Deferred, authors
@@ -86,12 +87,6 @@ def unit_of(database: Database, mode: Mode = transactional) -> UnitOfWork:
     unit = new_unit(database, mode, ROUTE)
     made.append(unit)
     return unit
-
-
-def checked_out(database: Database) -> int:
-    pool = database.engine.pool
-    assert isinstance(pool, QueuePool)
-    return pool.checkedout()
 
 
 def opened(database: Database) -> int:

@@ -15,7 +15,6 @@ import uvicorn
 from fastapi import FastAPI
 from sqlalchemy import func, select, text
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.pool import QueuePool
 from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -37,6 +36,7 @@ from asgi_db import (
 )
 from asgi_db.types import ASGIApp, Receive, Scope, Send
 from asgi_db_litestar import DatabasePlugin
+from tests.pools import checked_out
 from tests.servers import (
     DatabaseServer,
     assert_disconnected,
@@ -189,12 +189,6 @@ async def database(url: str) -> AsyncIterator[Database]:
         yield database
         assert checked_out(database) == 0
         await assert_idle(url, within=2)
-
-
-def checked_out(database: Database) -> int:
-    pool = database.engine.pool
-    assert isinstance(pool, QueuePool)
-    return pool.checkedout()
 
 
 async def store(line: Line, name: str) -> None:
