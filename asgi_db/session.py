@@ -54,9 +54,14 @@ class UnitSession(Session):
         ):
             self.give_back()
 
+    @property
+    def has_changes(self) -> bool:
+        """Whether there are objects that a flush would write."""
+        return bool(self.new or self.dirty or self.deleted)
+
     def rollback(self) -> None:
         """Roll back; also what `release` has kept, which is in no transaction."""
-        if not self.in_transaction() and (self.new or self.dirty or self.deleted):
+        if not self.in_transaction() and self.has_changes:
             Session.begin(self)
         super().rollback()
 

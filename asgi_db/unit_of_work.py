@@ -605,18 +605,17 @@ class UnitOfWork:
 
     async def _give_back(self) -> None:
         self._task = asyncio.current_task()
-        connections = list(self.transaction.connections)
-        try:
-            async with asyncio.timeout(CLEANUP_TIMEOUT):
-                await self._close_streams()
-                await self._give_back_whole()
-        except Exception as error:  # nothing is lost: there were no writes, and the objects stay
-            logger.error("%s: ROLLBACK failed: %s", self.describe(), _brief(error))
-            self._operations.clear()
-            await self.session.run_sync(lambda _: _terminate(connections))
-            with contextlib.suppress(SQLAlchemyError):
-                await self._give_back_whole()
-            self.transaction_ended()
+        await self._close_by(self._give_back_after_streams(), let_go=self._keep_objects)
+
+    async def _give_back_after_streams(self) -> None:
+        await self._close_streams()
+        await self._give_back_whole()
+
+    async def _keep_objects(self) -> None:
+        """End a transaction without writes whose connection has gone: nothing is lost with it."""
+        with contextlib.suppress(SQLAlchemyError):
+            await self._give_back_whole()
+        self.transaction_ended()
 
     async def _roll_back_after(self, straggler: asyncio.Task[object] | None) -> None:
         if straggler is not None:
@@ -651,24 +650,35 @@ class UnitOfWork:
 
     def _has_changes(self) -> bool:
         session = self.sync_session
-        return session is not None and bool(session.new or session.dirty or session.deleted)
+        return session is not None and session.has_changes
 
-    async def _close_by(self, closing: Coroutine[Any, Any, None]) -> None:
-        """Close the transaction; where that fails or takes too long, terminate the connection."""
+    async def _close_by(
+        self,
+        closing: Coroutine[Any, Any, None],
+        let_go: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """Close the transaction; where that fails or takes too long, terminate the connection.
+
+        Args:
+            closing: closes it.
+            let_go: ends it for the session when its connection has gone; else that is closed.
+        """
         connections = list(self.transaction.connections)
         try:
             async with asyncio.timeout(CLEANUP_TIMEOUT):
                 await closing
         except Exception as error:
             logger.error("%s: ROLLBACK failed: %s", self.describe(), _brief(error))
-            await self._terminate(connections)
+            await self._terminate(connections, let_go or self.session.close)
 
-    async def _terminate(self, connections: list[Connection]) -> None:
+    async def _terminate(
+        self, connections: list[Connection], let_go: Callable[[], Awaitable[None]]
+    ) -> None:
         self._operations.clear()
         try:
             with anyio.move_on_after(CLEANUP_TIMEOUT):
                 await self.session.run_sync(lambda _: _terminate(connections))
-            await self.session.close()
+            await let_go()
         except SQLAlchemyError as error:  # a task that took no notice of its cancellation
             logger.error("%s: the session is still in use: %s", self.describe(), _brief(error))
 
