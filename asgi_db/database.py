@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import AsyncGenerator, Mapping
@@ -14,7 +12,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib import import_module
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
-from weakref import WeakSet, finalize
+from weakref import WeakSet
 
 import anyio
 from sqlalchemy import URL, Connection, Engine, MetaData, StaticPool, text
@@ -22,38 +20,28 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext import asyncio as sqlalchemy_asyncio
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from asgi_db.abandoned import connection_aside, connection_of, patient_connection_class
-from asgi_db.cancellation import background_is_over, run_to_completion
-from asgi_db.engine import (
-    Connector,
-    base_options,
-    isolation_options,
-    lost_connection,
-    refuse_autocommit,
-    variant,
-)
+from asgi_db.drivers.base import lost_connection
+from asgi_db.drivers.connecting import Connector, background_is_over
+from asgi_db.drivers.mysql import reset_mysql
+from asgi_db.drivers.postgresql import patient_connection_class, prepare_postgresql
+from asgi_db.drivers.sqlite import _Folder, prepare_sqlite
+from asgi_db.engine import base_options, isolation_options, refuse_autocommit, variant
 from asgi_db.errors import ConfigurationError, DatabaseBusyError, DatabaseDownError, SandboxError
-from asgi_db.fair_pool import FairPool
 from asgi_db.modes import Mode, Transactional, plain, transactional
-from asgi_db.origin import Origin
-from asgi_db.pool import (
-    DISPOSE_TIMEOUT,
-    EngineLife,
-    prepare_postgresql,
-    prepare_sqlite,
-    reset_mysql,
-)
-from asgi_db.session import DBSession
+from asgi_db.pool.abandoned import connection_aside, connection_of
+from asgi_db.pool.fair import FairPool
+from asgi_db.pool.life import DISPOSE_TIMEOUT, EngineLife
+from asgi_db.profiles import PoolName, PoolProfile, pool_profile
 from asgi_db.settings import (
-    PoolName,
-    PoolProfile,
     create_database_url,
     database_url_from_env,
     engine_options_from_env,
     parse_database_url,
-    pool_profile,
 )
 from asgi_db.statistics import DatabaseStats, Statistics, name_of, total
+from asgi_db.tasks import run_to_completion
+from asgi_db.unit.origin import Origin
+from asgi_db.unit.session import DBSession
 
 if TYPE_CHECKING:
     from asgi_db.testing import Sandbox
@@ -529,19 +517,6 @@ def _leave_all_to_parent() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_leave_all_to_parent)
-
-
-class _Folder:
-    """A folder for a database in memory; it is gone when the program ends, at the latest."""
-
-    def __init__(self) -> None:
-        self.path = tempfile.mkdtemp(prefix="asgi-db-")
-        self.remove = finalize(self, _remove_folder, self.path, os.getpid())
-
-
-def _remove_folder(path: str, owner: int) -> None:
-    if os.getpid() == owner:  # not in a process that was forked
-        shutil.rmtree(path, ignore_errors=True)
 
 
 class Block(Origin):

@@ -25,7 +25,7 @@ from asgi_db import (
     transactional,
     uuid4_str,
 )
-from asgi_db.cancellation import run_to_completion
+from asgi_db.tasks import run_to_completion
 from asgi_db.types import ASGIApp, Message, Receive, Scope, Send
 from tests.cancelling import (
     POOL,
@@ -261,7 +261,7 @@ async def test_no_connect_that_was_cancelled_outlives_the_database(
             await session.execute(select(1))
 
     if not answers:
-        monkeypatch.setattr("asgi_db.cancellation.CONNECT_GRACE", 0.1)
+        monkeypatch.setattr("asgi_db.drivers.connecting.CONNECT_GRACE", 0.1)
     url: str = request.getfixturevalue(f"{server}_url")
     async with Relay(url) as relay:
         database = Database(relay.url)

@@ -470,7 +470,7 @@ async def test_a_hook_that_waits_for_the_end_of_a_stream_is_not_cut_off_with_it(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Starlette cancels the task that has sent the stream, as soon as that is complete."""
-    monkeypatch.setattr("asgi_db.hooks.HOOKS_TIMEOUT", 0.01)
+    monkeypatch.setattr("asgi_db.unit.hooks.HOOKS_TIMEOUT", 0.01)
     done: list[str] = []
 
     @transactional

@@ -37,8 +37,8 @@ from asgi_db import (
     read_only,
     transactional,
 )
-from asgi_db.cancellation import background_is_over
-from asgi_db.settings import PoolName
+from asgi_db.drivers.connecting import background_is_over
+from asgi_db.profiles import PoolName
 from tests.servers import (
     DatabaseServer,
     assert_disconnected,

@@ -118,7 +118,7 @@ async def test_cancelled_during_its_commit_a_stream_that_waits_begins_and_ends(
 async def test_a_broadcast_is_not_cancelled_in_place_of_the_handler_whose_answer_leaves_slowly(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asgi_db.middleware.DELIVERY_TIMEOUT", 60)
+    monkeypatch.setattr("asgi_db.asgi.call.DELIVERY_TIMEOUT", 60)
     sends: list[Send] = []
     leaving, has_left = asyncio.Event(), asyncio.Event()
     went_on = False

@@ -40,7 +40,7 @@ from asgi_db import (
     read_only,
     transactional,
 )
-from asgi_db.middleware import session_key
+from asgi_db.asgi.call import session_key
 from asgi_db.types import ASGIApp, Receive, Scope, Send
 from asgi_db_litestar import DatabasePlugin
 from tests.contract.client import Exchange, call

@@ -344,7 +344,7 @@ async def test_no_query_runs_on_after_the_database_was_disposed_and_the_pooler_l
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """PgBouncer 1.18 dies of a cancel request that is cut off itself; not each time, so often."""
-    monkeypatch.setattr("asgi_db.pool.DISPOSE_TIMEOUT", 0.1)
+    monkeypatch.setattr("asgi_db.pool.life.DISPOSE_TIMEOUT", 0.1)
 
     async def sleep(database: Database) -> None:
         async with database.session() as session:

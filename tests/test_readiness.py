@@ -310,7 +310,7 @@ async def test_a_connection_that_breaks_while_it_asks_is_down_once(
 async def test_a_dead_connection_in_the_pool_does_not_make_the_database_down(
     server_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asgi_db.pool.VERIFY_AFTER_IDLE", -1)
+    monkeypatch.setattr("asgi_db.pool.connections.VERIFY_AFTER_IDLE", -1)
     async with Relay(server_url) as relay, Database(relay.url, engine_options=POOL) as database:
         for _ in range(3):
             await database.ping()

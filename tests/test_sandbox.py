@@ -34,7 +34,7 @@ from asgi_db import (
     read_only,
     transactional,
 )
-from asgi_db import shared_connection as module
+from asgi_db.testing import shared as module
 from asgi_db_fastapi import CurrentSession, CurrentSessionReadOnly, CurrentSessionTransaction
 from asgi_db_litestar import DatabasePlugin
 from tests.servers import assert_disconnected, outside, run

@@ -16,16 +16,13 @@ from sqlalchemy import URL, make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_db.errors import ConfigurationError
+from asgi_db.profiles import POOL_PROFILES, PoolName, PoolProfile, pool_profile
 from asgi_db.settings import (
-    POOL_PROFILES,
     DatabaseType,
-    PoolName,
-    PoolProfile,
     create_database_url,
     database_url_from_env,
     engine_options_from_env,
     parse_database_url,
-    pool_profile,
     uuid4_str,
 )
 

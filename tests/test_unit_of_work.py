@@ -35,9 +35,9 @@ from asgi_db import (
     read_only,
     transactional,
 )
-from asgi_db import unit_of_work as module
 from asgi_db.types import Receive, Scope, Send
-from asgi_db.unit_of_work import TRANSITIONS, State, UnitOfWork
+from asgi_db.unit import unit_of_work as module
+from asgi_db.unit.unit_of_work import TRANSITIONS, State, UnitOfWork
 from tests.contract.client import call
 from tests.pools import checked_out
 from tests.relay import Fate, Relay, once

@@ -5,8 +5,8 @@ from __future__ import annotations
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from asgi_db.abandoned import id_at_server
 from asgi_db.cli.report import Plan, Report
+from asgi_db.drivers.base import id_at_server
 
 _CHECK_INTERVAL = "client_connection_check_interval"
 _SHOWN = (

@@ -174,8 +174,8 @@ async def test_the_time_of_a_request_counts_for_all_its_attempts_together(
         await session.execute(text("SELECT 1"))
         ends.append(session.origin.unit_of_work(session).ends_at)
         if session.attempt == 2:
-            monkeypatch.setattr("asgi_db.retry.FIRST_DELAY", 100)
-            monkeypatch.setattr("asgi_db.retry.LONGEST_DELAY", 100)
+            monkeypatch.setattr("asgi_db.asgi.retry.FIRST_DELAY", 100)
+            monkeypatch.setattr("asgi_db.asgi.retry.LONGEST_DELAY", 100)
         await rival.win(session)
         return Answer()
 

@@ -1,39 +1,30 @@
-"""The pool's care: who is checked out, what is verified before use, how the engine ends."""
+"""The open connections of an engine, and those of them which are checked out."""
 
 from __future__ import annotations
 
 import functools
-import logging
-import sqlite3
 import time
 import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import anyio
-from sqlalchemy import Engine, event
+from sqlalchemy import event
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DisconnectionError, InvalidatePoolError
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, PoolResetState, QueuePool
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
 
-from asgi_db.abandoned import AbandonedStatements, id_at_server
-from asgi_db.cancellation import connect_is_complete, terminate
-from asgi_db.engine import UNIT_INFO, has_gone, lost_connection, watch
-from asgi_db.fair_pool import FairPool
-from asgi_db.leaks import LeakWatch, Stack, Suspect
+from asgi_db.drivers.base import has_gone, lost_connection
+from asgi_db.drivers.connecting import connect_is_complete, terminate
+from asgi_db.engine import UNIT_INFO, Unit
+from asgi_db.pool.fair import FairPool
+from asgi_db.pool.leaks import LeakWatch, Stack, Suspect
 from asgi_db.statistics import WITHOUT_SESSION, Holder, PoolStats, Statistics, Tally
-
-if TYPE_CHECKING:
-    from asgi_db.unit_of_work import UnitOfWork
-
-logger = logging.getLogger("asgi_db")
 
 VERIFY_AFTER_IDLE = 1.0
 """Seconds of idleness after which a pooled connection is pinged before it is used."""
 
-DISPOSE_TIMEOUT = 10.0
-"""Seconds that `dispose` waits for connections which are out, before it terminates them."""
 
 _RETURNED = "asgi_db_returned"
 """The key in a connection's `info` for when it was last returned; one that is new has none."""
@@ -127,7 +118,7 @@ class Connections:
             raise InvalidatePoolError(str(error)) from error
 
     def _checkin(self, _: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
-        unit: UnitOfWork | None = entry.info.pop(UNIT_INFO, None)
+        unit: Unit | None = entry.info.pop(UNIT_INFO, None)
         entry.info[_RETURNED] = now = time.monotonic()
         held = self._out.pop(entry, None)
         if held is not None:
@@ -140,7 +131,7 @@ class Connections:
         self._open.pop(entry, None)
         self._checkin(connection, entry)
 
-    def _count(self, unit: UnitOfWork | None, seconds: float) -> None:
+    def _count(self, unit: Unit | None, seconds: float) -> None:
         self._statistics.connection_returned(seconds)
         if unit is not None:
             unit.connection_returned(seconds)
@@ -224,144 +215,5 @@ class Connections:
 
 
 def _holder_of(entry: ConnectionPoolEntry) -> str:
-    unit: UnitOfWork | None = entry.info.get(UNIT_INFO)
+    unit: Unit | None = entry.info.get(UNIT_INFO)
     return WITHOUT_SESSION if unit is None else unit.describe()
-
-
-class EngineLife:
-    """An engine in the event loop that uses it, with its connections, until it is disposed."""
-
-    def __init__(
-        self,
-        engine: AsyncEngine,
-        statistics: Statistics,
-        *,
-        given: bool = False,
-        pooler: bool = False,
-        verify: bool = False,
-        leak_threshold: float | None = None,
-    ) -> None:
-        """Look after an engine.
-
-        Args:
-            statistics: where its connections are counted.
-            given: it belongs to the user: it is not disposed.
-            pooler: there is a pooler between it and its server.
-            verify: ping its connections before use; see `Connections`.
-            leak_threshold: see `Connections`.
-        """
-        watch(engine.sync_engine)
-        self.engine = engine
-        self.connections = Connections(
-            engine, statistics, pooler=pooler, verify=verify, leak_threshold=leak_threshold
-        )
-        self._abandoned = AbandonedStatements(engine, pooler=pooler)
-        self._given = given
-
-    def leave_to_parent(self) -> None:
-        """Let this process, which was forked, not touch the sockets that it shares."""
-        self.connections.leave_to_parent()
-
-    async def dispose(self) -> None:
-        """Close every connection; those that are out get `DISPOSE_TIMEOUT` to come back."""
-        if not self._given:
-            with anyio.move_on_after(DISPOSE_TIMEOUT):
-                await self.connections.all_returned()
-            with anyio.move_on_after(DISPOSE_TIMEOUT):
-                await self.engine.dispose()
-            await self._abandoned.all_ended()
-            self.terminate()
-        await self._abandoned.all_ended()
-
-    def terminate(self) -> None:
-        """Cut off whatever is still open."""
-        if self._given:
-            return
-        terminated = self.connections.terminate()
-        if terminated:
-            logger.warning(
-                "%d connections were terminated: they were not returned to the pool in %.0f s, or"
-                " their event loop was closed without `await database.dispose()`.",
-                terminated,
-                DISPOSE_TIMEOUT,
-            )
-
-
-def prepare_postgresql(engine: Engine) -> None:
-    """Let the server look after its clients, and notice a pooler that the settings do not name.
-
-    A statement runs on at the server when its client's process is killed, unless the server looks
-    now and then whether the client is still there (PostgreSQL 14 and later; a value of the user's
-    own stays).
-
-    In transaction pooling asyncpg's prepared statements fail, or answer with the rows of other
-    clients' statements. PgBouncer invents the process number that it tells its clients.
-    """
-    warned = False
-
-    def connect(connection: Any, _: ConnectionPoolEntry) -> None:
-        nonlocal warned
-        connection.autocommit = True
-        cursor = connection.cursor()
-        try:
-            cursor.execute(_LOOK_AFTER_CLIENT)
-            ((_, id),) = cursor.fetchall()
-        except engine.dialect.loaded_dbapi.Error:
-            if has_gone(engine.dialect.get_driver_connection(connection)):
-                raise
-            return  # not on every system can the server look
-        finally:
-            cursor.close()
-            connection.autocommit = False
-        if id != id_at_server(engine.dialect.get_driver_connection(connection)) and not warned:
-            warned = True
-            logger.warning(
-                "There is a pooler between this application and PostgreSQL. If it pools"
-                ' transactions, as PgBouncer can, say so: Database(..., pooler="transaction");'
-                " otherwise statements fail, or get the rows of others."
-            )
-
-    event.listen(engine, "connect", connect)
-
-
-_LOOK_AFTER_CLIENT = """
-    SELECT CASE WHEN current_setting('client_connection_check_interval', true) = '0'
-    THEN set_config('client_connection_check_interval', '1s', false) END, pg_backend_pid()
-"""
-
-
-def reset_mysql(engine: Engine) -> None:
-    """Roll back on return to the pool only what is open; SQLAlchemy does so after each COMMIT too.
-
-    The server says in each answer whether a transaction is open.
-    """
-
-    def reset(connection: DBAPIConnection, _: ConnectionPoolEntry, state: PoolResetState) -> None:
-        driver: Any = engine.dialect.get_driver_connection(connection)
-        if state.asyncio_safe and not state.terminate_only and driver.get_transaction_status():
-            connection.rollback()
-
-    event.listen(engine, "reset", reset)
-
-
-def prepare_sqlite(engine: Engine, *, durable: bool) -> None:
-    """Set up SQLite's connections: explicit BEGIN, foreign keys and WAL.
-
-    The driver's own transaction control starts none for a SELECT, which loses updates.
-    Source: https://docs.sqlalchemy.org/en/21/dialects/sqlite.html#pysqlite-serializable
-    """
-
-    def connect(connection: Any, _entry: ConnectionPoolEntry) -> None:
-        connection.isolation_level = None
-        cursor = connection.cursor()
-        cursor.execute("PRAGMA foreign_keys = ON")
-        try:
-            cursor.execute("PRAGMA journal_mode = WAL")
-        except sqlite3.OperationalError as error:  # a file for reading alone keeps its journal
-            if error.sqlite_errorcode != sqlite3.SQLITE_READONLY:
-                raise
-        if not durable:
-            cursor.execute("PRAGMA synchronous = OFF")
-        cursor.close()
-
-    event.listen(engine, "connect", connect)

@@ -26,9 +26,9 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
-from asgi_db.cancellation import abandon_connect, current_task, run_to_completion
-from asgi_db.deadline import Deadline
-from asgi_db.engine import begin_unit, has_gone, raise_if_connect_failed
+from asgi_db.drivers.base import has_gone, is_conflict
+from asgi_db.drivers.connecting import abandon_connect, raise_if_connect_failed
+from asgi_db.engine import begin_unit
 from asgi_db.errors import (
     ConcurrentUseError,
     ConfigurationError,
@@ -41,14 +41,15 @@ from asgi_db.errors import (
     SessionExpiredError,
     UncommittedWorkError,
 )
-from asgi_db.hooks import Hook, Hooks
 from asgi_db.modes import Mode
-from asgi_db.retry import is_conflict
-from asgi_db.session import DBSession, UnitSession
 from asgi_db.statistics import Outcome, Tally
+from asgi_db.tasks import current_task, run_to_completion
+from asgi_db.unit.deadline import Deadline
+from asgi_db.unit.hooks import Hook, Hooks
+from asgi_db.unit.session import DBSession, UnitSession
 
 if TYPE_CHECKING:
-    from asgi_db.origin import Origin
+    from asgi_db.unit.origin import Origin
 
 logger = logging.getLogger("asgi_db")
 
@@ -277,6 +278,29 @@ class UnitOfWork:
             waited = time.monotonic() - self._asked_at
             self.tally.add_wait(waited)
             self.database.statistics.connection_taken(waited)
+
+    @property
+    def commit_was_sent(self) -> bool:
+        """Whether a COMMIT is on its way to the server, or at least may be."""
+        return self.commit_sent
+
+    def statement_comes(self, *, writes: bool) -> None:
+        """Count a statement that is about to be sent."""
+        self.tally.statements += 1
+        if writes:
+            self.transaction.has_writes = True
+
+    def note_conflict(self, error: BaseException) -> None:
+        """Note that the database has ended the transaction in favor of another one."""
+        self.conflict = error
+
+    def note_failure(self, error: BaseException) -> None:
+        """Note that the transaction cannot be committed any more."""
+        self.transaction.note_failure(error)
+
+    def overdue_stream(self) -> DatabaseTimeoutError | None:
+        """Return the error for a server-side cursor that is read after the end of `timeout=`."""
+        return self.overdue() if self.transaction.streams and self.is_overdue else None
 
     def connection_returned(self, held: float) -> None:
         """Note that a connection is back in the pool, after so many seconds."""

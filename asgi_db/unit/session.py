@@ -17,11 +17,11 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 
-from asgi_db.hooks import Hook, HookFunction, When
+from asgi_db.unit.hooks import Hook, HookFunction, When
 
 if TYPE_CHECKING:
-    from asgi_db.origin import Origin
-    from asgi_db.unit_of_work import UnitOfWork
+    from asgi_db.unit.origin import Origin
+    from asgi_db.unit.unit_of_work import UnitOfWork
 
 
 class UnitSession(Session):

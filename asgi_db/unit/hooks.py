@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from sqlalchemy.orm import SessionTransaction
 
-from asgi_db.cancellation import run_to_completion
+from asgi_db.tasks import run_to_completion
 
 logger = logging.getLogger("asgi_db")
 

@@ -24,9 +24,9 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import await_
 
-from asgi_db.cancellation import current_task
 from asgi_db.engine import UNIT_INFO
-from asgi_db.shared_connection import Outcome, SharedConnection, Statement
+from asgi_db.tasks import current_task
+from asgi_db.testing.shared import Outcome, SharedConnection, Statement
 
 _TRANSACTION = re.compile(
     r"\s*(?:(?P<begin>BEGIN|START\s+TRANSACTION)\b|(?P<commit>COMMIT|END)\b"

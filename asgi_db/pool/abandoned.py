@@ -9,14 +9,11 @@ that comes twice, and asyncmy has none.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
-import sqlite3
 import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from typing import Any
 
 import anyio
 from sqlalchemy import event, text
@@ -25,34 +22,23 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from asgi_db.cancellation import background_is_over, in_background, running_loop
-from asgi_db.engine import raise_if_connect_failed
+from asgi_db.drivers.base import GIVE_UP_AFTER, id_at_server
+from asgi_db.drivers.connecting import background_is_over, raise_if_connect_failed
+from asgi_db.drivers.mysql import _UNKNOWN_THREAD, _latest_start, _runs
+from asgi_db.drivers.postgresql import _TERMINATE
+from asgi_db.drivers.sqlite import _interrupt
+from asgi_db.tasks import in_background, running_loop
 
 logger = logging.getLogger("asgi_db")
 
 ATTEMPT_TIMEOUT = 5.0
 """Seconds that one attempt may take; `dispose` waits as long."""
 
-GIVE_UP_AFTER = 60.0
-"""Seconds after which a server that cannot be told is left alone."""
-
-INTERRUPT_AGAIN = 0.05
-"""Seconds after which SQLite is interrupted again: time enough to end a statement and to close."""
-
-PATIENCE = 2.0
-"""Seconds in which a request to cancel a statement may get through a pooler."""
 
 _CONNECTED = "asgi_db_connected"
 """The key in a connection's `info` for the event loop and the time of its making."""
 
-# The server gives the number of a connection that has ended to another: PostgreSQL at any time,
-# MySQL after it was started again.
-_TERMINATE = """
-    SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = :id
-    AND backend_start <= clock_timestamp() - make_interval(secs => :age)
-"""
 _HAS_NUMBERS = ("postgresql", "mysql", "mariadb")
-_UNKNOWN_THREAD = 1094  # MySQL: it has ended already
 
 
 @asynccontextmanager
@@ -171,80 +157,3 @@ class AbandonedStatements:
                 self._ending.cancel()
                 await asyncio.wait((self._ending,))
                 self._give_up(TimeoutError())
-
-
-async def _latest_start(connection: AsyncConnection) -> float:
-    """The time at which a MySQL server was running for sure; it says so in whole seconds."""
-    uptime = (await connection.execute(text("SHOW GLOBAL STATUS LIKE 'Uptime'"))).one()[1]
-    return time.monotonic() - float(uptime) + 1
-
-
-async def _runs(connection: AsyncConnection, id: int, age: float) -> bool:
-    """Say whether a connection's statement has run for so many seconds.
-
-    That of another connection with the same number has begun after ours was cut off.
-    """
-    is_mariadb = getattr(connection.dialect, "is_mariadb", False)
-    seconds = "time_ms / 1000" if is_mariadb else "time + 1"  # MySQL counts whole ones
-    statement = (
-        f"SELECT 1 FROM information_schema.processlist WHERE id = {id} AND {seconds} >= {age}"
-    )
-    return bool(await connection.scalar(text(f"{statement} AND command <> 'Sleep'")))
-
-
-async def _interrupt(driver: Any) -> None:
-    """Interrupt what an SQLite connection runs, until it is closed.
-
-    SQLite forgets an interrupt that comes before the statement has begun, and the statement may
-    still be on its way to the connection's thread. There it is closed too, after the statement.
-    """
-    with contextlib.suppress(ValueError, sqlite3.Error):  # it is closed
-        with anyio.move_on_after(GIVE_UP_AFTER):
-            while True:
-                await driver.interrupt()
-                await anyio.sleep(INTERRUPT_AGAIN)
-
-
-def id_at_server(driver: Any) -> int | None:
-    """The number by which the server knows this connection."""
-    with contextlib.suppress(AttributeError, TypeError):  # it is closed already
-        return int(driver.get_server_pid() if hasattr(driver, "is_closed") else driver.thread_id())
-    return None
-
-
-def patient_connection_class() -> type[Any]:
-    """Make the class of asyncpg's connections behind a pooler.
-
-    There the server's own numbers are not known, so it is left to asyncpg to ask that a statement
-    which was cut off be cancelled: `terminate` gives it the time.
-    """
-    from asyncpg import Connection
-
-    class PatientConnection(Connection):
-        """Closes in the background, so that the request to cancel gets out."""
-
-        __slots__ = ("_closing",)
-
-        def terminate(self) -> None:
-            if running_loop() is None:
-                super().terminate()
-            else:
-                self._close_once()
-
-        async def close(self, *, timeout: float | None = None) -> None:  # noqa: ASYNC109
-            await asyncio.wait((self._close_once(),))
-
-        def _close_once(self) -> asyncio.Future[None]:
-            # A second `close` would cut off the request of the first to cancel the statement,
-            # at which PgBouncer 1.18 falls over (its issue 801).
-            if not hasattr(self, "_closing"):
-                self._closing = in_background(self._close_in_time())
-            return self._closing
-
-        async def _close_in_time(self) -> None:
-            try:
-                await super().close(timeout=PATIENCE)
-            except Exception:  # whatever it is, the connection goes
-                super().terminate()
-
-    return PatientConnection

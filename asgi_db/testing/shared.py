@@ -24,12 +24,14 @@ from anyio.from_thread import BlockingPortal
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from asgi_db.abandoned import INTERRUPT_AGAIN, connection_aside, id_at_server
-from asgi_db.engine import has_gone, writes
+from asgi_db.drivers.base import has_gone, id_at_server
+from asgi_db.drivers.sqlite import INTERRUPT_AGAIN
+from asgi_db.engine import writes
 from asgi_db.errors import SandboxError
+from asgi_db.pool.abandoned import connection_aside
 
 if TYPE_CHECKING:
-    from asgi_db.sandbox import SandboxedConnection
+    from asgi_db.testing.stand_in import SandboxedConnection
 
 logger = logging.getLogger("asgi_db")
 

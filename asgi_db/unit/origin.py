@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from asgi_db.modes import Mode
-from asgi_db.session import DBSession
 from asgi_db.statistics import Tally
-from asgi_db.unit_of_work import UnitOfWork
+from asgi_db.unit.session import DBSession
+from asgi_db.unit.unit_of_work import UnitOfWork
 
 if TYPE_CHECKING:
     from asgi_db.database import Database

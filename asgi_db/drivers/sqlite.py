@@ -1,0 +1,130 @@
+"""SQLite, by aiosqlite."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sqlite3
+import tempfile
+from importlib import import_module
+from typing import Any
+from weakref import WeakSet, finalize
+
+import anyio
+from sqlalchemy import Engine, event
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from asgi_db.drivers.base import BEGIN_OPTION, GIVE_UP_AFTER
+from asgi_db.modes import Mode
+from asgi_db.tasks import in_background
+
+SQLITE_BUSY_TIMEOUT = 30.0
+"""Seconds that SQLite waits for another connection's lock, unless the user has said how many."""
+
+
+def _begin_sqlite(mode: Mode) -> dict[str, Any]:
+    """SQLite has one isolation level, SERIALIZABLE, which fulfils the others too.
+
+    A transaction that will write takes the lock at its begin: one that only finds out later
+    cannot wait for the lock, and fails with "database is locked".
+    """
+    if mode.autocommit:
+        return {BEGIN_OPTION: ()}
+    immediate = mode.commits and not mode.read_only
+    return {BEGIN_OPTION: ("BEGIN IMMEDIATE" if immediate else "BEGIN",)}
+
+
+class _SQLiteConnection(sqlite3.Connection):
+    """Is closed, and its transaction over, once `close` returns.
+
+    To SQLite a connection is closed only when its last statement is gone: one that was cut off
+    would keep the transaction, and its lock, until the garbage collector finds it. And while it
+    is there, a connection that has been interrupted refuses to roll back.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._cursors = WeakSet[sqlite3.Cursor]()
+
+    def cursor(self, *args: Any, **kwargs: Any) -> Any:
+        cursor: sqlite3.Cursor = super().cursor(*args, **kwargs)
+        self._cursors.add(cursor)
+        return cursor
+
+    def close(self) -> None:
+        for cursor in tuple(self._cursors):
+            cursor.close()
+        super().close()
+
+
+def _connect_sqlite(*args: Any, **kwargs: Any) -> Any:
+    kwargs.setdefault("factory", _SQLiteConnection)
+    connection = import_module("aiosqlite").connect(*args, **kwargs)
+    # As SQLAlchemy does where it connects by itself; there is no public way. Otherwise a program
+    # that does not dispose its database could not end.
+    connection._thread.daemon = True
+    stop = connection.stop
+
+    def stop_once() -> Any:
+        # Its `close` ends with a `stop`, and waits for a thread that an earlier one has ended.
+        stopped = stop() if connection._running else None
+        if stopped is not None:
+            in_background(stopped)
+        return stopped
+
+    connection.stop = stop_once
+    return connection
+
+
+def prepare_sqlite(engine: Engine, *, durable: bool) -> None:
+    """Set up SQLite's connections: explicit BEGIN, foreign keys and WAL.
+
+    The driver's own transaction control starts none for a SELECT, which loses updates.
+    Source: https://docs.sqlalchemy.org/en/21/dialects/sqlite.html#pysqlite-serializable
+    """
+
+    def connect(connection: Any, _entry: ConnectionPoolEntry) -> None:
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA foreign_keys = ON")
+        try:
+            cursor.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:  # a file for reading alone keeps its journal
+            if error.sqlite_errorcode != sqlite3.SQLITE_READONLY:
+                raise
+        if not durable:
+            cursor.execute("PRAGMA synchronous = OFF")
+        cursor.close()
+
+    event.listen(engine, "connect", connect)
+
+
+INTERRUPT_AGAIN = 0.05
+"""Seconds after which SQLite is interrupted again: time enough to end a statement and to close."""
+
+
+async def _interrupt(driver: Any) -> None:
+    """Interrupt what an SQLite connection runs, until it is closed.
+
+    SQLite forgets an interrupt that comes before the statement has begun, and the statement may
+    still be on its way to the connection's thread. There it is closed too, after the statement.
+    """
+    with contextlib.suppress(ValueError, sqlite3.Error):  # it is closed
+        with anyio.move_on_after(GIVE_UP_AFTER):
+            while True:
+                await driver.interrupt()
+                await anyio.sleep(INTERRUPT_AGAIN)
+
+
+class _Folder:
+    """A folder for a database in memory; it is gone when the program ends, at the latest."""
+
+    def __init__(self) -> None:
+        self.path = tempfile.mkdtemp(prefix="asgi-db-")
+        self.remove = finalize(self, _remove_folder, self.path, os.getpid())
+
+
+def _remove_folder(path: str, owner: int) -> None:
+    if os.getpid() == owner:  # not in a process that was forked
+        shutil.rmtree(path, ignore_errors=True)
