@@ -10,8 +10,8 @@ from asgi_db.cli.check import PINGS
 from asgi_db.cli.sqlite import file_system
 from asgi_db.database import Block
 from asgi_db.drivers.base import BEGIN_OPTION, has_gone
-from asgi_db.drivers.connecting import background_is_over
-from asgi_db.engine import variant_options, writes
+from asgi_db.drivers.connecting import background_is_over, terminate
+from asgi_db.engine import begin_unit, variant_options, writes
 from asgi_db.modes import ModeDefault, ReadOnly, Transactional, should_commit
 from asgi_db.pool.fair import FairPool, FairQueue
 from asgi_db.profiles import POOL_PROFILES, PoolName, pool_profile
@@ -50,6 +50,7 @@ __all__ = [
     "UnitOfWork",
     "WITHOUT_SESSION",
     "background_is_over",
+    "begin_unit",
     "database_url_from_env",
     "engine_options_from_env",
     "file_system",
@@ -58,6 +59,7 @@ __all__ = [
     "pool_profile",
     "run_to_completion",
     "session_key",
+    "terminate",
     "should_commit",
     "variant_options",
     "writes",

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import Engine, select, text
+from sqlalchemy import Connection, Engine, insert, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_db import Database, DBSession, Mode, plain, read_only, transactional
-from asgi_db.errors import ConfigurationError
-from tests.internals import BEGIN_OPTION, has_gone, variant_options, writes
+from asgi_db.errors import ConfigurationError, DatabaseDownError
+from tests.internals import BEGIN_OPTION, begin_unit, has_gone, terminate, variant_options, writes
 from tests.limits import limit, set_limits
 from tests.relay import Relay
 from tests.servers import assert_disconnected, assert_idle, outside
@@ -309,6 +309,89 @@ async def innodb_transaction(session: DBSession) -> tuple[str, int]:
     )
     isolation, reads_only = transaction.one()
     return isolation, reads_only
+
+
+# The moment of COMMIT
+
+
+class Diary:
+    """A unit of work that writes down what the engine tells it."""
+
+    mode: Mode = plain
+    commit_was_sent = False
+
+    def __init__(self) -> None:
+        self.entries: list[str] = []
+
+    def describe(self) -> str:
+        return "a test"
+
+    def statement_comes(self, *, writes: bool) -> None:
+        self.entries.append("write" if writes else "read")
+
+    def commit_is_sent(self) -> None:
+        self.entries.append("commit")
+
+    def note_conflict(self, error: BaseException) -> None:
+        self.entries.append("conflict")
+
+    def note_failure(self, error: BaseException) -> None:
+        self.entries.append("failure")
+
+    def overdue_stream(self) -> None:
+        return None
+
+    def connection_returned(self, held: float) -> None:
+        self.entries.append("returned")
+
+
+async def test_the_unit_learns_of_commit_when_it_is_sent_and_not_before(database_url: str) -> None:
+    async with Database(database_url, engine_options=ONE_CONNECTION) as database:
+        await database.create_tables(Base.metadata)
+        diary = Diary()
+        async with database.engine.connect() as connection:
+            await connection.run_sync(begin_unit, diary)
+            await connection.execute(select(Author))
+            async with connection.begin_nested():
+                await connection.execute(insert(Author).values(name="Ada"))
+            assert "commit" not in diary.entries
+            await connection.commit()
+            assert diary.entries[-1] == "commit"
+            await connection.rollback()
+        assert [e for e in diary.entries if e != "read"] == ["write", "commit", "returned"]
+
+
+async def test_the_unit_learns_of_the_commit_of_both_phases(mysql_url: str) -> None:
+    async with Database(mysql_url, engine_options=ONE_CONNECTION) as database:
+        await database.create_tables(Base.metadata)
+        diary = Diary()
+        async with database.engine.connect() as connection:
+            await connection.run_sync(begin_unit, diary)
+
+            def commit_in_two_phases(connection: Connection) -> None:
+                transaction = connection.begin_twophase()
+                connection.execute(insert(Author).values(name="Ada"))
+                transaction.prepare()
+                assert "commit" not in diary.entries
+                transaction.commit()
+
+            await connection.run_sync(commit_in_two_phases)
+        assert "commit" in diary.entries
+        assert await rows(mysql_url, "author") == 1
+
+
+async def test_a_commit_over_a_connection_that_is_closed_is_not_sent(server_url: str) -> None:
+    async with Database(server_url, engine_options=ONE_CONNECTION) as database:
+        diary = Diary()
+        async with database.engine.connect() as connection:
+            await connection.run_sync(begin_unit, diary)
+            await connection.execute(text("SELECT 1"))
+            driver = (await connection.get_raw_connection()).driver_connection
+            terminate(driver)
+            assert has_gone(driver)
+            with pytest.raises(DatabaseDownError):
+                await connection.commit()
+        assert "commit" not in diary.entries
 
 
 # Connections that died in the pool
