@@ -21,9 +21,8 @@ from asgi_db.drivers.postgresql import patient_connection_class, prepare_postgre
 from asgi_db.drivers.sqlite import _Folder, prepare_sqlite
 from asgi_db.engine import base_options
 from asgi_db.errors import SandboxError
-from asgi_db.pool import life as engine_life
 from asgi_db.pool.fair import FairPool
-from asgi_db.pool.life import EngineLife
+from asgi_db.pool.life import DISPOSE_TIMEOUT, EngineLife
 from asgi_db.profiles import PoolProfile
 from asgi_db.statistics import Statistics
 from asgi_db.tasks import run_to_completion
@@ -208,8 +207,7 @@ class Engines:
         try:
             if life is not None:
                 await run_to_completion(life.dispose())
-            # SQLite's connections close in threads.
-            await background_is_over(engine_life.DISPOSE_TIMEOUT)
+            await background_is_over(DISPOSE_TIMEOUT)  # SQLite's connections close in threads
         finally:
             self._remove_unused_folder()
 
