@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from importlib import import_module
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 from weakref import WeakSet
@@ -20,12 +19,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext import asyncio as sqlalchemy_asyncio
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from asgi_db.drivers import driver_of_url
 from asgi_db.drivers.base import lost_connection
 from asgi_db.drivers.connecting import Connector, background_is_over
-from asgi_db.drivers.mysql import reset_mysql
-from asgi_db.drivers.postgresql import patient_connection_class, prepare_postgresql
-from asgi_db.drivers.sqlite import _Folder, prepare_sqlite
-from asgi_db.engine import base_options, isolation_options, refuse_autocommit, variant
+from asgi_db.drivers.sqlite import TemporaryFolder
+from asgi_db.engine import isolation_options, refuse_autocommit, variant
 from asgi_db.errors import ConfigurationError, DatabaseBusyError, DatabaseDownError, SandboxError
 from asgi_db.modes import Mode, Transactional, plain, transactional
 from asgi_db.pool.abandoned import connection_aside, connection_of
@@ -142,7 +140,7 @@ class Database:
         self._wait_for = wait_for
         self._lives: dict[asyncio.AbstractEventLoop, EngineLife] = {}
         self._lock = threading.RLock()  # for whoever adds to the engines, or takes one away
-        self._folder: _Folder | None = None
+        self._folder: TemporaryFolder | None = None
         _databases.add(self)
         self._of_parent: list[EngineLife] = []
         self._variants: dict[tuple[Engine, tuple[object, ...]], Engine] = {}
@@ -204,25 +202,21 @@ class Database:
 
     def _make_life(self, *, is_aside: bool = False) -> EngineLife:
         url = self.url
-        in_memory = url.get_backend_name() == "sqlite" and url.database == ":memory:"
+        driver = driver_of_url(url)
+        in_memory = driver.is_in_memory(url)
         if in_memory:
             # Each connection to SQLite's own `:memory:` is a database of its own. A private file
             # is one database for all of them, with transactions that do not see each other.
-            self._folder = self._folder or _Folder()
+            self._folder = self._folder or TemporaryFolder()
             url = url.set(database=os.path.join(self._folder.path, "memory.db"))
         engine = self._make_engine(url)
-        backend = url.get_backend_name()
-        if backend in ("mysql", "mariadb"):
-            reset_mysql(engine.sync_engine)
-        elif backend == "sqlite":
-            prepare_sqlite(engine.sync_engine, durable=not in_memory)
-        elif self._pooler is None:
-            prepare_postgresql(engine.sync_engine)
+        pooler = self._pooler is not None
+        driver.prepare(engine.sync_engine, pooler=pooler, durable=not in_memory)
         verify = self._profile.verify and not self._engine_options.get("pool_pre_ping")
         return EngineLife(
             engine,
             Statistics() if is_aside else self.statistics,
-            pooler=self._pooler is not None,
+            pooler=pooler,
             verify=verify,
             leak_threshold=None if is_aside else self._leak_threshold,
         )
@@ -458,19 +452,13 @@ class Database:
         options: dict[str, Any] = {}
         if not has_own_pool:
             options.update(self._profile.engine_options(), poolclass=FairPool)
-        options.update(base_options(url))
-        if url.get_backend_name() == "postgresql" and self._pooler == "transaction":
-            options["connect_args"] = {
-                "statement_cache_size": 0,
-                "prepared_statement_cache_size": 0,
-                "connection_class": patient_connection_class(),
-            }
+        driver = driver_of_url(url)
+        options.update(driver.options(url, pooler=self._pooler is not None))
         for name, value in self._engine_options.items():
             both = isinstance(value, Mapping) and isinstance(options.get(name), Mapping)
             options[name] = {**options[name], **value} if both else value
         if creator := options.get("async_creator"):  # which SQLAlchemy calls without `do_connect`
-            driver = import_module(url.get_driver_name())
-            options["async_creator"] = Connector(creator, driver)
+            options["async_creator"] = Connector(driver, creator)
         # OpenTelemetry puts its own in the place of this function, whenever it is called upon.
         return sqlalchemy_asyncio.create_async_engine(url, **options)
 

@@ -13,7 +13,7 @@ from sqlalchemy import text
 from sqlalchemy.pool import QueuePool
 
 from asgi_db import Database, DBSession, DBSessionMiddleware, Mode, transactional
-from asgi_db.drivers.base import has_gone
+from asgi_db.drivers import driver_of
 from asgi_db.types import ASGIApp, Message, Receive, Scope, Send
 from tests.chaos.cancellation import cancellable
 from tests.contract.client import Exchange, call
@@ -191,8 +191,11 @@ class Site:
             driver = (await (await session.connection()).get_raw_connection()).driver_connection
         async with outside(self.url) as connection:
             await connection.execute(kill[backend].format(id))
-        while not has_gone(driver):  # noqa: ASYNC110 - the driver gives no event for it
+        while not self._is_closed(driver):  # noqa: ASYNC110 - the driver gives no event for it
             await asyncio.sleep(0.001)
+
+    def _is_closed(self, driver: object) -> bool:
+        return driver_of(self.database.engine.dialect).is_closed(driver)
 
     async def assert_returned(self) -> None:
         pool = self.database.engine.pool

@@ -15,8 +15,8 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_db import Database, DBSession, Mode, plain, read_only, transactional
-from asgi_db.drivers.base import BEGIN_OPTION, has_gone
-from asgi_db.drivers.connecting import terminate
+from asgi_db.drivers import driver_of
+from asgi_db.drivers.base import BEGIN_OPTION, Beginning
 from asgi_db.engine import begin_unit, variant_options, writes
 from asgi_db.errors import ConfigurationError, DatabaseDownError
 from asgi_db.pool.connections import VERIFY_AFTER_IDLE
@@ -108,7 +108,7 @@ def test_a_statement_that_only_reads_or_locks_does_not_write(statement: str) -> 
 
 def test_a_number_sign_begins_a_comment_in_mysql_alone() -> None:
     statement = "WITH x AS (SELECT 1) # the target\nINSERT INTO t SELECT * FROM x"
-    assert writes(statement, is_for_mysql=True)
+    assert writes(statement, has_hash_comments=True)
     assert not writes(statement)
 
 
@@ -193,16 +193,20 @@ def engine_on(url: str) -> Engine:
         (
             "mysql+asyncmy://db/shop",
             SERIALIZABLE,
-            {BEGIN_OPTION: ["SET TRANSACTION ISOLATION LEVEL SERIALIZABLE"]},
+            {BEGIN_OPTION: Beginning(("SET TRANSACTION ISOLATION LEVEL SERIALIZABLE",))},
         ),
-        ("mysql+asyncmy://db/shop", READING, {BEGIN_OPTION: ["SET TRANSACTION READ ONLY"]}),
+        (
+            "mysql+asyncmy://db/shop",
+            READING,
+            {BEGIN_OPTION: Beginning(("SET TRANSACTION READ ONLY",))},
+        ),
         ("mariadb+asyncmy://db/shop", read_only, {"isolation_level": "AUTOCOMMIT"}),
-        ("sqlite+aiosqlite://", plain, {BEGIN_OPTION: ("BEGIN",)}),
-        ("sqlite+aiosqlite://", transactional, {BEGIN_OPTION: ("BEGIN IMMEDIATE",)}),
-        ("sqlite+aiosqlite://", SERIALIZABLE, {BEGIN_OPTION: ("BEGIN IMMEDIATE",)}),
-        ("sqlite+aiosqlite://", READING, {BEGIN_OPTION: ("BEGIN",)}),
-        ("sqlite+aiosqlite://", read_only, {BEGIN_OPTION: ()}),
-        ("sqlite+aiosqlite://", SNAPSHOT, {BEGIN_OPTION: ("BEGIN",)}),
+        ("sqlite+aiosqlite://", plain, {BEGIN_OPTION: Beginning(("BEGIN",))}),
+        ("sqlite+aiosqlite://", transactional, {BEGIN_OPTION: Beginning(("BEGIN IMMEDIATE",))}),
+        ("sqlite+aiosqlite://", SERIALIZABLE, {BEGIN_OPTION: Beginning(("BEGIN IMMEDIATE",))}),
+        ("sqlite+aiosqlite://", READING, {BEGIN_OPTION: Beginning(("BEGIN",))}),
+        ("sqlite+aiosqlite://", read_only, {BEGIN_OPTION: Beginning()}),
+        ("sqlite+aiosqlite://", SNAPSHOT, {BEGIN_OPTION: Beginning(("BEGIN",))}),
     ],
 )
 def test_each_mode_begins_as_its_database_needs_it(
@@ -389,8 +393,8 @@ async def test_a_commit_over_a_connection_that_is_closed_is_not_sent(server_url:
             await connection.run_sync(begin_unit, diary)
             await connection.execute(text("SELECT 1"))
             driver = (await connection.get_raw_connection()).driver_connection
-            terminate(driver)
-            assert has_gone(driver)
+            driver_of(connection.dialect).terminate(driver)
+            assert driver_of(connection.dialect).is_closed(driver)
             with pytest.raises(DatabaseDownError):
                 await connection.commit()
         assert "commit" not in diary.entries
@@ -469,7 +473,7 @@ async def test_the_low_profile_does_not_verify_but_notices_what_the_server_has_c
             driver = (await (await session.connection()).get_raw_connection()).driver_connection
         await kill(server_url, id)
         async with asyncio.timeout(5):
-            while not has_gone(driver):  # noqa: ASYNC110 - the driver gives no event for it
+            while not driver_of(database.engine.dialect).is_closed(driver):  # noqa: ASYNC110 - the driver gives no event for it
                 await asyncio.sleep(0.01)
         await database.ping()
 
