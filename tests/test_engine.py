@@ -15,11 +15,16 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_db import Database, DBSession, Mode, plain, read_only, transactional
-from asgi_db.drivers import driver_of
-from asgi_db.drivers.base import BEGIN_OPTION, Beginning
-from asgi_db.engine import begin_unit, variant_options, writes
 from asgi_db.errors import ConfigurationError, DatabaseDownError
-from asgi_db.pool.connections import VERIFY_AFTER_IDLE
+from tests.internals import (
+    BEGIN_OPTION,
+    Beginning,
+    begin_unit,
+    driver_of,
+    variant_options,
+    writes,
+)
+from tests.limits import limit, set_limits
 from tests.relay import Relay
 from tests.servers import assert_disconnected, assert_idle, outside
 from tests.tables import Author, Base, Child, Deferred, Parent
@@ -430,7 +435,7 @@ def server_url(request: pytest.FixtureRequest) -> str:
 async def test_an_idle_connection_that_died_is_replaced_before_it_is_used(
     mode: Mode, server_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asgi_db.pool.connections.VERIFY_AFTER_IDLE", -1)
+    set_limits(monkeypatch, verify_after_idle=-1)
     ids: list[int] = []
     async with Database(server_url, engine_options=ONE_CONNECTION) as database:
         for _ in range(3):
@@ -445,7 +450,7 @@ async def test_an_idle_connection_that_died_is_replaced_before_it_is_used(
 async def test_all_connections_of_a_pool_that_died_are_replaced(
     server_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asgi_db.pool.connections.VERIFY_AFTER_IDLE", -1)
+    set_limits(monkeypatch, verify_after_idle=-1)
 
     async def hold(database: Database, everybody: asyncio.Barrier) -> int:
         async with database.transaction() as session:
@@ -466,7 +471,7 @@ async def test_all_connections_of_a_pool_that_died_are_replaced(
 async def test_the_low_profile_does_not_verify_but_notices_what_the_server_has_closed(
     server_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asgi_db.pool.connections.VERIFY_AFTER_IDLE", -1)
+    set_limits(monkeypatch, verify_after_idle=-1)
     async with Database(server_url, pool="low", engine_options=ONE_CONNECTION) as database:
         async with database.session() as session:
             id = await own_id(session)
@@ -530,8 +535,8 @@ COSTS = {
 async def test_a_unit_with_one_statement_costs_as_few_round_trips_as_the_server_allows(
     mode: Mode, server_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert VERIFY_AFTER_IDLE == 1  # second: longer than this test takes, but who knows
-    monkeypatch.setattr("asgi_db.pool.connections.VERIFY_AFTER_IDLE", 60)
+    assert limit("verify_after_idle") == 1  # second: longer than this test takes, but who knows
+    set_limits(monkeypatch, verify_after_idle=60)
     cost = COSTS["postgresql" if "postgresql" in server_url else "mysql"][mode.name]
     async with counted(server_url, mode) as (database, relay):
         before = relay.round_trips
@@ -545,7 +550,7 @@ async def test_a_read_costs_one_round_trip_though_writes_go_over_the_same_connec
     server_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only MariaDB pays for the change: autocommit is a setting of the connection there."""
-    monkeypatch.setattr("asgi_db.pool.connections.VERIFY_AFTER_IDLE", 60)
+    set_limits(monkeypatch, verify_after_idle=60)
     async with counted(server_url) as (database, relay):
         for _ in range(3):
             await read_once(database, transactional)
@@ -570,7 +575,7 @@ async def test_only_a_connection_that_was_idle_is_pinged(
     async with counted(server_url) as (database, relay):
         busy, idle = list[int](), list[int]()
         for cost, limit in ((busy, 1000.0), (idle, -1.0), (busy, 1000.0)):
-            monkeypatch.setattr("asgi_db.pool.connections.VERIFY_AFTER_IDLE", limit)
+            set_limits(monkeypatch, verify_after_idle=limit)
             before = relay.round_trips
             await read_once(database)
             cost.append(relay.round_trips - before)
@@ -584,7 +589,7 @@ async def test_the_low_profile_pings_nothing(
     async with counted(server_url, pool="low") as (database, relay):
         costs = set[int]()
         for limit in (1000.0, -1.0):
-            monkeypatch.setattr("asgi_db.pool.connections.VERIFY_AFTER_IDLE", limit)
+            set_limits(monkeypatch, verify_after_idle=limit)
             before = relay.round_trips
             await read_once(database)
             costs.add(relay.round_trips - before)
@@ -595,7 +600,7 @@ async def test_an_existing_engine_and_pool_pre_ping_keep_their_own_way_of_verify
     server_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`engine_options={"pool_pre_ping": True}` pings at each checkout, and only SQLAlchemy does."""
-    monkeypatch.setattr("asgi_db.pool.connections.VERIFY_AFTER_IDLE", -1)
+    set_limits(monkeypatch, verify_after_idle=-1)
     async with Relay(server_url) as relay:
         costs = set[int]()
         for pool in ("low", "medium"):
