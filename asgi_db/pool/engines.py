@@ -7,7 +7,6 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, Literal, Protocol
 from weakref import WeakSet
 
@@ -15,11 +14,9 @@ from sqlalchemy import URL, StaticPool
 from sqlalchemy.ext import asyncio as sqlalchemy_asyncio
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from asgi_db.drivers import driver_of_url
 from asgi_db.drivers.connecting import Connector, background_is_over
-from asgi_db.drivers.mysql import reset_mysql
-from asgi_db.drivers.postgresql import patient_connection_class, prepare_postgresql
-from asgi_db.drivers.sqlite import _Folder, prepare_sqlite
-from asgi_db.engine import base_options
+from asgi_db.drivers.sqlite import TemporaryFolder
 from asgi_db.errors import SandboxError
 from asgi_db.pool.fair import FairPool
 from asgi_db.pool.life import DISPOSE_TIMEOUT, EngineLife
@@ -46,48 +43,29 @@ class EngineSettings:
     pooler: Literal["transaction"] | None
     leak_threshold: float | None
 
-    @property
-    def in_memory(self) -> bool:
-        """Whether the database is SQLite's `:memory:`."""
-        return self.url.get_backend_name() == "sqlite" and self.url.database == ":memory:"
-
-    def make_engine(self, url: URL) -> AsyncEngine:
-        """Make an engine, and let it prepare its connections.
+    def make_engine(self, url: URL, *, durable: bool) -> AsyncEngine:
+        """Make an engine that is ready to connect.
 
         Args:
             url: the one of the settings, or the file that serves as a database in memory.
+            durable: whether what is committed has to outlast a crash of the machine.
         """
-        options = self._defaults(url)
+        driver = driver_of_url(url)
+        pooler = self.pooler is not None
+        options: dict[str, Any] = {}
+        # A pool class of the user's own, such as NullPool, need not take the profile's values.
+        if "poolclass" not in self.options:
+            options.update(self.profile.engine_options(), poolclass=FairPool)
+        options.update(driver.options(url, pooler=pooler))
         for name, value in self.options.items():
             both = isinstance(value, Mapping) and isinstance(options.get(name), Mapping)
             options[name] = {**options[name], **value} if both else value
         if creator := options.get("async_creator"):  # SQLAlchemy calls it without `do_connect`
-            driver = import_module(url.get_driver_name())
-            options["async_creator"] = Connector(creator, driver)
+            options["async_creator"] = Connector(driver, creator)
         # OpenTelemetry replaces this function by its own, so it is looked up at each call.
         engine = sqlalchemy_asyncio.create_async_engine(url, **options)
-        backend = url.get_backend_name()
-        if backend in ("mysql", "mariadb"):
-            reset_mysql(engine.sync_engine)
-        elif backend == "sqlite":
-            prepare_sqlite(engine.sync_engine, durable=not self.in_memory)
-        elif self.pooler is None:
-            prepare_postgresql(engine.sync_engine)
+        driver.prepare(engine.sync_engine, pooler=pooler, durable=durable)
         return engine
-
-    def _defaults(self, url: URL) -> dict[str, Any]:
-        # A pool class of the user's own, such as NullPool, need not take the profile's values.
-        options: dict[str, Any] = {}
-        if "poolclass" not in self.options:
-            options.update(self.profile.engine_options(), poolclass=FairPool)
-        options.update(base_options(url))
-        if url.get_backend_name() == "postgresql" and self.pooler == "transaction":
-            options["connect_args"] = {
-                "statement_cache_size": 0,
-                "prepared_statement_cache_size": 0,
-                "connection_class": patient_connection_class(),
-            }
-        return options
 
 
 class Cover(Protocol):
@@ -124,7 +102,7 @@ class Engines:
             )
         self._lives: dict[asyncio.AbstractEventLoop, EngineLife] = {}
         self._lock = threading.RLock()  # held while an engine is added or removed
-        self._folder: _Folder | None = None
+        self._folder: TemporaryFolder | None = None
         self._of_parent: list[EngineLife] = []
         _all_engines.add(self)
 
@@ -184,13 +162,14 @@ class Engines:
     def _make_life(self, statistics: Statistics, leak_threshold: float | None) -> EngineLife:
         settings = self.settings
         url = settings.url
-        if settings.in_memory:
+        in_memory = driver_of_url(url).is_in_memory(url)
+        if in_memory:
             # Each connection to SQLite's own `:memory:` is a database of its own. A private file
             # is one database for all of them, with transactions that do not see each other.
-            self._folder = self._folder or _Folder()
+            self._folder = self._folder or TemporaryFolder()
             url = url.set(database=os.path.join(self._folder.path, "memory.db"))
         return EngineLife(
-            settings.make_engine(url),
+            settings.make_engine(url, durable=not in_memory),
             statistics,
             pooler=settings.pooler is not None,
             verify=settings.profile.verify and not settings.options.get("pool_pre_ping"),
