@@ -22,7 +22,6 @@ from typing import Any
 from asgi_db.modes import MODE_ATTRIBUTE, Mode
 from asgi_db.types import Receive, Scope, Send
 
-
 _ROUTES = 1024
 """How many routes are remembered with what was found out about them."""
 

@@ -117,4 +117,4 @@ class DBSessionMiddleware:
             await self.app(scope, receive, send)
 
 
-_CALLS: dict[str, type[Call]] = {"http": Exchange, "websocket": Socket}
+_CALLS: dict[str, type[Exchange] | type[Socket]] = {"http": Exchange, "websocket": Socket}

@@ -24,7 +24,7 @@ from anyio.from_thread import BlockingPortal
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from asgi_db.drivers.base import has_gone, id_at_server
+from asgi_db.drivers import driver_of
 from asgi_db.drivers.sqlite import INTERRUPT_AGAIN
 from asgi_db.engine import writes
 from asgi_db.errors import SandboxError
@@ -115,6 +115,7 @@ class SharedConnection:
         """
         self.portal = portal
         self.is_closed = False
+        self.kind = driver_of(engine.dialect)
         self._engine = engine
         self._connection: AsyncConnection | None = None
         self._adapted: Any = None
@@ -196,7 +197,7 @@ class SharedConnection:
     @property
     def has_gone(self) -> bool:
         """Whether nothing can be done with it any more."""
-        return self.is_closed or has_gone(self.driver)
+        return self.is_closed or self.kind.is_closed(self.driver)
 
     @property
     def driver(self) -> Any:
@@ -391,7 +392,7 @@ class SharedPostgreSQL(SharedConnection):
         self._adapted.autocommit = True
 
     def is_in_transaction(self) -> bool:
-        return has_gone(self.driver) or bool(self.driver.is_in_transaction())
+        return self.kind.is_closed(self.driver) or bool(self.driver.is_in_transaction())
 
     async def interrupt(self, running: asyncio.Future[Outcome], sql: str) -> None:
         running.cancel()  # asyncpg tells the server
@@ -447,13 +448,14 @@ class SharedMySQL(SharedConnection):
         self._adapted.autocommit(False)  # should they have done so, no statement commits by itself
 
     def is_in_transaction(self) -> bool:
-        return has_gone(self.driver) or bool(self.driver.get_transaction_status())
+        return self.kind.is_closed(self.driver) or bool(self.driver.get_transaction_status())
 
     async def interrupt(self, running: asyncio.Future[Outcome], sql: str) -> None:
         try:
             async with connection_aside(self._engine) as connection:
+                id = self.kind.id_at_server(self.driver)
                 while not running.done():  # the first may come before the statement
-                    await connection.exec_driver_sql(f"KILL QUERY {id_at_server(self.driver)}")
+                    await connection.exec_driver_sql(f"KILL QUERY {id}")
                     await asyncio.wait((running,), timeout=INTERRUPT_AGAIN)
         except (SQLAlchemyError, OSError) as error:
             logger.warning("A statement that was cut off runs on: %s", type(error).__name__)

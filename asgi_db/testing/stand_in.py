@@ -24,6 +24,7 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import await_
 
+from asgi_db.drivers.base import StandIn
 from asgi_db.engine import UNIT_INFO
 from asgi_db.tasks import current_task
 from asgi_db.testing.shared import Outcome, SharedConnection, Statement
@@ -237,10 +238,8 @@ def sandboxed_connection(
     return _KINDS[dialect.driver](shared, entry)
 
 
-class SandboxedDriver:
+class SandboxedDriver(StandIn):
     """Stands for the driver's own connection."""
-
-    is_sandboxed = True
 
     def __init__(self, connection: SandboxedConnection, shared: SharedConnection) -> None:
         self._of = connection

@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.util.concurrency import in_greenlet
 
+from asgi_db.drivers import error_code
 from asgi_db.unit.operation import Operation
 from asgi_db.unit.transaction import Transaction
 
@@ -42,7 +43,9 @@ def give_back(session: Session) -> None:
     if not in_greenlet() and (transaction := session.get_transaction()) is not None:
         for connection in transaction.connections:
             connection.invalidate()
-    while (transaction := session.get_nested_transaction() or session.get_transaction()) is not None:
+    while (
+        transaction := session.get_nested_transaction() or session.get_transaction()
+    ) is not None:
         transaction.close()  # no public method of the session ends a transaction like this
 
 
@@ -153,7 +156,5 @@ def brief(error: BaseException) -> str:
     """The error for a log line; a database's own words may repeat what was to be written."""
     if not isinstance(error, DBAPIError):
         return f"{type(error).__name__}: {error}"
-    numbers = [arg for arg in getattr(error.orig, "args", ()) if isinstance(arg, int)]  # MySQL
-    codes = [getattr(error.orig, name, None) for name in ("sqlstate", "sqlite_errorname")]
-    code = next((str(code) for code in codes + numbers if code), "no code")
+    code = "no code" if error.orig is None else error_code(error.orig) or "no code"
     return f"{type(error).__name__} ({type(error.orig).__name__}, {code})"

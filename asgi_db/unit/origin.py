@@ -58,3 +58,4 @@ class Origin(Protocol):
 
     def unit_ended(self, tally: Tally) -> None:
         """Note what a unit of work has done."""
+        return None

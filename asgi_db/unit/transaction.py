@@ -24,6 +24,8 @@ from asgi_db.statistics import Outcome
 class Stage(enum.Enum):
     """How far a transaction has come; see the top of this file."""
 
+    NONE = enum.auto()
+    """There has been no transaction yet."""
     OPEN = enum.auto()
     COMMITTING = enum.auto()
     SENT = enum.auto()
@@ -33,6 +35,7 @@ class Stage(enum.Enum):
 
 
 STAGES: dict[Stage, tuple[Stage, ...]] = {
+    Stage.NONE: (),
     Stage.OPEN: (Stage.COMMITTING, Stage.ROLLED_BACK, Stage.FAILED),
     # Without a connection nothing is sent; with several, COMMIT is sent over each.
     Stage.COMMITTING: (Stage.SENT, Stage.COMMITTED, Stage.FAILED),

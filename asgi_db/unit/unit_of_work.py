@@ -26,7 +26,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 
-from asgi_db.drivers.base import is_conflict
+from asgi_db.drivers import is_conflict
 from asgi_db.drivers.connecting import abandon_connect, raise_if_connect_failed
 from asgi_db.engine import begin_unit
 from asgi_db.errors import (
@@ -49,10 +49,9 @@ from asgi_db.unit.ending import (
     Ending,
     brief,
     close_streams,
-    give_back,
     has_changes,
 )
-from asgi_db.unit.hooks import Hook, Hooks, HookOutcome
+from asgi_db.unit.hooks import Hook, HookOutcome, Hooks
 from asgi_db.unit.operation import DISCARDING, KEEPS_CONNECTION, MAY_BE_LATE, Operation
 from asgi_db.unit.origin import Origin
 from asgi_db.unit.transaction import OUTCOMES, Stage, Transaction
@@ -136,6 +135,7 @@ class UnitOfWork:
         self.origin = origin
         self.life = origin.life()
         self.transaction = Transaction()
+        self.transaction.stage = Stage.NONE
         self.tally = Tally()
 
     def describe(self) -> str:
@@ -143,8 +143,8 @@ class UnitOfWork:
         return self.origin.describe()
 
     def __repr__(self) -> str:
-        mode = "undecided" if self.fixed_mode is None else self.fixed_mode.name
-        return f"<UnitOfWork {self.state.name} {mode} {self.transaction!r} {self.describe()}>"
+        standing = f"{self.state.name} {self.mode.name} {self.transaction.stage.name}"
+        return f"<UnitOfWork {standing} {self.describe()}>"
 
     # -- the mode ------------------------------------------------------------------------------
 
