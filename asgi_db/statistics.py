@@ -123,11 +123,13 @@ class Tally:
     """What a unit of work has done so far; times are seconds.
 
     Attributes:
+        asked: when it last asked for a connection, by `time.monotonic()`.
         began: when its first statement asked for a connection, by `time.monotonic()`.
         outcome: how it ended.
     """
 
     __slots__ = (
+        "asked",
         "began",
         "busy",
         "connections",
@@ -141,6 +143,7 @@ class Tally:
     )
 
     def __init__(self) -> None:
+        self.asked = 0.0
         self.began: float | None = None
         self.outcome: Outcome | None = None
         self.statements = self.connections = self.timeouts = 0
