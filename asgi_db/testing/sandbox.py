@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from sqlalchemy import event
@@ -16,13 +16,11 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from asgi_db.drivers.base import lost_connection
 from asgi_db.errors import SandboxError
+from asgi_db.pool.engines import Engines
 from asgi_db.pool.life import EngineLife
 from asgi_db.tasks import run_to_completion
 from asgi_db.testing.shared import SharedConnection, shared_connection
 from asgi_db.testing.stand_in import SandboxedConnection, in_thread, sandboxed_connection
-
-if TYPE_CHECKING:
-    from asgi_db.database import Database
 
 
 class Sandbox:
@@ -36,13 +34,13 @@ class Sandbox:
     works in every event loop and thread of the process.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, engines: Engines) -> None:
         """Prepare it; use `database.sandbox()`.
 
         Args:
-            database: what is written through it is undone.
+            engines: what is written through them is undone.
         """
-        self._database = database
+        self._engines = engines
         self._portals = ExitStack()
         self._life: EngineLife | None = None
         self._shared: SharedConnection | None = None
@@ -92,23 +90,23 @@ class Sandbox:
             self._portals.close()
 
     def _begin(self) -> BlockingPortal:
-        if self._database.active_sandbox is not None:
+        if self._engines.active_cover is not None:
             raise SandboxError(
-                f"{self._database!r} is in a sandbox already: end it before you begin another, or"
-                " use `async with session.begin_nested()` inside it."
+                f"{self._engines.settings.url!r} is in a sandbox already: end it before you begin"
+                " another, or use `async with session.begin_nested()` inside it."
             )
-        held = [str(who) for life in self._database.lives for who in life.connections.holders()]
+        held = [holder for life in self._engines.all() for holder in life.holders()]
         if held:
             raise SandboxError(
                 f"A sandbox begins when nothing is open, but connections are held by:"
                 f" {'; '.join(held)}. Begin the sandbox first."
             )
         portal = self._portals.enter_context(start_blocking_portal(name="asgi-db sandbox"))
-        self._database.active_sandbox = self
+        self._engines.active_cover = self
         return portal
 
     async def _open(self, portal: BlockingPortal) -> None:
-        self._life = self._database.make_life_aside()
+        self._life = self._engines.make_side_life()
         self._shared = shared_connection(self._life.engine, portal)
         await self._shared.open()
 
@@ -121,7 +119,7 @@ class Sandbox:
                 await self._life.dispose()
 
     def _end(self, portal: BlockingPortal) -> None:
-        self._database.active_sandbox = None
+        self._engines.active_cover = None
         try:
             portal.call(self._close)
         finally:
@@ -130,12 +128,12 @@ class Sandbox:
     # -- the engines ---------------------------------------------------------------------------
 
     def _cover_all(self) -> None:
-        for life in self._database.lives:
+        for life in self._engines.all():
             self.cover(life)
 
     def _uncover_all(self) -> SharedConnection:
         assert self._shared is not None
-        self._database.active_sandbox = None
+        self._engines.active_cover = None
         for life in self._covered:
             engine = life.engine.sync_engine
             event.remove(engine, "do_connect", self._connect)
@@ -173,4 +171,4 @@ class Sandbox:
     @property
     def _is_active(self) -> bool:
         # A pool that was made anew, when an engine was disposed, keeps the events of the old one.
-        return self._database.active_sandbox is self
+        return self._engines.active_cover is self
