@@ -270,7 +270,7 @@ def _handle_error(context: ExceptionContext) -> None:
 
 def _outcome_unknown(error: BaseException, unit: Unit) -> OutcomeUnknownError:
     return OutcomeUnknownError(
-        f"{unit.describe()}: the connection was lost after COMMIT had been sent, so whether it"
+        f"{unit.describe()}: the connection was closed after COMMIT had been sent, so whether it"
         f" was carried out is unknown ({cause_of(error)})",
         error,
     )
