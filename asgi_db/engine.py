@@ -11,7 +11,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import Dialect, ExceptionContext, ExecutionContext
@@ -73,6 +73,16 @@ class Unit(Protocol):
 
     def connection_returned(self, held: float) -> None:
         """Count a connection that is back in the pool, after so many seconds."""
+
+
+_units: WeakKeyDictionary[Connection, ref[Unit]] = WeakKeyDictionary()
+"""Where the unit is found that has a connection, also when that was invalidated and so has no
+`info` any more: what is read from a stream of a unit whose time is over tells the unit."""
+
+
+def _unit_of(connection: Connection | None) -> Unit | None:
+    found = None if connection is None else _units.get(connection)
+    return None if found is None else found()
 
 
 # -- how a transaction begins ------------------------------------------------------------------
@@ -152,6 +162,7 @@ def begin_unit(connection: Connection, unit: Unit) -> None:
     """Let the engine and the pool find the unit that now has this connection."""
     pooled = connection.connection
     pooled.info[UNIT_INFO] = unit
+    _units[connection] = ref(unit)
     if unit.mode.autocommit and pooled.dbapi_connection is not None:
         driver_of(connection.dialect).stand_alone(pooled.dbapi_connection)
 
@@ -218,16 +229,6 @@ def _do_execute_no_params(_cursor: Any, statement: str, context: ExecutionContex
     _check_statement(statement, context)
 
 
-def _unit_of(connection: Connection | None) -> Unit | None:
-    if connection is None or connection.invalidated or connection.closed:
-        return None
-    try:
-        unit: Unit | None = connection.connection.info.get(UNIT_INFO)
-    except NotImplementedError:  # a connection that SQLAlchemy is setting up, for the first time
-        return None
-    return unit
-
-
 def _where(unit: Unit | None) -> str:
     return "" if unit is None else f"{unit.describe()}: "
 
@@ -269,7 +270,7 @@ def _handle_error(context: ExceptionContext) -> None:
 
 def _outcome_unknown(error: BaseException, unit: Unit) -> OutcomeUnknownError:
     return OutcomeUnknownError(
-        f"{unit.describe()}: the connection was lost after COMMIT had been sent, so whether it"
+        f"{unit.describe()}: the connection was closed after COMMIT had been sent, so whether it"
         f" was carried out is unknown ({cause_of(error)})",
         error,
     )

@@ -1,4 +1,4 @@
-"""Awaiting what must not be cut off in the middle."""
+"""Awaiting what must not be interrupted in the middle."""
 
 from __future__ import annotations
 

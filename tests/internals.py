@@ -9,9 +9,10 @@ from asgi_db.asgi.retry import BODY_LIMIT
 from asgi_db.cli.check import PINGS
 from asgi_db.cli.sqlite import file_system
 from asgi_db.database import Block
-from asgi_db.drivers import driver_of
+from asgi_db.drivers import driver_of, register
 from asgi_db.drivers.base import BEGIN_OPTION, Beginning
 from asgi_db.drivers.connecting import background_is_over
+from asgi_db.drivers.sqlite import Aiosqlite
 from asgi_db.engine import begin_unit, variant_options, writes
 from asgi_db.modes import ModeDefault, ReadOnly, Transactional, should_commit
 from asgi_db.pool.fair import FairPool, FairQueue
@@ -28,6 +29,7 @@ from asgi_db.unit.sync_session import OPERATIONS
 from asgi_db.unit.unit_of_work import TRANSITIONS, State, UnitOfWork
 
 __all__ = [
+    "Aiosqlite",
     "BEGIN_OPTION",
     "BODY_LIMIT",
     "Beginning",
@@ -59,6 +61,7 @@ __all__ = [
     "file_system",
     "parse_database_url",
     "pool_profile",
+    "register",
     "run_to_completion",
     "session_key",
     "should_commit",

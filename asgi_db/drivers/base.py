@@ -44,11 +44,11 @@ class Beginning:
 
 
 class Abandoned(NamedTuple):
-    """A connection that was given up while its server may still run its statement.
+    """A connection that was discarded while its server may still run its statement.
 
     Attributes:
         connected: when the connection was made, by `time.monotonic()`.
-        since: when it was given up.
+        since: when it was discarded.
     """
 
     connected: float

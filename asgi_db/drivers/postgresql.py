@@ -114,14 +114,14 @@ class Asyncpg(PostgreSQL):
 
     def prepare(self, engine: Engine, *, pooler: bool, durable: bool) -> None:
         if not pooler:
-            self._look_after_connections(engine)
+            self._watch_connections(engine)
 
-    def _look_after_connections(self, engine: Engine) -> None:
-        """Let the server look after its clients, and notice a pooler that the settings do not name.
+    def _watch_connections(self, engine: Engine) -> None:
+        """Let the server watch its clients, and notice a pooler that the settings do not name.
 
         A statement runs on at the server when its client's process is killed, unless the server
-        looks now and then whether the client is still there (PostgreSQL 14 and later; a value of
-        the user's own stays).
+        checks from time to time whether the client is still there (PostgreSQL 14 and later; a value
+        that the user has set is kept).
 
         In transaction pooling asyncpg's prepared statements fail, or answer with the rows of other
         clients' statements. PgBouncer invents the process number that it tells its clients.
@@ -134,12 +134,12 @@ class Asyncpg(PostgreSQL):
             connection.autocommit = True
             cursor = connection.cursor()
             try:
-                cursor.execute(_LOOK_AFTER_CLIENT)
+                cursor.execute(_WATCH_CLIENT)
                 ((_, id),) = cursor.fetchall()
             except engine.dialect.loaded_dbapi.Error:
                 if self.is_closed(driver_connection):
                     raise
-                return  # not on every system can the server look
+                return  # the server cannot watch its clients on every system
             finally:
                 cursor.close()
                 connection.autocommit = False
@@ -186,7 +186,7 @@ class Asyncpg(PostgreSQL):
         connection.autocommit = False
 
 
-_LOOK_AFTER_CLIENT = """
+_WATCH_CLIENT = """
     SELECT CASE WHEN current_setting('client_connection_check_interval', true) = '0'
     THEN set_config('client_connection_check_interval', '1s', false) END, pg_backend_pid()
 """
