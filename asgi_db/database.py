@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import time
 from collections.abc import AsyncGenerator, Mapping
@@ -19,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from asgi_db.drivers.base import lost_connection
 from asgi_db.engine import isolation_options, refuse_autocommit
 from asgi_db.errors import ConfigurationError, DatabaseBusyError, DatabaseDownError
+from asgi_db.logs import logger
 from asgi_db.modes import Mode, Transactional, plain, transactional
 from asgi_db.pool.abandoned import connection_aside, connection_of
 from asgi_db.pool.engines import Engines, EngineSettings
@@ -36,8 +36,6 @@ from asgi_db.unit.session import DBSession
 
 if TYPE_CHECKING:
     from asgi_db.testing import Sandbox
-
-logger = logging.getLogger("asgi_db")
 
 DEFAULT_FILE = "app.db"
 """The SQLite file that serves where nothing else is said."""

@@ -30,6 +30,7 @@ from asgi_db.errors import (
     ReadOnlyError,
 )
 from asgi_db.modes import Mode
+from asgi_db.statistics import Tally
 
 UNIT_INFO = "asgi_db_unit_of_work"
 """The key in a pooled connection's `info` under which the unit stands that has it."""
@@ -71,8 +72,10 @@ class Unit(Protocol):
         """Return the error for a server-side cursor that is read after the end of `timeout=`."""
         ...
 
-    def connection_returned(self, held: float) -> None:
-        """Count a connection that is back in the pool, after so many seconds."""
+    @property
+    def tally(self) -> Tally:
+        """What the unit has done so far; its connections are added when they are back."""
+        ...
 
 
 _units: WeakKeyDictionary[Connection, ref[Unit]] = WeakKeyDictionary()

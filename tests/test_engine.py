@@ -19,6 +19,7 @@ from asgi_db.errors import ConfigurationError, DatabaseDownError
 from tests.internals import (
     BEGIN_OPTION,
     Beginning,
+    Tally,
     begin_unit,
     driver_of,
     variant_options,
@@ -333,6 +334,7 @@ class Diary:
 
     def __init__(self) -> None:
         self.entries: list[str] = []
+        self.tally = Tally()
 
     def describe(self) -> str:
         return "a test"
@@ -352,9 +354,6 @@ class Diary:
     def overdue_stream(self) -> None:
         return None
 
-    def connection_returned(self, held: float) -> None:
-        self.entries.append("returned")
-
 
 async def test_the_unit_learns_of_commit_when_it_is_sent_and_not_before(database_url: str) -> None:
     async with Database(database_url, engine_options=ONE_CONNECTION) as database:
@@ -369,7 +368,8 @@ async def test_the_unit_learns_of_commit_when_it_is_sent_and_not_before(database
             await connection.commit()
             assert diary.entries[-1] == "commit"
             await connection.rollback()
-        assert [e for e in diary.entries if e != "read"] == ["write", "commit", "returned"]
+        assert [e for e in diary.entries if e != "read"] == ["write", "commit"]
+        assert diary.tally.connections == 1
 
 
 async def test_the_unit_learns_of_the_commit_of_both_phases(mysql_url: str) -> None:

@@ -21,7 +21,7 @@ from asgi_db.drivers.connecting import connect_is_complete
 from asgi_db.engine import UNIT_INFO, Unit
 from asgi_db.pool.fair import FairPool
 from asgi_db.pool.leaks import LeakWatch, Stack, Suspect
-from asgi_db.statistics import WITHOUT_SESSION, Holder, PoolStats, Statistics, Tally
+from asgi_db.statistics import WITHOUT_SESSION, Holder, PoolStats, Statistics
 
 VERIFY_AFTER_IDLE = 1.0
 """Seconds of idleness after which a pooled connection is pinged before it is used."""
@@ -123,24 +123,16 @@ class Connections:
         unit: Unit | None = entry.info.pop(UNIT_INFO, None)
         entry.info[_RETURNED] = now = time.monotonic()
         held = self._out.pop(entry, None)
-        if held is not None:
-            self._count(unit, now - held.since)
         if self._returned is not None:
             self._returned.set()
+        if held is not None:
+            tally = None if unit is None else unit.tally
+            self._statistics.connection_returned(now - held.since, tally)
 
     def _detach(self, connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
         """Take leave of a connection which its user keeps, or has forgotten."""
         self._open.pop(entry, None)
         self._checkin(connection, entry)
-
-    def _count(self, unit: Unit | None, seconds: float) -> None:
-        self._statistics.connection_returned(seconds)
-        if unit is not None:
-            unit.connection_returned(seconds)
-        else:
-            tally = Tally()
-            tally.add_hold(seconds)
-            self._statistics.connection_held(tally)
 
     def holders(self) -> list[Holder]:
         """Say who has the connections that are out, the longest first."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 
 import anyio
@@ -10,13 +9,11 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from asgi_db.engine import variant, watch
+from asgi_db.logs import logger
 from asgi_db.modes import Mode
 from asgi_db.pool.abandoned import AbandonedStatements
 from asgi_db.pool.connections import Connections
 from asgi_db.statistics import Statistics
-
-logger = logging.getLogger("asgi_db")
-
 
 DISPOSE_TIMEOUT = 10.0
 """Seconds that `dispose` waits for connections which are out, before it terminates them."""
