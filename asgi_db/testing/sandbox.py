@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -15,11 +14,13 @@ from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from asgi_db.drivers.base import lost_connection
+from asgi_db.drivers.sandbox import SandboxRules
 from asgi_db.errors import SandboxError
 from asgi_db.pool.life import EngineLife
 from asgi_db.tasks import run_to_completion
-from asgi_db.testing.shared import SharedConnection, shared_connection
-from asgi_db.testing.stand_in import SandboxedConnection, in_thread, sandboxed_connection
+from asgi_db.testing.rules import RULES
+from asgi_db.testing.shared import SharedConnection, in_thread
+from asgi_db.testing.stand_in import StandIn
 
 if TYPE_CHECKING:
     from asgi_db.database import Database
@@ -72,7 +73,7 @@ class Sandbox:
     async def __aenter__(self) -> Self:
         portal = self._begin()
         try:
-            await run_to_completion(in_thread(portal, partial(self._open, portal)))
+            await run_to_completion(in_thread(portal, self._open, portal))
             self._cover_all()
         except BaseException:
             self._end(portal)
@@ -97,7 +98,9 @@ class Sandbox:
                 f"{self._database!r} is in a sandbox already: end it before you begin another, or"
                 " use `async with session.begin_nested()` inside it."
             )
-        held = [str(who) for life in self._database.lives for who in life.connections.holders()]
+        held = [
+            str(holder) for life in self._database.lives for holder in life.connections.holders()
+        ]
         if held:
             raise SandboxError(
                 f"A sandbox begins when nothing is open, but connections are held by:"
@@ -109,7 +112,7 @@ class Sandbox:
 
     async def _open(self, portal: BlockingPortal) -> None:
         self._life = self._database.make_life_aside()
-        self._shared = shared_connection(self._life.engine, portal)
+        self._shared = SharedConnection(self._life.engine, portal, _rules(self._life))
         await self._shared.open()
 
     async def _close(self) -> None:
@@ -140,7 +143,7 @@ class Sandbox:
             engine = life.engine.sync_engine
             event.remove(engine, "do_connect", self._connect)
             event.remove(engine, "checkout", self._check_out)
-            life.connections.forget(SandboxedConnection)
+            life.connections.forget(StandIn)
         self._covered.clear()
         return self._shared
 
@@ -155,17 +158,17 @@ class Sandbox:
 
     def _connect(
         self, dialect: Dialect, entry: ConnectionPoolEntry | None, *_: Any
-    ) -> SandboxedConnection | None:
+    ) -> StandIn | None:
         if self._shared is None or not self._is_active:
             return None
-        if self._shared.has_gone:
-            raise lost_connection(ConnectionError("the sandbox's connection is lost"))
-        return sandboxed_connection(self._shared, dialect, entry)
+        if not self._shared.is_usable:
+            raise lost_connection(ConnectionError("the sandbox's connection is closed"))
+        return StandIn(self._shared, entry)
 
     def _check_out(
         self, connection: DBAPIConnection, _: ConnectionPoolEntry, __: PoolProxiedConnection
     ) -> None:
-        if isinstance(connection, SandboxedConnection):
+        if isinstance(connection, StandIn):
             connection.commit()  # what SQLAlchemy or the application has sent to set it up
         elif self._is_active:
             raise DisconnectionError("This connection is from before the sandbox.")
@@ -174,3 +177,13 @@ class Sandbox:
     def _is_active(self) -> bool:
         # A pool that was made anew, when an engine was disposed, keeps the events of the old one.
         return self._database.active_sandbox is self
+
+
+def _rules(life: EngineLife) -> type[SandboxRules]:
+    driver = life.engine.dialect.driver
+    rules = RULES.get(driver)
+    if rules is None:
+        raise SandboxError(
+            f"There is no sandbox for the driver {driver}: use one of {', '.join(RULES)}."
+        )
+    return rules
