@@ -1,8 +1,8 @@
 """What stands in the pools in place of the drivers' connections while a sandbox lasts.
 
-    every pool of the database  ──▶ StandIn ─┐
-    in each of its event loops  ──▶ StandIn ─┼──▶ SharedConnection, in its own thread
-                                ──▶ StandIn ─┘
+    every pool of the database ──▶ StandInConnection ─┐
+    in each of its event loops ──▶ StandInConnection ─┼──▶ SharedConnection, in its own thread
+                               ──▶ StandInConnection ─┘
 
 The engine, its pools, its events and the units of work run as in production: only what is under
 them is another. A stand-in intercepts what controls transactions, which are savepoints of the
@@ -34,7 +34,7 @@ _CONTROL = re.compile(
 )
 
 
-class StandIn:
+class StandInConnection:
     """Stands for a driver's connection, as SQLAlchemy adapts it to its pools."""
 
     __slots__ = ("_connection", "_control", "_shared", "_transaction")
@@ -58,7 +58,7 @@ class StandIn:
         return partial(self._use, attribute) if inspect.ismethod(attribute) else attribute
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in StandIn.__slots__:
+        if name in StandInConnection.__slots__:
             super().__setattr__(name, value)
         elif hasattr(self._control, name):
             setattr(self._control, name, value)
@@ -143,7 +143,7 @@ class StandInDriver:
     is_sandboxed = True
 
     def __init__(
-        self, of: StandIn, shared: SharedConnection, transaction: SandboxedTransaction
+        self, of: StandInConnection, shared: SharedConnection, transaction: SandboxedTransaction
     ) -> None:
         self._of = of
         self._shared = shared
@@ -182,7 +182,7 @@ class StandInCursor:
 
     arraysize = 1
 
-    def __init__(self, connection: StandIn) -> None:
+    def __init__(self, connection: StandInConnection) -> None:
         self._of = connection
         self._outcome = Outcome()
         self._rows: deque[Any] = deque()
