@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 from sqlalchemy import URL, Connection, Engine, event
-from sqlalchemy.engine import ExceptionContext, ExecutionContext
+from sqlalchemy.engine import Dialect, ExceptionContext, ExecutionContext
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import PoolProxiedConnection
 
 from asgi_db.drivers.base import (
     BEGIN_OPTION,
     _begin_standard,
     _is_farewell,
     cause_of,
+    has_gone,
     is_conflict,
     lost_connection,
 )
@@ -66,6 +68,9 @@ class Unit(Protocol):
 
     def statement_comes(self, *, writes: bool) -> None:
         """Count a statement that is about to be sent."""
+
+    def commit_is_sent(self) -> None:
+        """Note that the driver is about to send COMMIT, over a connection that is open."""
 
     def note_conflict(self, error: BaseException) -> None:
         """Note that the database has ended the transaction in favor of another one."""
@@ -293,8 +298,9 @@ def watch(engine: Engine) -> None:
     those of its dialect and its pool cost no more than what they do.
     """
     dialect = engine.dialect
-    if dialect.driver in DRIVERS:
-        dialect.do_terminate = functools.partial(terminate_adapted, dialect)  # type: ignore[method-assign]
+    if dialect not in _wrapped:
+        _wrapped.add(dialect)
+        _wrap(dialect)
     event.listen(engine, "do_connect", _connect)
     event.listen(engine, "do_execute", _do_execute)
     event.listen(engine, "do_executemany", _do_execute)
@@ -304,6 +310,37 @@ def watch(engine: Engine) -> None:
         event.listen(engine, "checkin", _leave_autocommit)
     else:
         event.listen(engine, "begin", _begin)
+
+
+_wrapped: WeakSet[Dialect] = WeakSet()
+"""The dialects whose methods have been wrapped: an engine and its variants share theirs."""
+
+
+def _wrap(dialect: Dialect) -> None:
+    if dialect.driver in DRIVERS:
+        dialect.do_terminate = functools.partial(terminate_adapted, dialect)  # type: ignore[method-assign]
+    commit, commit_twophase = dialect.do_commit, dialect.do_commit_twophase
+    dialect.do_commit = functools.partial(_commit, commit)  # type: ignore[method-assign]
+    dialect.do_commit_twophase = functools.partial(_commit_twophase, commit_twophase)  # type: ignore[method-assign]
+
+
+def _commit(send: Callable[[PoolProxiedConnection], None], pooled: PoolProxiedConnection) -> None:
+    _tell_of_commit(pooled)
+    send(pooled)
+
+
+def _commit_twophase(
+    send: Callable[..., None], connection: Connection, *args: Any, **kwargs: Any
+) -> None:
+    _tell_of_commit(connection.connection)
+    send(connection, *args, **kwargs)
+
+
+def _tell_of_commit(pooled: PoolProxiedConnection) -> None:
+    """Tell the unit that has this connection that its COMMIT is sent now, if it is."""
+    unit: Unit | None = pooled.info.get(UNIT_INFO)
+    if unit is not None and pooled.is_valid and not has_gone(pooled.driver_connection):
+        unit.commit_is_sent()
 
 
 def variant(engine: Engine, mode: Mode) -> Engine:

@@ -13,10 +13,10 @@ from sqlalchemy import text
 from sqlalchemy.pool import QueuePool
 
 from asgi_db import Database, DBSession, DBSessionMiddleware, Mode, transactional
-from asgi_db.drivers.base import has_gone
 from asgi_db.types import ASGIApp, Message, Receive, Scope, Send
 from tests.chaos.cancellation import cancellable
 from tests.contract.client import Exchange, call
+from tests.internals import has_gone
 from tests.servers import DatabaseServer, assert_idle, outside, run, server_connections
 from tests.tables import Author, Base, authors
 

@@ -25,7 +25,6 @@ from asgi_db import (
     transactional,
     uuid4_str,
 )
-from asgi_db.tasks import run_to_completion
 from asgi_db.types import ASGIApp, Message, Receive, Scope, Send
 from tests.cancelling import (
     POOL,
@@ -44,6 +43,8 @@ from tests.cancelling import (
 )
 from tests.chaos.cancellation import cancellable
 from tests.contract.client import Exchange, call
+from tests.internals import run_to_completion
+from tests.limits import set_limits
 from tests.loops import every_loop
 from tests.relay import Fate, Relay, once
 from tests.servers import (
@@ -261,7 +262,7 @@ async def test_no_connect_that_was_cancelled_outlives_the_database(
             await session.execute(select(1))
 
     if not answers:
-        monkeypatch.setattr("asgi_db.drivers.connecting.CONNECT_GRACE", 0.1)
+        set_limits(monkeypatch, connect_grace=0.1)
     url: str = request.getfixturevalue(f"{server}_url")
     async with Relay(url) as relay:
         database = Database(relay.url)

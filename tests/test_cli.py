@@ -21,9 +21,8 @@ from sqlalchemy import text
 from sqlalchemy.engine import make_url
 
 from asgi_db import Database
-from asgi_db.cli.check import PINGS
-from asgi_db.cli.sqlite import file_system
 from tests import servers
+from tests.internals import PINGS, file_system
 from tests.pgbouncer import pgbouncer, through
 from tests.relay import Fate, Relay, once
 from tests.servers import DatabaseServer, assert_disconnected, run, sql

@@ -37,8 +37,7 @@ from asgi_db import (
     read_only,
     transactional,
 )
-from asgi_db.drivers.connecting import background_is_over
-from asgi_db.profiles import PoolName
+from tests.internals import PoolName, background_is_over
 from tests.servers import (
     DatabaseServer,
     assert_disconnected,

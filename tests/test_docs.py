@@ -14,7 +14,7 @@ from sqlalchemy.engine import make_url
 from starlette.testclient import TestClient
 
 from asgi_db import Database, Mode, plain, read_only, transactional
-from asgi_db.profiles import POOL_PROFILES
+from tests.internals import POOL_PROFILES
 from tests.pgbouncer import pgbouncer, through
 from tests.servers import DatabaseServer, assert_disconnected, run, sql
 from tests.snippets import PYTHON_BLOCK, files_of, sql_of

@@ -10,15 +10,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import Engine, select, text
+from sqlalchemy import Connection, Engine, insert, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_db import Database, DBSession, Mode, plain, read_only, transactional
-from asgi_db.drivers.base import BEGIN_OPTION, has_gone
-from asgi_db.engine import variant_options, writes
-from asgi_db.errors import ConfigurationError
-from asgi_db.pool.connections import VERIFY_AFTER_IDLE
+from asgi_db.errors import ConfigurationError, DatabaseDownError
+from tests.internals import BEGIN_OPTION, begin_unit, has_gone, terminate, variant_options, writes
+from tests.limits import limit, set_limits
 from tests.relay import Relay
 from tests.servers import assert_disconnected, assert_idle, outside
 from tests.tables import Author, Base, Child, Deferred, Parent
@@ -312,6 +311,89 @@ async def innodb_transaction(session: DBSession) -> tuple[str, int]:
     return isolation, reads_only
 
 
+# The moment of COMMIT
+
+
+class Diary:
+    """A unit of work that writes down what the engine tells it."""
+
+    mode: Mode = plain
+    commit_was_sent = False
+
+    def __init__(self) -> None:
+        self.entries: list[str] = []
+
+    def describe(self) -> str:
+        return "a test"
+
+    def statement_comes(self, *, writes: bool) -> None:
+        self.entries.append("write" if writes else "read")
+
+    def commit_is_sent(self) -> None:
+        self.entries.append("commit")
+
+    def note_conflict(self, error: BaseException) -> None:
+        self.entries.append("conflict")
+
+    def note_failure(self, error: BaseException) -> None:
+        self.entries.append("failure")
+
+    def overdue_stream(self) -> None:
+        return None
+
+    def connection_returned(self, held: float) -> None:
+        self.entries.append("returned")
+
+
+async def test_the_unit_learns_of_commit_when_it_is_sent_and_not_before(database_url: str) -> None:
+    async with Database(database_url, engine_options=ONE_CONNECTION) as database:
+        await database.create_tables(Base.metadata)
+        diary = Diary()
+        async with database.engine.connect() as connection:
+            await connection.run_sync(begin_unit, diary)
+            await connection.execute(select(Author))
+            async with connection.begin_nested():
+                await connection.execute(insert(Author).values(name="Ada"))
+            assert "commit" not in diary.entries
+            await connection.commit()
+            assert diary.entries[-1] == "commit"
+            await connection.rollback()
+        assert [e for e in diary.entries if e != "read"] == ["write", "commit", "returned"]
+
+
+async def test_the_unit_learns_of_the_commit_of_both_phases(mysql_url: str) -> None:
+    async with Database(mysql_url, engine_options=ONE_CONNECTION) as database:
+        await database.create_tables(Base.metadata)
+        diary = Diary()
+        async with database.engine.connect() as connection:
+            await connection.run_sync(begin_unit, diary)
+
+            def commit_in_two_phases(connection: Connection) -> None:
+                transaction = connection.begin_twophase()
+                connection.execute(insert(Author).values(name="Ada"))
+                transaction.prepare()
+                assert "commit" not in diary.entries
+                transaction.commit()
+
+            await connection.run_sync(commit_in_two_phases)
+        assert "commit" in diary.entries
+        assert await rows(mysql_url, "author") == 1
+
+
+async def test_a_commit_over_a_connection_that_is_closed_is_not_sent(server_url: str) -> None:
+    async with Database(server_url, engine_options=ONE_CONNECTION) as database:
+        diary = Diary()
+        async with database.engine.connect() as connection:
+            await connection.run_sync(begin_unit, diary)
+            await connection.execute(text("SELECT 1"))
+            driver = (await connection.get_raw_connection()).driver_connection
+            terminate(driver)
+            assert has_gone(driver)
+            with pytest.raises(DatabaseDownError):
+                await connection.commit()
+        assert "commit" not in diary.entries
+
+
 # Connections that died in the pool
 
 
@@ -342,7 +424,7 @@ def server_url(request: pytest.FixtureRequest) -> str:
 async def test_an_idle_connection_that_died_is_replaced_before_it_is_used(
     mode: Mode, server_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asgi_db.pool.connections.VERIFY_AFTER_IDLE", -1)
+    set_limits(monkeypatch, verify_after_idle=-1)
     ids: list[int] = []
     async with Database(server_url, engine_options=ONE_CONNECTION) as database:
         for _ in range(3):
@@ -357,7 +439,7 @@ async def test_an_idle_connection_that_died_is_replaced_before_it_is_used(
 async def test_all_connections_of_a_pool_that_died_are_replaced(
     server_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asgi_db.pool.connections.VERIFY_AFTER_IDLE", -1)
+    set_limits(monkeypatch, verify_after_idle=-1)
 
     async def hold(database: Database, everybody: asyncio.Barrier) -> int:
         async with database.transaction() as session:
@@ -378,7 +460,7 @@ async def test_all_connections_of_a_pool_that_died_are_replaced(
 async def test_the_low_profile_does_not_verify_but_notices_what_the_server_has_closed(
     server_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asgi_db.pool.connections.VERIFY_AFTER_IDLE", -1)
+    set_limits(monkeypatch, verify_after_idle=-1)
     async with Database(server_url, pool="low", engine_options=ONE_CONNECTION) as database:
         async with database.session() as session:
             id = await own_id(session)
@@ -442,8 +524,8 @@ COSTS = {
 async def test_a_unit_with_one_statement_costs_as_few_round_trips_as_the_server_allows(
     mode: Mode, server_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert VERIFY_AFTER_IDLE == 1  # second: longer than this test takes, but who knows
-    monkeypatch.setattr("asgi_db.pool.connections.VERIFY_AFTER_IDLE", 60)
+    assert limit("verify_after_idle") == 1  # second: longer than this test takes, but who knows
+    set_limits(monkeypatch, verify_after_idle=60)
     cost = COSTS["postgresql" if "postgresql" in server_url else "mysql"][mode.name]
     async with counted(server_url, mode) as (database, relay):
         before = relay.round_trips
@@ -457,7 +539,7 @@ async def test_a_read_costs_one_round_trip_though_writes_go_over_the_same_connec
     server_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only MariaDB pays for the change: autocommit is a setting of the connection there."""
-    monkeypatch.setattr("asgi_db.pool.connections.VERIFY_AFTER_IDLE", 60)
+    set_limits(monkeypatch, verify_after_idle=60)
     async with counted(server_url) as (database, relay):
         for _ in range(3):
             await read_once(database, transactional)
@@ -482,7 +564,7 @@ async def test_only_a_connection_that_was_idle_is_pinged(
     async with counted(server_url) as (database, relay):
         busy, idle = list[int](), list[int]()
         for cost, limit in ((busy, 1000.0), (idle, -1.0), (busy, 1000.0)):
-            monkeypatch.setattr("asgi_db.pool.connections.VERIFY_AFTER_IDLE", limit)
+            set_limits(monkeypatch, verify_after_idle=limit)
             before = relay.round_trips
             await read_once(database)
             cost.append(relay.round_trips - before)
@@ -496,7 +578,7 @@ async def test_the_low_profile_pings_nothing(
     async with counted(server_url, pool="low") as (database, relay):
         costs = set[int]()
         for limit in (1000.0, -1.0):
-            monkeypatch.setattr("asgi_db.pool.connections.VERIFY_AFTER_IDLE", limit)
+            set_limits(monkeypatch, verify_after_idle=limit)
             before = relay.round_trips
             await read_once(database)
             costs.add(relay.round_trips - before)
@@ -507,7 +589,7 @@ async def test_an_existing_engine_and_pool_pre_ping_keep_their_own_way_of_verify
     server_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`engine_options={"pool_pre_ping": True}` pings at each checkout, and only SQLAlchemy does."""
-    monkeypatch.setattr("asgi_db.pool.connections.VERIFY_AFTER_IDLE", -1)
+    set_limits(monkeypatch, verify_after_idle=-1)
     async with Relay(server_url) as relay:
         costs = set[int]()
         for pool in ("low", "medium"):

@@ -22,9 +22,9 @@ from starlette.testclient import TestClient
 
 import asgi_db
 from asgi_db import Database, DBSessionMiddleware, PoolProfile, session_of, transactional
-from asgi_db.profiles import POOL_PROFILES
 from asgi_db.types import Message, Receive, Scope, Send
 from models import Account
+from tests.internals import POOL_PROFILES
 from tests.servers import Row, assert_disconnected, assert_idle, run, sql
 from tests.snippets import blocks_by_heading
 

@@ -12,7 +12,7 @@ from sqlalchemy.util import greenlet_spawn
 from sqlalchemy.util.queue import Empty, Full
 
 from asgi_db import Database
-from asgi_db.pool.fair import FairPool, FairQueue
+from tests.internals import FairPool, FairQueue
 from tests.relay import Relay
 
 pytestmark = pytest.mark.anyio

@@ -21,6 +21,7 @@ from asgi_db_starlette import get_session
 from tests.cancelling import POOL, Site, answer, each_way, emptied, tables_on, turns
 from tests.chaos.cancellation import cancellable
 from tests.contract.client import scope_of
+from tests.limits import set_limits
 from tests.servers import DatabaseServer, assert_idle, until_active
 from tests.tables import Author, Child, Deferred, Parent, authors, commits_held_back
 
@@ -118,7 +119,7 @@ async def test_cancelled_during_its_commit_a_stream_that_waits_begins_and_ends(
 async def test_a_broadcast_is_not_cancelled_in_place_of_the_handler_whose_answer_leaves_slowly(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asgi_db.asgi.call.DELIVERY_TIMEOUT", 60)
+    set_limits(monkeypatch, delivery=60)
     sends: list[Send] = []
     leaving, has_left = asyncio.Event(), asyncio.Event()
     went_on = False

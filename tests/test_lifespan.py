@@ -34,6 +34,7 @@ from asgi_db_fastapi import CurrentSession
 from asgi_db_litestar import DatabasePlugin
 from asgi_db_starlette import lifespan as with_database
 from tests.contract.client import Watch, call
+from tests.limits import set_limits
 from tests.loops import every_loop
 from tests.relay import Relay
 from tests.servers import assert_disconnected, server_connections
@@ -792,7 +793,7 @@ async def test_a_connection_that_stays_out_is_terminated_within_the_bound(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Whoever has it gets an error, also at COMMIT."""
-    monkeypatch.setattr("asgi_db.pool.life.DISPOSE_TIMEOUT", 0.2)
+    set_limits(monkeypatch, dispose=0.2)
     await shut_down_under_a_straggler(make, database_url)
     (line, *rollback) = messages(caplog)
     assert line.startswith("1 connections were terminated")
@@ -801,7 +802,7 @@ async def test_a_connection_that_stays_out_is_terminated_within_the_bound(
 
 @every_loop
 async def test_so_it_is_on_every_loop(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("asgi_db.pool.life.DISPOSE_TIMEOUT", 0.2)
+    set_limits(monkeypatch, dispose=0.2)
     await shut_down_under_a_straggler(starlette, database_url)
 
 

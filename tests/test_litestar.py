@@ -40,10 +40,10 @@ from asgi_db import (
     read_only,
     transactional,
 )
-from asgi_db.asgi.call import session_key
 from asgi_db.types import ASGIApp, Receive, Scope, Send
 from asgi_db_litestar import DatabasePlugin
 from tests.contract.client import Exchange, call
+from tests.internals import session_key
 from tests.pools import checked_out, one_connection
 from tests.sockets import websocket
 from tests.tables import Author, Base, Child, Parent, authors

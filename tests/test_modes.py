@@ -32,11 +32,9 @@ from asgi_db import (
     session_of,
     transactional,
 )
-from asgi_db.asgi.call import session_key
-from asgi_db.modes import ModeDefault, should_commit
 from asgi_db.types import ASGIApp, Receive, Scope, Send
-from asgi_db.unit.unit_of_work import UnitOfWork
 from tests.contract.client import call
+from tests.internals import ModeDefault, UnitOfWork, session_key, should_commit
 from tests.units import new_unit
 
 MODES: list[Any] = [plain, transactional, read_only]

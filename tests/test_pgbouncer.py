@@ -29,6 +29,7 @@ from asgi_db import (
 )
 from asgi_db.types import Receive, Scope, Send
 from tests.contract.client import call
+from tests.limits import set_limits
 from tests.pgbouncer import pgbouncer, through
 from tests.servers import (
     DatabaseServer,
@@ -344,7 +345,7 @@ async def test_no_query_runs_on_after_the_database_was_disposed_and_the_pooler_l
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """PgBouncer 1.18 dies of a cancel request that is cut off itself; not each time, so often."""
-    monkeypatch.setattr("asgi_db.pool.life.DISPOSE_TIMEOUT", 0.1)
+    set_limits(monkeypatch, dispose=0.1)
 
     async def sleep(database: Database) -> None:
         async with database.session() as session:

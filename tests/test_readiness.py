@@ -27,6 +27,7 @@ from asgi_db import (
 from asgi_db.types import ASGIApp, Message, Receive, Scope, Send
 from tests import servers
 from tests.contract.client import Exchange, call
+from tests.limits import set_limits
 from tests.pools import checked_out
 from tests.relay import Fate, Relay, nth
 from tests.servers import DatabaseServer, assert_disconnected, assert_idle, server_connections
@@ -52,7 +53,7 @@ async def database(database_url: str) -> AsyncIterator[Database]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is waited for in vain is not waited for long."""
-    monkeypatch.setattr("asgi_db.database.PING_TIMEOUT", 0.3)
+    set_limits(monkeypatch, ping=0.3)
 
 
 @asynccontextmanager
@@ -310,7 +311,7 @@ async def test_a_connection_that_breaks_while_it_asks_is_down_once(
 async def test_a_dead_connection_in_the_pool_does_not_make_the_database_down(
     server_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asgi_db.pool.connections.VERIFY_AFTER_IDLE", -1)
+    set_limits(monkeypatch, verify_after_idle=-1)
     async with Relay(server_url) as relay, Database(relay.url, engine_options=POOL) as database:
         for _ in range(3):
             await database.ping()

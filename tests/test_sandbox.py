@@ -35,9 +35,9 @@ from asgi_db import (
     read_only,
     transactional,
 )
-from asgi_db.testing import shared as module
 from asgi_db_fastapi import CurrentSession, CurrentSessionReadOnly, CurrentSessionTransaction
 from asgi_db_litestar import DatabasePlugin
+from tests.limits import set_limits
 from tests.servers import assert_disconnected, outside, run
 from tests.tables import Author, Base, Child, Deferred, Parent, authors
 
@@ -428,7 +428,7 @@ async def test_a_unit_whose_time_is_over_is_rolled_back_and_the_sandbox_goes_on(
 async def test_a_statement_without_an_end_does_not_keep_the_sandbox_from_ending(
     database: Database, database_url: str, monkeypatch: pytest.MonkeyPatch, written: bool
 ) -> None:
-    monkeypatch.setattr(module, "CLOSE_TIMEOUT", 0.5)
+    set_limits(monkeypatch, sandbox_close=0.5)
     endless = ENDLESS[database.url.get_backend_name()]
     statement = f"UPDATE author SET name = ({endless})" if written else f"SELECT {endless}"
     async with asyncio.timeout(30), database.sandbox():
@@ -541,7 +541,7 @@ async def test_what_would_wait_for_ever_for_its_own_task_is_an_error_at_once(
 async def test_what_waits_too_long_for_another_task_is_an_error(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "WAIT_TIMEOUT", 0.1)
+    set_limits(monkeypatch, sandbox_wait=0.1)
     async with database.sandbox(), database.session() as session:
         await session.execute(add("Ben"))
         with pytest.raises(SandboxError, match=r"database.session\(\).*has written"):

@@ -28,8 +28,7 @@ from asgi_db import (
     transactional,
     uuid4_str,
 )
-from asgi_db.unit.session import OPERATIONS
-from asgi_db.unit.unit_of_work import UnitOfWork
+from tests.internals import OPERATIONS, UnitOfWork
 from tests.pools import checked_out
 from tests.servers import assert_idle
 from tests.tables import Author, Base, Book, authors

@@ -15,15 +15,16 @@ from hypothesis import strategies as st
 from sqlalchemy import URL, make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from asgi_db import PoolProfile, create_database_url, uuid4_str
 from asgi_db.errors import ConfigurationError
-from asgi_db.profiles import POOL_PROFILES, PoolName, PoolProfile, pool_profile
-from asgi_db.settings import (
+from tests.internals import (
+    POOL_PROFILES,
     DatabaseType,
-    create_database_url,
+    PoolName,
     database_url_from_env,
     engine_options_from_env,
     parse_database_url,
-    uuid4_str,
+    pool_profile,
 )
 
 SERVERS: list[DatabaseType] = ["postgresql", "mysql", "mariadb"]

@@ -28,12 +28,12 @@ from asgi_db import (
     PoolProfile,
     read_only,
 )
-from asgi_db.statistics import WITHOUT_SESSION, Outcome, PoolStats, RouteStats, Statistics, Tally
 from asgi_db.types import Receive, Scope, Send
 from asgi_db_fastapi import CurrentSession
 from asgi_db_litestar import DatabasePlugin
 from asgi_db_starlette import get_session
 from tests.contract.client import call
+from tests.internals import WITHOUT_SESSION, Outcome, PoolStats, RouteStats, Statistics, Tally
 
 QUERY = text("SELECT 1")
 POOL = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 30}

@@ -36,9 +36,9 @@ from asgi_db import (
     transactional,
 )
 from asgi_db.types import Receive, Scope, Send
-from asgi_db.unit import unit_of_work as module
-from asgi_db.unit.unit_of_work import TRANSITIONS, State, UnitOfWork
 from tests.contract.client import call
+from tests.internals import TRANSITIONS, State, UnitOfWork
+from tests.limits import set_limits
 from tests.pools import checked_out
 from tests.relay import Fate, Relay, once
 from tests.servers import assert_idle, outside, server_connections
@@ -785,7 +785,7 @@ async def test_a_task_cannot_slip_in_behind_the_end_of_the_unit(database: Databa
 async def test_a_rollback_that_hangs_is_given_up_and_the_pool_recovers(
     server_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(module, "CLEANUP_TIMEOUT", 0.3)
+    set_limits(monkeypatch, cleanup=0.3)
     async with (
         Relay(server_url) as relay,
         opened_database(relay.url, pool_size=1) as database,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from asgi_db import Database, DBSession, Mode
-from asgi_db.database import Block
-from asgi_db.unit.unit_of_work import UnitOfWork
+from tests.internals import Block, UnitOfWork
 
 
 def new_unit(

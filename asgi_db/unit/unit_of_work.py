@@ -290,6 +290,10 @@ class UnitOfWork:
         if writes:
             self.transaction.has_writes = True
 
+    def commit_is_sent(self) -> None:
+        """Note that the driver is about to send COMMIT, over a connection that is open."""
+        self.commit_sent = True
+
     def note_conflict(self, error: BaseException) -> None:
         """Note that the database has ended the transaction in favor of another one."""
         self.conflict = error

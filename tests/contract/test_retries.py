@@ -14,6 +14,7 @@ from tests.contract.apps import FRAMEWORKS
 from tests.contract.client import call
 from tests.contract.endpoints import Answer, Framework, Work
 from tests.contract.site import Item, Site, write
+from tests.limits import set_limits
 from tests.servers import outside
 
 SERIALIZABLE = transactional(isolation="SERIALIZABLE", retries=3)
@@ -174,8 +175,7 @@ async def test_the_time_of_a_request_counts_for_all_its_attempts_together(
         await session.execute(text("SELECT 1"))
         ends.append(session.origin.unit_of_work(session).ends_at)
         if session.attempt == 2:
-            monkeypatch.setattr("asgi_db.asgi.retry.FIRST_DELAY", 100)
-            monkeypatch.setattr("asgi_db.asgi.retry.LONGEST_DELAY", 100)
+            set_limits(monkeypatch, first_delay=100, longest_delay=100)
         await rival.win(session)
         return Answer()
 
