@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -11,7 +10,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from sqlalchemy import event
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DisconnectionError
-from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from asgi_db.drivers.base import lost_connection
 from asgi_db.drivers.sandbox import SandboxRules
@@ -19,6 +18,7 @@ from asgi_db.errors import SandboxError
 from asgi_db.pool.life import EngineLife
 from asgi_db.tasks import run_to_completion
 from asgi_db.testing.rules import RULES
+from asgi_db.testing.set_up import Creator, replace_creator
 from asgi_db.testing.shared import SharedConnection, in_thread
 from asgi_db.testing.stand_in import StandInConnection
 
@@ -141,7 +141,8 @@ class Sandbox:
         self._database.active_sandbox = None
         for life, creator in self._covered.items():
             engine = life.engine.sync_engine
-            _set_creator(engine.pool, creator)
+            replace_creator(engine.pool, lambda _, creator=creator: creator)
+            event.remove(engine, "connect", self._connected)
             event.remove(engine, "checkout", self._check_out)
             life.connections.forget(StandInConnection)
         self._covered.clear()
@@ -152,13 +153,15 @@ class Sandbox:
         if life in self._covered:
             return
         engine = life.engine.sync_engine
-        self._covered[life] = creator = _creator_of(engine.pool)
+        self._covered[life] = replace_creator(engine.pool, self._or_stand_in)
+        event.listen(engine, "connect", self._connected)
+        event.listen(engine, "checkout", self._check_out)
 
-        def connect(entry: ConnectionPoolEntry) -> DBAPIConnection:
+    def _or_stand_in(self, creator: Creator) -> Creator:
+        def connect(entry: ConnectionPoolEntry) -> Any:
             return self._stand_in(entry) if self._is_active else creator(entry)
 
-        _set_creator(engine.pool, connect)
-        event.listen(engine, "checkout", self._check_out)
+        return connect
 
     def _stand_in(self, entry: ConnectionPoolEntry) -> Any:
         assert self._shared is not None
@@ -166,11 +169,15 @@ class Sandbox:
             raise lost_connection(ConnectionError("the sandbox's connection is closed"))
         return StandInConnection(self._shared, entry)
 
+    def _connected(self, connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
+        if isinstance(connection, StandInConnection):
+            connection.is_set_up()
+
     def _check_out(
         self, connection: DBAPIConnection, _: ConnectionPoolEntry, __: PoolProxiedConnection
     ) -> None:
         if isinstance(connection, StandInConnection):
-            connection.commit()  # what SQLAlchemy or the application has sent to set it up
+            connection.commit()  # what other listeners have sent
         elif self._is_active:
             raise DisconnectionError("This connection is from before the sandbox.")
 
@@ -188,18 +195,3 @@ def _rules(life: EngineLife) -> type[SandboxRules]:
             f"There is no sandbox for the driver {driver}: use one of {', '.join(RULES)}."
         )
     return rules
-
-
-# The event `do_connect` does not come where an engine has a `creator` or an `async_creator`. There
-# is no public way to replace that; the test of such engines in `test_sandbox.py` breaks when this
-# changes.
-
-Creator = Callable[[ConnectionPoolEntry], DBAPIConnection]
-
-
-def _creator_of(pool: Pool) -> Creator:
-    return pool._invoke_creator  # pyright: ignore[reportPrivateUsage]
-
-
-def _set_creator(pool: Pool, creator: Creator) -> None:
-    setattr(pool, "_creator", creator)  # noqa: B010  # whose type is private as well

@@ -29,6 +29,8 @@ from asgi_db.drivers.base import has_gone
 from asgi_db.drivers.sandbox import SandboxRules
 from asgi_db.errors import SandboxError
 from asgi_db.pool.abandoned import connection_aside
+from asgi_db.testing.cursor import execute
+from asgi_db.testing.set_up import Creator, RecordedConnection, SetUp, replace_creator
 from asgi_db.testing.transaction import Outcome, SandboxedTransaction, Statement
 
 logger = logging.getLogger("asgi_db")
@@ -61,6 +63,7 @@ class SharedConnection:
         self.portal = portal
         self.rules = rules(self)
         self.adapted: Any = None
+        self.set_up: SetUp = []
         self.is_closed = False
         self._engine = engine
         self._connection: AsyncConnection | None = None
@@ -71,11 +74,16 @@ class SharedConnection:
 
     async def open(self) -> None:
         """Connect, and begin the transaction that will be rolled back."""
+        replace_creator(self._engine.pool, self._recorded)
         self._connection = await self._engine.connect()
-        self.adapted = (await self._connection.get_raw_connection()).dbapi_connection
+        recorded: Any = (await self._connection.get_raw_connection()).dbapi_connection
+        self.adapted = recorded.adapted
         await self.call(self.rules.begin_nothing)
         await self.fetch(self.rules.begin)
         await self.rules.opened()
+
+    def _recorded(self, creator: Creator) -> Creator:
+        return lambda entry: RecordedConnection(creator(entry), self.set_up)
 
     async def close(self) -> None:
         """Roll everything back, and disconnect."""
@@ -124,21 +132,7 @@ class SharedConnection:
         return (await self._send(Statement(sql, parameters, many=False, task=None))).rows
 
     async def _send(self, statement: Statement) -> Outcome:
-        def execute() -> Outcome:
-            cursor = self.adapted.cursor()
-            try:
-                for name, value in statement.attributes.items():
-                    setattr(cursor, name, value)
-                (cursor.executemany if statement.many else cursor.execute)(
-                    statement.sql, statement.parameters
-                )
-                rows = cursor.fetchall() if cursor.description else ()
-                lastrowid = getattr(cursor, "lastrowid", None)
-                return Outcome(cursor.description, cursor.rowcount, lastrowid, rows)
-            finally:
-                cursor.close()
-
-        outcome: Outcome = await self.call(execute)
+        outcome: Outcome = await self.call(execute, self.adapted, statement)
         return outcome
 
     async def execute(self, transaction: SandboxedTransaction, statement: Statement) -> Outcome:

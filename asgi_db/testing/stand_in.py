@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections import deque
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
@@ -24,6 +23,8 @@ from sqlalchemy.util import await_
 
 from asgi_db.engine import UNIT_INFO
 from asgi_db.tasks import current_task
+from asgi_db.testing.cursor import StandInCursor
+from asgi_db.testing.set_up import SetUp, find
 from asgi_db.testing.shared import SharedConnection, in_thread
 from asgi_db.testing.transaction import Outcome, SandboxedTransaction, Statement
 
@@ -37,7 +38,7 @@ _CONTROL = re.compile(
 class StandInConnection:
     """Stands for a driver's connection, as SQLAlchemy adapts it to its pools."""
 
-    __slots__ = ("_connection", "_control", "_shared", "_transaction")
+    __slots__ = ("_connection", "_control", "_setting_up", "_shared", "_transaction")
 
     def __init__(self, shared: SharedConnection, entry: ConnectionPoolEntry | None) -> None:
         """Stand for a connection that a pool wants to make.
@@ -46,6 +47,7 @@ class StandInConnection:
             entry: where the pool keeps it.
         """
         self._shared = shared
+        self._setting_up: SetUp | None = []
         self._control = control = shared.rules.control(self)
         self._transaction = SandboxedTransaction(partial(_describe, entry), control)
         self._connection = StandInDriver(self, shared, self._transaction)  # as SQLAlchemy calls it
@@ -80,7 +82,7 @@ class StandInConnection:
 
     def cursor(self, server_side: Any = False) -> StandInCursor:
         """Return a cursor; its rows are fetched at once, even if the server is to keep them."""
-        return StandInCursor(self)
+        return StandInCursor(self.run)
 
     def execute(self, sql: str, parameters: Any = None) -> StandInCursor:
         """Execute a statement with a cursor of its own."""
@@ -93,12 +95,31 @@ class StandInConnection:
         if found := _CONTROL.match(statement.sql):
             self._control_by(found.lastgroup or "")
             return Outcome()
-        if self._shared.rules.is_ignored(statement.sql):
+        if self._setting_up is not None:
+            return self._set_up_by(statement, self._setting_up)
+        return self._execute(statement)
+
+    def _set_up_by(self, statement: Statement, sent: SetUp) -> Outcome:
+        shared = self._shared
+        if shared.rules.is_ignored(statement.sql):
             return Outcome()
+        outcome = find(shared.set_up, statement)
+        if outcome is None:
+            outcome = self._execute(statement)
+            sent.append((statement, outcome))
+        return outcome
+
+    def _execute(self, statement: Statement) -> Outcome:
         transaction = self._transaction
         transaction.has_begun = transaction.has_begun or not transaction.stands_alone
         outcome: Outcome = self._wait_for(self._shared.execute, transaction, statement)
         return outcome
+
+    def is_set_up(self) -> None:
+        """Keep what has been sent to set up the connection."""
+        self.commit()
+        self._shared.set_up.extend(self._setting_up or ())
+        self._setting_up = None
 
     def _control_by(self, verb: str) -> None:
         if verb == "begin":
@@ -175,77 +196,3 @@ class StandInDriver:
     def get_transaction_status(self) -> bool:
         """Whether a transaction is open."""
         return self._transaction.has_begun
-
-
-class StandInCursor:
-    """A cursor whose rows have come as soon as its statement has been executed."""
-
-    arraysize = 1
-
-    def __init__(self, connection: StandInConnection) -> None:
-        self._of = connection
-        self._outcome = Outcome()
-        self._rows: deque[Any] = deque()
-
-    def execute(self, sql: str, parameters: Any = None) -> None:
-        """Execute a statement."""
-        self._execute(sql, parameters, many=False)
-
-    def executemany(self, sql: str, parameters: Any) -> None:
-        """Execute a statement for each of several parameters."""
-        self._execute(sql, parameters, many=True)
-
-    def _execute(self, sql: str, parameters: Any, *, many: bool) -> None:
-        # SQLAlchemy's asyncpg dialect says in an attribute of the cursor when its caches are stale.
-        attributes = {k: v for k, v in vars(self).items() if k not in _OF_CURSOR}
-        statement = Statement(sql, parameters, many, current_task(), attributes)
-        self._outcome = self._of.run(statement)
-        self._rows = deque(self._outcome.rows)
-
-    @property
-    def description(self) -> Any:
-        """The columns."""
-        return self._outcome.description
-
-    @property
-    def rowcount(self) -> int:
-        """How many rows were changed, or found."""
-        return self._outcome.rowcount
-
-    @property
-    def lastrowid(self) -> Any:
-        """The number that the database has given to a new row."""
-        return self._outcome.lastrowid
-
-    def fetchone(self) -> Any:
-        """Return the next row."""
-        return self._rows.popleft() if self._rows else None
-
-    def fetchmany(self, size: int | None = None) -> list[Any]:
-        """Return the next rows."""
-        count = min(self.arraysize if size is None else size, len(self._rows))
-        return [self._rows.popleft() for _ in range(count)]
-
-    def fetchall(self) -> list[Any]:
-        """Return all further rows."""
-        return self.fetchmany(len(self._rows))
-
-    def __iter__(self) -> Iterator[Any]:
-        while self._rows:
-            yield self._rows.popleft()
-
-    def nextset(self) -> None:
-        """There is no further result."""
-
-    def setinputsizes(self, *_: Any) -> None:
-        """Do nothing: the drivers need it no more than this."""
-
-    def close(self) -> None:
-        """Forget the rows."""
-        self._rows.clear()
-
-    async def _async_soft_close(self) -> None:
-        """Do nothing: no cursor is open; SQLAlchemy's `AsyncSession` asks for it."""
-
-
-_OF_CURSOR = frozenset({"_of", "_outcome", "_rows", "arraysize"})

@@ -50,8 +50,8 @@ class Statement:
     sql: str
     parameters: Any
     many: bool
-    task: asyncio.Task[Any] | None
-    attributes: dict[str, Any] = field(default_factory=dict[str, Any])
+    task: asyncio.Task[Any] | None = field(compare=False)
+    attributes: dict[str, Any] = field(default_factory=dict[str, Any], compare=False)
 
     @property
     def only_reads(self) -> bool:
