@@ -18,7 +18,7 @@ from asgi_db.errors import SandboxError
 from asgi_db.pool.life import EngineLife
 from asgi_db.tasks import run_to_completion
 from asgi_db.testing.rules import RULES
-from asgi_db.testing.set_up import Creator, replace_creator
+from asgi_db.testing.set_up import Creator, replace_creator, restore_creator
 from asgi_db.testing.shared import SharedConnection, in_thread
 from asgi_db.testing.stand_in import StandInConnection
 
@@ -141,7 +141,7 @@ class Sandbox:
         self._database.active_sandbox = None
         for life, creator in self._covered.items():
             engine = life.engine.sync_engine
-            replace_creator(engine.pool, lambda _, creator=creator: creator)
+            restore_creator(engine.pool, creator)
             event.remove(engine, "connect", self._connected)
             event.remove(engine, "checkout", self._check_out)
             life.connections.forget(StandInConnection)

@@ -1,8 +1,8 @@
 """How the real connection is set up: by each `connect` listener of the application once.
 
 SQLAlchemy calls these listeners for the real connection, and again for each stand-in. A statement
-such as `ATTACH DATABASE` or `CREATE TEMPORARY TABLE` would fail the second time, so it is sent once
-and its result is remembered.
+such as `ATTACH DATABASE` or `CREATE TEMPORARY TABLE` would fail the second time, so what returns no
+rows is sent once.
 """
 
 from __future__ import annotations
@@ -14,15 +14,7 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
 
 from asgi_db.testing.cursor import StandInCursor, execute
-from asgi_db.testing.transaction import Outcome, Statement
-
-SetUp = list[tuple[Statement, Outcome]]
-"""The statements that have set up a connection, and their results."""
-
-
-def find(set_up: SetUp, statement: Statement) -> Outcome | None:
-    """Return the result of a statement, if it is one of these."""
-    return next((outcome for known, outcome in set_up if known == statement), None)
+from asgi_db.testing.transaction import Statement
 
 
 class RecordedConnection:
@@ -33,7 +25,7 @@ class RecordedConnection:
 
     __slots__ = ("_adapted", "_set_up")
 
-    def __init__(self, adapted: DBAPIConnection, set_up: SetUp) -> None:
+    def __init__(self, adapted: DBAPIConnection, set_up: list[Statement]) -> None:
         super().__setattr__("_adapted", adapted)
         super().__setattr__("_set_up", set_up)
 
@@ -50,7 +42,7 @@ class RecordedConnection:
 
     def cursor(self, *_: Any, **__: Any) -> StandInCursor:
         """Return a cursor that records its statements."""
-        return StandInCursor(self._run)
+        return StandInCursor(self._run, self._adapted.cursor())
 
     def execute(self, sql: str, parameters: Any = None) -> StandInCursor:
         """Execute a statement with a cursor of its own."""
@@ -58,10 +50,11 @@ class RecordedConnection:
         cursor.execute(sql, parameters)
         return cursor
 
-    def _run(self, statement: Statement) -> Outcome:
-        outcome = execute(self._adapted, statement)
-        self._set_up.append((statement, outcome))
-        return outcome
+    def _run(self, statement: Statement) -> Any:
+        cursor = execute(self._adapted, statement)
+        if cursor.description is None:
+            self._set_up.append(statement)
+        return cursor
 
 
 Creator = Callable[[ConnectionPoolEntry], Any]
@@ -75,5 +68,10 @@ def replace_creator(pool: Pool, replacement: Callable[[Creator], Creator]) -> Cr
     changes.
     """
     creator: Creator = pool._invoke_creator  # pyright: ignore[reportPrivateUsage]
-    setattr(pool, "_creator", replacement(creator))  # noqa: B010  # its type is private too
+    restore_creator(pool, replacement(creator))
     return creator
+
+
+def restore_creator(pool: Pool, creator: Creator) -> None:
+    """Let a pool make its connections in this way."""
+    setattr(pool, "_creator", creator)  # noqa: B010  # its type is private too

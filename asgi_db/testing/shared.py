@@ -30,8 +30,8 @@ from asgi_db.drivers.sandbox import SandboxRules
 from asgi_db.errors import SandboxError
 from asgi_db.pool.abandoned import connection_aside
 from asgi_db.testing.cursor import execute
-from asgi_db.testing.set_up import Creator, RecordedConnection, SetUp, replace_creator
-from asgi_db.testing.transaction import Outcome, SandboxedTransaction, Statement
+from asgi_db.testing.set_up import Creator, RecordedConnection, replace_creator
+from asgi_db.testing.transaction import SandboxedTransaction, Statement
 
 logger = logging.getLogger("asgi_db")
 
@@ -63,7 +63,8 @@ class SharedConnection:
         self.portal = portal
         self.rules = rules(self)
         self.adapted: Any = None
-        self.set_up: SetUp = []
+        self.unused_cursor: Any = None
+        self.set_up: list[Statement] = []
         self.is_closed = False
         self._engine = engine
         self._connection: AsyncConnection | None = None
@@ -78,6 +79,7 @@ class SharedConnection:
         self._connection = await self._engine.connect()
         recorded: Any = (await self._connection.get_raw_connection()).dbapi_connection
         self.adapted = recorded.adapted
+        self.unused_cursor = await self.call(self.adapted.cursor)
         await self.call(self.rules.begin_nothing)
         await self.fetch(self.rules.begin)
         await self.rules.opened()
@@ -129,14 +131,18 @@ class SharedConnection:
 
     async def fetch(self, sql: str, parameters: Any = None) -> Sequence[Any]:
         """Execute a statement at once, without a turn, and return its rows."""
-        return (await self._send(Statement(sql, parameters, many=False, task=None))).rows
+        cursor = await self._send(Statement(sql, parameters, many=False, task=None))
+        rows: Sequence[Any] = cursor.fetchall()
+        return rows
 
-    async def _send(self, statement: Statement) -> Outcome:
-        outcome: Outcome = await self.call(execute, self.adapted, statement)
-        return outcome
+    async def _send(self, statement: Statement) -> Any:
+        return await self.call(execute, self.adapted, statement)
 
-    async def execute(self, transaction: SandboxedTransaction, statement: Statement) -> Outcome:
+    async def execute(self, transaction: SandboxedTransaction, statement: Statement) -> Any:
         """Execute a statement in a transaction, when it is its turn.
+
+        Returns:
+            the cursor, which has fetched its rows.
 
         Raises:
             SandboxError: another transaction has written, and does not end.
@@ -146,7 +152,7 @@ class SharedConnection:
             await self._take_floor(transaction, statement.task)
             try:
                 await self._save_settings(transaction, statement)
-                outcome = await self._run(transaction, statement)
+                cursor = await self._run(transaction, statement)
             except BaseException:
                 transaction.has_failed = True
                 if transaction.stands_alone and self._is_in_transaction():
@@ -156,7 +162,7 @@ class SharedConnection:
             transaction.executed(statement)
             if transaction.stands_alone:
                 await self._keep(transaction)
-            return outcome
+            return cursor
 
     async def _save_settings(self, transaction: SandboxedTransaction, statement: Statement) -> None:
         if not statement.many:
@@ -164,7 +170,7 @@ class SharedConnection:
                 if name not in transaction.settings:
                     transaction.settings[name] = await self.rules.read_setting(name)
 
-    async def _run(self, transaction: SandboxedTransaction, statement: Statement) -> Outcome:
+    async def _run(self, transaction: SandboxedTransaction, statement: Statement) -> Any:
         running = asyncio.ensure_future(self._send(statement))
         interrupted = asyncio.get_running_loop().create_future()
         transaction.interrupted = interrupted
@@ -180,7 +186,7 @@ class SharedConnection:
         finally:
             transaction.interrupted = None
 
-    async def _interrupt(self, running: asyncio.Future[Outcome], statement: Statement) -> None:
+    async def _interrupt(self, running: asyncio.Future[Any], statement: Statement) -> None:
         try:
             await self.rules.interrupt(running, only_reads=statement.only_reads)
         except (SQLAlchemyError, OSError) as error:

@@ -24,9 +24,8 @@ from sqlalchemy.util import await_
 from asgi_db.engine import UNIT_INFO
 from asgi_db.tasks import current_task
 from asgi_db.testing.cursor import StandInCursor
-from asgi_db.testing.set_up import SetUp, find
 from asgi_db.testing.shared import SharedConnection, in_thread
-from asgi_db.testing.transaction import Outcome, SandboxedTransaction, Statement
+from asgi_db.testing.transaction import SandboxedTransaction, Statement
 
 _CONTROL = re.compile(
     r"\s*(?:(?P<begin>BEGIN|START\s+TRANSACTION)\b|(?P<commit>COMMIT|END)\b"
@@ -47,7 +46,7 @@ class StandInConnection:
             entry: where the pool keeps it.
         """
         self._shared = shared
-        self._setting_up: SetUp | None = []
+        self._setting_up: list[Statement] | None = []
         self._control = control = shared.rules.control(self)
         self._transaction = SandboxedTransaction(partial(_describe, entry), control)
         self._connection = StandInDriver(self, shared, self._transaction)  # as SQLAlchemy calls it
@@ -82,7 +81,7 @@ class StandInConnection:
 
     def cursor(self, server_side: Any = False) -> StandInCursor:
         """Return a cursor; its rows are fetched at once, even if the server is to keep them."""
-        return StandInCursor(self.run)
+        return StandInCursor(self._run, self._shared.unused_cursor)
 
     def execute(self, sql: str, parameters: Any = None) -> StandInCursor:
         """Execute a statement with a cursor of its own."""
@@ -90,36 +89,23 @@ class StandInConnection:
         cursor.execute(sql, parameters)
         return cursor
 
-    def run(self, statement: Statement) -> Outcome:
-        """Execute a statement in the transaction, or alone."""
+    def _run(self, statement: Statement) -> Any:
         if found := _CONTROL.match(statement.sql):
-            self._control_by(found.lastgroup or "")
-            return Outcome()
-        if self._setting_up is not None:
-            return self._set_up_by(statement, self._setting_up)
-        return self._execute(statement)
-
-    def _set_up_by(self, statement: Statement, sent: SetUp) -> Outcome:
+            return self._control_by(found.lastgroup or "")
+        if self._setting_up is None:
+            return self._execute(statement)
         shared = self._shared
-        if shared.rules.is_ignored(statement.sql):
-            return Outcome()
-        outcome = find(shared.set_up, statement)
-        if outcome is None:
-            outcome = self._execute(statement)
-            sent.append((statement, outcome))
-        return outcome
+        if shared.rules.is_ignored(statement.sql) or statement in shared.set_up:
+            return None
+        cursor = self._execute(statement)
+        if cursor.description is None:
+            self._setting_up.append(statement)
+        return cursor
 
-    def _execute(self, statement: Statement) -> Outcome:
+    def _execute(self, statement: Statement) -> Any:
         transaction = self._transaction
         transaction.has_begun = transaction.has_begun or not transaction.stands_alone
-        outcome: Outcome = self._wait_for(self._shared.execute, transaction, statement)
-        return outcome
-
-    def is_set_up(self) -> None:
-        """Keep what has been sent to set up the connection."""
-        self.commit()
-        self._shared.set_up.extend(self._setting_up or ())
-        self._setting_up = None
+        return self._wait_for(self._shared.execute, transaction, statement)
 
     def _control_by(self, verb: str) -> None:
         if verb == "begin":
@@ -129,6 +115,12 @@ class StandInConnection:
         elif verb == "rollback":
             self.rollback()
         # What SET TRANSACTION asks for cannot be had in the middle of one.
+
+    def is_set_up(self) -> None:
+        """Keep what has been sent to set up the connection."""
+        self.commit()
+        self._shared.set_up.extend(self._setting_up or ())
+        self._setting_up = None
 
     def commit(self) -> None:
         """Commit, as far as the sandbox lets anything be committed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,22 +19,6 @@ _READ = re.compile(
 )
 _SET_SAVEPOINT = re.compile(r"\s*SAVEPOINT\s+(\S+)", re.IGNORECASE)
 _END_SAVEPOINT = re.compile(r"\s*(?:RELEASE|ROLLBACK\s+TO)\s+(?:SAVEPOINT\s+)?(\S+)", re.IGNORECASE)
-
-
-@dataclass
-class Outcome:
-    """The result of a statement.
-
-    Attributes:
-        description: its columns.
-        rowcount: how many rows were changed, or found.
-        lastrowid: the number that the database has given to a new row.
-    """
-
-    description: Any = None
-    rowcount: int = -1
-    lastrowid: Any = None
-    rows: Sequence[Any] = ()
 
 
 @dataclass(frozen=True)
