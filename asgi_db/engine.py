@@ -1,8 +1,8 @@
 """What an engine does for the modes: how transactions begin, what may be sent, what errors mean.
 
 One engine and one pool serve all modes. For a mode that begins in another way there is a variant
-of the engine (`Engine.execution_options()`, which shares the pool); the events below read its
-options, and find the unit of work that has a connection.
+of the engine (`Engine.execution_options()`, which shares the pool). What a variant asks for, and
+the unit of work that has a connection, stand in the `info` of the pooled connection.
 """
 
 from __future__ import annotations
@@ -11,34 +11,20 @@ import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary, WeakSet, ref
+from weakref import WeakSet
 
-from sqlalchemy import URL, Connection, Engine, event
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import Dialect, ExceptionContext, ExecutionContext
+from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
-from asgi_db.drivers.base import (
-    BEGIN_OPTION,
-    _begin_standard,
-    _is_farewell,
-    cause_of,
-    has_gone,
-    is_conflict,
-    lost_connection,
-)
-from asgi_db.drivers.connecting import DRIVERS, _connect, terminate_adapted
-from asgi_db.drivers.mysql import AUTOCOMMIT_OPTION, _begin, _begin_mysql
-from asgi_db.drivers.postgresql import (
-    _begin_postgresql,
-    _is_about_a_prepared_statement,
-    _is_asyncpg,
-    _leave_autocommit,
-    _set_autocommit,
-)
-from asgi_db.drivers.sqlite import SQLITE_BUSY_TIMEOUT, _begin_sqlite
+from asgi_db.drivers import driver_of
+from asgi_db.drivers.base import BEGIN_OPTION, Beginning, Driver, cause_of, lost_connection
+from asgi_db.drivers.connecting import let_driver_connect
 from asgi_db.errors import (
     ConfigurationError,
+    DatabaseDownError,
     DatabaseTimeoutError,
     OutcomeUnknownError,
     ReadOnlyError,
@@ -47,6 +33,9 @@ from asgi_db.modes import Mode
 
 UNIT_INFO = "asgi_db_unit_of_work"
 """The key in a pooled connection's `info` under which the unit stands that has it."""
+
+_BEGINNING = "asgi_db_beginning"
+"""The key in a pooled connection's `info` for how the transactions of a variant begin."""
 
 
 class Unit(Protocol):
@@ -86,35 +75,7 @@ class Unit(Protocol):
         """Count a connection that is back in the pool, after so many seconds."""
 
 
-_units: WeakKeyDictionary[Connection, ref[Unit]] = WeakKeyDictionary()
-"""Where the unit of a connection is found also when it is lost, and has no `info` any more."""
-
-
-def _unit_of(connection: Connection | None) -> Unit | None:
-    found = None if connection is None else _units.get(connection)
-    return None if found is None else found()
-
-
 # -- how a transaction begins ------------------------------------------------------------------
-
-
-def base_options(url: URL) -> dict[str, Any]:
-    """Return the arguments of `create_async_engine` which the modes need on this database."""
-    match url.get_backend_name():
-        case "sqlite":
-            has_own = "timeout" in url.query  # which connect_args would override
-            return {
-                "execution_options": {BEGIN_OPTION: ("BEGIN",)},
-                "connect_args": {} if has_own else {"timeout": SQLITE_BUSY_TIMEOUT},
-            }
-        case "mysql" | "mariadb":
-            return {
-                "execution_options": {AUTOCOMMIT_OPTION: False},
-                "skip_autocommit_rollback": True,
-                "pool_reset_on_return": None,  # `pool.reset_mysql` does it
-            }
-        case _:
-            return {}
 
 
 def refuse_autocommit(setting: str, options: Mapping[str, Any]) -> None:
@@ -154,35 +115,45 @@ def variant_options(engine: Engine, mode: Mode) -> dict[str, Any]:
     Raises:
         ConfigurationError: the mode asks for what this database does not have.
     """
-    dialect = engine.dialect.name
-    if mode.deferrable and dialect != "postgresql":
+    dialect = engine.dialect
+    driver = driver_of(dialect)
+    if mode.deferrable and not driver.has_deferrable:
         raise ConfigurationError(
-            f"deferrable=True exists only on PostgreSQL, and this database is {dialect}: leave it"
-            " out of transactional(...)."
+            f"deferrable=True exists only on PostgreSQL, and this database is {dialect.name}: leave"
+            " it out of transactional(...)."
         )
-    if mode.autocommit:
-        if _is_asyncpg(engine.dialect):
-            return {}  # `begin_unit` sees to it
-        if AUTOCOMMIT_OPTION in engine.get_execution_options():
-            return {AUTOCOMMIT_OPTION: True}
-    return _BEGIN.get(dialect, _begin_standard)(mode)
+    is_prepared = BEGIN_OPTION in engine.get_execution_options()
+    return driver.begin_options(mode, is_prepared=is_prepared)
+
+
+def variant(engine: Engine, mode: Mode) -> Engine:
+    """Return the variant of an engine on which transactions begin as the mode says.
+
+    Raises:
+        ConfigurationError: the mode asks for what this database does not have.
+    """
+    watch(engine)
+    options = variant_options(engine, mode)
+    if options.items() <= engine.get_execution_options().items():
+        return engine  # which does not look up its events in another, as a variant does
+    varied = engine.execution_options(**options)
+    if (beginning := options.get(BEGIN_OPTION)) is not None:
+
+        def raw_connection() -> PoolProxiedConnection:
+            pooled = engine.raw_connection()
+            pooled.info[_BEGINNING] = beginning  # `do_begin` sees no more than this
+            return pooled
+
+        varied.raw_connection = raw_connection  # type: ignore[method-assign]
+    return varied
 
 
 def begin_unit(connection: Connection, unit: Unit) -> None:
-    """Let the events of the engine and of the pool find the unit that now has this connection."""
+    """Let the engine and the pool find the unit that now has this connection."""
     pooled = connection.connection
     pooled.info[UNIT_INFO] = unit
-    _units[connection] = ref(unit)
-    if unit.mode.autocommit and _is_asyncpg(connection.dialect):
-        _set_autocommit(pooled.dbapi_connection, True)
-
-
-_BEGIN = {
-    "postgresql": _begin_postgresql,
-    "mysql": _begin_mysql,
-    "mariadb": _begin_mysql,
-    "sqlite": _begin_sqlite,
-}
+    if unit.mode.autocommit and pooled.dbapi_connection is not None:
+        driver_of(connection.dialect).stand_alone(pooled.dbapi_connection)
 
 
 # -- what is sent, and what comes of it --------------------------------------------------------
@@ -197,20 +168,22 @@ _WRITE = re.compile(
 )
 _CALL = re.compile(r"\s*(?:CALL|DO)\b", re.IGNORECASE)
 """What may write or not; in a transaction that only reads the server itself knows."""
+
+
 _NOT_CODE = re.compile(r"""'[^']*'|"[^"]*"|/\*.*?\*/|--[^\n]*""", re.DOTALL)
 """Literals, quoted names and comments."""
-_NOT_CODE_OF_MYSQL = re.compile(_NOT_CODE.pattern + r"|\#[^\n]*", re.DOTALL)
-"""Elsewhere `#` is an operator: `data #>> '{a}'`."""
+_NOT_CODE_WITH_HASH = re.compile(_NOT_CODE.pattern + r"|\#[^\n]*", re.DOTALL)
+"""Where `#` begins a comment. Elsewhere it is an operator: `data #>> '{a}'`."""
 
 
 @functools.lru_cache(maxsize=1024)
-def writes(statement: str, *, is_for_mysql: bool = False) -> bool:
+def writes(statement: str, *, has_hash_comments: bool = False) -> bool:
     """Say whether this SQL changes data or tables, or may do so, by its keywords.
 
     A function with side effects cannot be seen from here; in `read_only(snapshot=True)` and
     `transactional(read_only=True)` PostgreSQL and MySQL refuse those themselves.
     """
-    not_code = _NOT_CODE_OF_MYSQL if is_for_mysql else _NOT_CODE
+    not_code = _NOT_CODE_WITH_HASH if has_hash_comments else _NOT_CODE
     return _WRITE.match(not_code.sub(" ", statement)) is not None
 
 
@@ -220,7 +193,8 @@ def _check_statement(statement: str, context: ExecutionContext) -> None:
     if unit is None:
         return
     mode = unit.mode
-    is_write = writes(statement, is_for_mysql=context.dialect.name in ("mysql", "mariadb"))
+    driver = driver_of(context.dialect)
+    is_write = writes(statement, has_hash_comments=driver.has_hash_comments)
     if is_write:
         if mode.read_only and (mode.autocommit or _CALL.match(statement) is None):
             raise ReadOnlyError(
@@ -244,6 +218,16 @@ def _do_execute_no_params(_cursor: Any, statement: str, context: ExecutionContex
     _check_statement(statement, context)
 
 
+def _unit_of(connection: Connection | None) -> Unit | None:
+    if connection is None or connection.invalidated or connection.closed:
+        return None
+    try:
+        unit: Unit | None = connection.connection.info.get(UNIT_INFO)
+    except NotImplementedError:  # a connection that SQLAlchemy is setting up, for the first time
+        return None
+    return unit
+
+
 def _where(unit: Unit | None) -> str:
     return "" if unit is None else f"{unit.describe()}: "
 
@@ -255,28 +239,28 @@ def _handle_error(context: ExceptionContext) -> None:
     MariaDB has rolled back the whole transaction, savepoints included.
 
     Raises:
-        DatabaseDownError: in place of the driver's many words for a connection that is lost.
+        DatabaseDownError: in place of the driver's many words for a connection that is closed.
     """
     connection, original = context.connection, context.original_exception
+    if isinstance(original, DatabaseDownError):  # of a driver's `begin`
+        context.is_disconnect = True
+        return
+    driver = driver_of(context.dialect)
     error = context.sqlalchemy_exception or original
-    is_the_drivers = hasattr(original, "sqlstate")  # asyncpg's own, out of a server-side cursor
-    if context.is_pre_ping or not (isinstance(error, DBAPIError) or is_the_drivers):
+    if context.is_pre_ping or not (isinstance(error, DBAPIError) or driver.is_own_error(original)):
         return
     unit = _unit_of(connection)
-    if unit is not None and is_conflict(error):
+    if unit is not None and driver.is_conflict(original):
         unit.note_conflict(error)
     if connection is not None:
-        lost_savepoint = (context.statement or "").startswith("ROLLBACK TO SAVEPOINT")
-        if unit is not None and (lost_savepoint or not connection.in_nested_transaction()):
+        savepoint_failed = (context.statement or "").startswith("ROLLBACK TO SAVEPOINT")
+        if unit is not None and (savepoint_failed or not connection.in_nested_transaction()):
             unit.note_failure(error)
     if unit is not None and (overdue := unit.overdue_stream()) is not None:
         raise overdue
-    if isinstance(error, DBAPIError) and _is_about_a_prepared_statement(original):
-        error.add_detail(
-            "If there is a PgBouncer in between, in transaction pooling, say so:"
-            ' Database(..., pooler="transaction").'
-        )
-    elif context.is_disconnect or connection is None or _is_farewell(original):
+    if isinstance(error, DBAPIError) and (advice := driver.advice(original)) is not None:
+        error.add_detail(advice)
+    elif context.is_disconnect or connection is None or driver.is_outage(original):
         context.is_disconnect = True
         if unit is not None and unit.commit_was_sent:
             raise _outcome_unknown(original, unit)
@@ -291,69 +275,93 @@ def _outcome_unknown(error: BaseException, unit: Unit) -> OutcomeUnknownError:
     )
 
 
+# -- where it takes effect ---------------------------------------------------------------------
+
+_watched: WeakSet[Dialect] = WeakSet()
+"""The dialects of the engines that are watched: an engine and its variants share theirs."""
+
+
 def watch(engine: Engine) -> None:
     """Let the modes take effect on this engine and its variants; harmless to other users of it.
 
-    An engine that has a single event of its own (`begin`) pays at each turn of each connection;
-    those of its dialect and its pool cost no more than what they do.
+    An engine that has a single event of its own, such as `begin`, pays at each turn of each
+    connection. The events of its dialect and its pool, and the methods of its dialect, cost no
+    more than what they do.
     """
     dialect = engine.dialect
-    if dialect not in _wrapped:
-        _wrapped.add(dialect)
-        _wrap(dialect)
-    event.listen(engine, "do_connect", _connect)
+    if dialect in _watched:
+        return
+    _watched.add(dialect)
+    driver = driver_of(dialect)
+    _wrap(dialect, driver, engine.get_execution_options().get(BEGIN_OPTION))
+    event.listen(engine, "do_connect", let_driver_connect)
     event.listen(engine, "do_execute", _do_execute)
     event.listen(engine, "do_executemany", _do_execute)
     event.listen(engine, "do_execute_no_params", _do_execute_no_params)
     event.listen(engine, "handle_error", _handle_error)
-    if _is_asyncpg(dialect):
-        event.listen(engine, "checkin", _leave_autocommit)
-    else:
-        event.listen(engine, "begin", _begin)
+    event.listen(engine, "checkin", functools.partial(_checkin, driver))
 
 
-_wrapped: WeakSet[Dialect] = WeakSet()
-"""The dialects whose methods have been wrapped: an engine and its variants share theirs."""
+def _wrap(dialect: Dialect, driver: Driver, beginning: Beginning | None) -> None:
+    """Let the methods of a dialect do what no event does.
+
+    Args:
+        beginning: how transactions begin where no variant says otherwise.
+    """
+    if driver.is_supported:
+        dialect.do_terminate = functools.partial(_terminate, dialect, driver)  # type: ignore[method-assign]
+    begin, commit = dialect.do_begin, dialect.do_commit
+    dialect.do_begin = functools.partial(_begin, begin, driver, beginning)  # type: ignore[method-assign]
+    dialect.do_commit = functools.partial(_commit, commit, driver)  # type: ignore[method-assign]
+    commit_twophase = dialect.do_commit_twophase
+    dialect.do_commit_twophase = functools.partial(_commit_twophase, commit_twophase, driver)  # type: ignore[method-assign]
 
 
-def _wrap(dialect: Dialect) -> None:
-    if dialect.driver in DRIVERS:
-        dialect.do_terminate = functools.partial(terminate_adapted, dialect)  # type: ignore[method-assign]
-    commit, commit_twophase = dialect.do_commit, dialect.do_commit_twophase
-    dialect.do_commit = functools.partial(_commit, commit)  # type: ignore[method-assign]
-    dialect.do_commit_twophase = functools.partial(_commit_twophase, commit_twophase)  # type: ignore[method-assign]
+def _terminate(dialect: Dialect, driver: Driver, connection: DBAPIConnection) -> None:
+    """Close a connection that is discarded, without waiting for anything.
+
+    SQLAlchemy's own way says goodbye to the server first; and if a cancellation interrupts it
+    there, the pool has one connection less for ever.
+    """
+    driver.terminate(dialect.get_driver_connection(connection))
 
 
-def _commit(send: Callable[[PoolProxiedConnection], None], pooled: PoolProxiedConnection) -> None:
-    _tell_of_commit(pooled)
-    send(pooled)
+def _begin(
+    begin: Callable[[PoolProxiedConnection], None],
+    driver: Driver,
+    beginning: Beginning | None,
+    pooled: PoolProxiedConnection,
+) -> None:
+    beginning = pooled.info.get(_BEGINNING, beginning)
+    if beginning is not None:
+        driver.begin(pooled, beginning)
+    begin(pooled)
+
+
+def _commit(
+    commit: Callable[[PoolProxiedConnection], None], driver: Driver, pooled: PoolProxiedConnection
+) -> None:
+    _announce_commit(driver, pooled)
+    commit(pooled)
 
 
 def _commit_twophase(
-    send: Callable[..., None], connection: Connection, *args: Any, **kwargs: Any
+    commit: Callable[..., None], driver: Driver, connection: Connection, *args: Any, **kwargs: Any
 ) -> None:
-    _tell_of_commit(connection.connection)
-    send(connection, *args, **kwargs)
+    _announce_commit(driver, connection.connection)
+    commit(connection, *args, **kwargs)
 
 
-def _tell_of_commit(pooled: PoolProxiedConnection) -> None:
+def _announce_commit(driver: Driver, pooled: PoolProxiedConnection) -> None:
     """Tell the unit that has this connection that its COMMIT is sent now, if it is."""
     unit: Unit | None = pooled.info.get(UNIT_INFO)
-    if unit is not None and pooled.is_valid and not has_gone(pooled.driver_connection):
+    if unit is not None and pooled.is_valid and not driver.is_closed(pooled.driver_connection):
         unit.commit_is_sent()
 
 
-def variant(engine: Engine, mode: Mode) -> Engine:
-    """Return the variant of an engine on which transactions begin as the mode says.
-
-    Raises:
-        ConfigurationError: the mode asks for what this database does not have.
-    """
-    watch(engine)
-    options = variant_options(engine, mode)
-    if options.items() <= engine.get_execution_options().items():
-        return engine  # which does not look up its events in another, as a variant does
-    return engine.execution_options(**options)
-
-
-# -- how it connects ---------------------------------------------------------------------------
+def _checkin(
+    driver: Driver, connection: DBAPIConnection | None, entry: ConnectionPoolEntry
+) -> None:
+    entry.info.pop(_BEGINNING, None)
+    if connection is not None:
+        driver.returned(connection)

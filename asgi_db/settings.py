@@ -37,6 +37,8 @@ _INSTALL = {
     "asyncmy": "asgi-db[mysql]",
     "aiosqlite": "aiosqlite",
 }
+_accepted: set[str] = set()
+"""Drivers that were registered beyond those above, for any database."""
 _MYSQL = ("mysql", "mariadb")
 _MEMORY = ":memory:"
 _TYPES = ", ".join(f'"{name}"' for name in _DRIVERS)
@@ -202,6 +204,12 @@ def _is_charset(name: object) -> bool:
     return import_module("asyncmy.charset").charset_by_name(name) is not None
 
 
+def accept_driver(name: str) -> None:
+    """Let URLs name this driver, too, as in `sqlite+name://`; they are taken as they are."""
+    if name not in _DRIVERS.values():
+        _accepted.add(name)
+
+
 def parse_database_url(url: str | URL) -> URL:
     """Read a database URL, and fill in the asynchronous driver where it names none.
 
@@ -220,6 +228,8 @@ def parse_database_url(url: str | URL) -> URL:
 def _parse(url: str | URL, label: str) -> URL:
     parsed = _hide_credentials(_read(url, label))
     backend, _, driver = parsed.drivername.partition("+")
+    if driver in _accepted:
+        return parsed
     backend = "postgresql" if backend == "postgres" else backend
     if backend not in _DRIVERS:
         raise ConfigurationError(

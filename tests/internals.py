@@ -9,8 +9,9 @@ from asgi_db.asgi.retry import BODY_LIMIT
 from asgi_db.cli.check import PINGS
 from asgi_db.cli.sqlite import file_system
 from asgi_db.database import Block
-from asgi_db.drivers.base import BEGIN_OPTION, has_gone
-from asgi_db.drivers.connecting import background_is_over, terminate
+from asgi_db.drivers import driver_of
+from asgi_db.drivers.base import BEGIN_OPTION, Beginning
+from asgi_db.drivers.connecting import background_is_over
 from asgi_db.engine import begin_unit, variant_options, writes
 from asgi_db.modes import ModeDefault, ReadOnly, Transactional, should_commit
 from asgi_db.pool.fair import FairPool, FairQueue
@@ -29,6 +30,7 @@ from asgi_db.unit.unit_of_work import TRANSITIONS, State, UnitOfWork
 __all__ = [
     "BEGIN_OPTION",
     "BODY_LIMIT",
+    "Beginning",
     "Block",
     "DatabaseType",
     "FairPool",
@@ -52,14 +54,13 @@ __all__ = [
     "background_is_over",
     "begin_unit",
     "database_url_from_env",
+    "driver_of",
     "engine_options_from_env",
     "file_system",
-    "has_gone",
     "parse_database_url",
     "pool_profile",
     "run_to_completion",
     "session_key",
-    "terminate",
     "should_commit",
     "variant_options",
     "writes",

@@ -16,7 +16,14 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_db import Database, DBSession, Mode, plain, read_only, transactional
 from asgi_db.errors import ConfigurationError, DatabaseDownError
-from tests.internals import BEGIN_OPTION, begin_unit, has_gone, terminate, variant_options, writes
+from tests.internals import (
+    BEGIN_OPTION,
+    Beginning,
+    begin_unit,
+    driver_of,
+    variant_options,
+    writes,
+)
 from tests.limits import limit, set_limits
 from tests.relay import Relay
 from tests.servers import assert_disconnected, assert_idle, outside
@@ -106,7 +113,7 @@ def test_a_statement_that_only_reads_or_locks_does_not_write(statement: str) -> 
 
 def test_a_number_sign_begins_a_comment_in_mysql_alone() -> None:
     statement = "WITH x AS (SELECT 1) # the target\nINSERT INTO t SELECT * FROM x"
-    assert writes(statement, is_for_mysql=True)
+    assert writes(statement, has_hash_comments=True)
     assert not writes(statement)
 
 
@@ -191,16 +198,20 @@ def engine_on(url: str) -> Engine:
         (
             "mysql+asyncmy://db/shop",
             SERIALIZABLE,
-            {BEGIN_OPTION: ["SET TRANSACTION ISOLATION LEVEL SERIALIZABLE"]},
+            {BEGIN_OPTION: Beginning(("SET TRANSACTION ISOLATION LEVEL SERIALIZABLE",))},
         ),
-        ("mysql+asyncmy://db/shop", READING, {BEGIN_OPTION: ["SET TRANSACTION READ ONLY"]}),
+        (
+            "mysql+asyncmy://db/shop",
+            READING,
+            {BEGIN_OPTION: Beginning(("SET TRANSACTION READ ONLY",))},
+        ),
         ("mariadb+asyncmy://db/shop", read_only, {"isolation_level": "AUTOCOMMIT"}),
-        ("sqlite+aiosqlite://", plain, {BEGIN_OPTION: ("BEGIN",)}),
-        ("sqlite+aiosqlite://", transactional, {BEGIN_OPTION: ("BEGIN IMMEDIATE",)}),
-        ("sqlite+aiosqlite://", SERIALIZABLE, {BEGIN_OPTION: ("BEGIN IMMEDIATE",)}),
-        ("sqlite+aiosqlite://", READING, {BEGIN_OPTION: ("BEGIN",)}),
-        ("sqlite+aiosqlite://", read_only, {BEGIN_OPTION: ()}),
-        ("sqlite+aiosqlite://", SNAPSHOT, {BEGIN_OPTION: ("BEGIN",)}),
+        ("sqlite+aiosqlite://", plain, {BEGIN_OPTION: Beginning(("BEGIN",))}),
+        ("sqlite+aiosqlite://", transactional, {BEGIN_OPTION: Beginning(("BEGIN IMMEDIATE",))}),
+        ("sqlite+aiosqlite://", SERIALIZABLE, {BEGIN_OPTION: Beginning(("BEGIN IMMEDIATE",))}),
+        ("sqlite+aiosqlite://", READING, {BEGIN_OPTION: Beginning(("BEGIN",))}),
+        ("sqlite+aiosqlite://", read_only, {BEGIN_OPTION: Beginning()}),
+        ("sqlite+aiosqlite://", SNAPSHOT, {BEGIN_OPTION: Beginning(("BEGIN",))}),
     ],
 )
 def test_each_mode_begins_as_its_database_needs_it(
@@ -387,8 +398,8 @@ async def test_a_commit_over_a_connection_that_is_closed_is_not_sent(server_url:
             await connection.run_sync(begin_unit, diary)
             await connection.execute(text("SELECT 1"))
             driver = (await connection.get_raw_connection()).driver_connection
-            terminate(driver)
-            assert has_gone(driver)
+            driver_of(connection.dialect).terminate(driver)
+            assert driver_of(connection.dialect).is_closed(driver)
             with pytest.raises(DatabaseDownError):
                 await connection.commit()
         assert "commit" not in diary.entries
@@ -467,7 +478,7 @@ async def test_the_low_profile_does_not_verify_but_notices_what_the_server_has_c
             driver = (await (await session.connection()).get_raw_connection()).driver_connection
         await kill(server_url, id)
         async with asyncio.timeout(5):
-            while not has_gone(driver):  # noqa: ASYNC110 - the driver gives no event for it
+            while not driver_of(database.engine.dialect).is_closed(driver):  # noqa: ASYNC110 - the driver gives no event for it
                 await asyncio.sleep(0.01)
         await database.ping()
 

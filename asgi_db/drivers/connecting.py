@@ -1,45 +1,28 @@
-"""How a driver connects: whole, and with one error for all that can go wrong."""
+"""How a driver connects: uninterrupted, and with one error for all that can go wrong."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import socket
 from collections.abc import Awaitable, Callable
-from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from sqlalchemy.engine import Dialect
-from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from asgi_db.drivers.base import has_gone, lost_connection
-from asgi_db.drivers.sqlite import _connect_sqlite
+from asgi_db.drivers import driver_of
+from asgi_db.drivers.base import Driver, lost_connection
 from asgi_db.errors import ConfigurationError, DatabaseDownError
 from asgi_db.tasks import current_task, of_this_loop, wait_for_background
 
 
-def terminate_adapted(dialect: Dialect, connection: DBAPIConnection) -> None:
-    """Close a connection that is given up, without waiting for anything.
-
-    SQLAlchemy's own way takes leave of the server first; and cut off there by a cancellation, the
-    pool has one connection less for ever.
-    """
-    terminate(dialect.get_driver_connection(connection))
-
-
-def _connect(
+def let_driver_connect(
     dialect: Dialect, _: ConnectionPoolEntry | None, __: list[Any], parameters: dict[str, Any]
 ) -> None:
-    """Let the driver connect in its own way, but whole; SQLAlchemy keeps the parameters."""
-    if dialect.driver in DRIVERS and not isinstance(parameters.get(_CREATOR), Connector):
-        driver = import_module(dialect.driver)
-        connect = _connect_sqlite if dialect.driver == "aiosqlite" else driver.connect
-        parameters[_CREATOR] = Connector(parameters.get(_CREATOR, connect), driver)
-
-
-DRIVERS = ("asyncpg", "asyncmy", "aiosqlite")
+    """Let the driver connect in its own way, but uninterrupted; SQLAlchemy keeps the parameters."""
+    driver = driver_of(dialect)
+    if driver.is_supported and not isinstance(parameters.get(_CREATOR), Connector):
+        parameters[_CREATOR] = Connector(driver, parameters.get(_CREATOR))
 
 
 _CREATOR = "async_creator_fn"
@@ -48,11 +31,16 @@ _CREATOR = "async_creator_fn"
 class Connector:
     """Connects, undisturbed by cancellation, and with one error for all that can go wrong."""
 
-    def __init__(self, connect: Any, driver: Any) -> None:
-        self._connect = connect
-        self._errors: tuple[type[Exception], ...] = (OSError,)
-        if hasattr(driver, "PostgresError"):  # asyncpg: SQLAlchemy leaves those as they are
-            self._errors = OSError, driver.PostgresError, driver.InterfaceError
+    def __init__(self, driver: Driver, connect: Callable[..., Awaitable[Any]] | None) -> None:
+        """Prepare to connect.
+
+        Args:
+            driver: the driver whose connection it is.
+            connect: the user's own function; the driver's if None.
+        """
+        self._driver = driver
+        self._connect = connect or driver.connect
+        self._errors = driver.connect_errors
 
     async def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the driver's connection.
@@ -62,7 +50,7 @@ class Connector:
             ConfigurationError: the driver does not take what the URL asks for.
         """
         try:
-            return await connect_whole(self._connect, *args, **kwargs)
+            return await _connect_uninterrupted(self._driver, self._connect, *args, **kwargs)
         except self._errors as error:
             raise lost_connection(error) from error
         except UnicodeEncodeError as error:
@@ -88,37 +76,46 @@ def raise_if_connect_failed(error: BaseException) -> None:
     Raises:
         DatabaseDownError: the server had closed it.
     """
-    driver = being_set_up()
-    has_failed = driver is not None and has_gone(driver)
+    made = _being_set_up_here()
+    was_closed = made is not None and made.driver.is_closed(made.connection)
     abandon_connect()
-    if has_failed and isinstance(error, Exception) and not isinstance(error, DatabaseDownError):
+    if was_closed and isinstance(error, Exception) and not isinstance(error, DatabaseDownError):
         raise lost_connection(error) from error
 
 
-_being_set_up: WeakKeyDictionary[asyncio.Task[Any], Any] = WeakKeyDictionary()
+class _Made(NamedTuple):
+    """A connection that a driver has made."""
+
+    driver: Driver
+    connection: Any
 
 
-async def connect_whole(connect: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
-    """Connect with a driver's own function, which is not cut off in its handshake.
+_being_set_up: WeakKeyDictionary[asyncio.Task[Any], _Made] = WeakKeyDictionary()
 
-    Cut off there, asyncpg leaves an exception behind that nobody retrieves, and aiosqlite a
+
+async def _connect_uninterrupted(
+    driver: Driver, connect: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any
+) -> Any:
+    """Connect, without being interrupted in the handshake.
+
+    Interrupted there, asyncpg leaves an exception behind that nobody retrieves, and aiosqlite a
     connection that nobody closes. A request that is cancelled does not wait; the connection is
     terminated as soon as it is there.
     """
 
-    async def whole() -> Any:
-        return await connect(*args, **kwargs)
+    async def make() -> _Made:
+        return _Made(driver, await connect(*args, **kwargs))
 
-    task = asyncio.ensure_future(whole())
+    task = asyncio.ensure_future(make())
     try:
-        connection = await asyncio.shield(task)
+        made = await asyncio.shield(task)
     except asyncio.CancelledError:
         _abandoned.add(task)
         task.add_done_callback(_terminate_abandoned)
         raise
     if (caller := asyncio.current_task()) is not None:
-        _being_set_up[caller] = connection
-    return connection
+        _being_set_up[caller] = made
+    return made.connection
 
 
 def connect_is_complete() -> None:
@@ -127,57 +124,38 @@ def connect_is_complete() -> None:
         _being_set_up.pop(task, None)
 
 
-def being_set_up() -> Any:
+def _being_set_up_here() -> _Made | None:
     """Return the connection which this task has made and is setting up, if it is."""
     task = current_task()
     return None if task is None else _being_set_up.get(task)
 
 
 def abandon_connect() -> None:
-    """Terminate the connection which this task has made, if it was cut off while setting it up.
+    """Terminate the connection which this task has made, if it was interrupted in setting it up.
 
-    SQLAlchemy sends statements to set up a new connection, and forgets it if it is cut off there.
+    SQLAlchemy sends statements to set up a new connection, and forgets it if it is interrupted
+    there.
     """
     if not _being_set_up:
         return
-    connection = being_set_up()
+    made = _being_set_up_here()
     connect_is_complete()
-    if connection is not None:
-        terminate(connection)
+    if made is not None:
+        made.driver.terminate(made.connection)
 
 
-_abandoned: set[asyncio.Task[Any]] = set()
+_abandoned: set[asyncio.Task[_Made]] = set()
 
 
-def _terminate_abandoned(task: asyncio.Task[Any]) -> None:
+def _terminate_abandoned(task: asyncio.Task[_Made]) -> None:
     _abandoned.discard(task)
     if not task.cancelled() and task.exception() is None:
-        terminate(task.result())
-
-
-def terminate(connection: Any) -> None:
-    """Close a driver's connection at once, without a word to the server."""
-    for name in ("terminate", "stop", "close"):  # asyncpg, aiosqlite, asyncmy
-        if hasattr(connection, name):
-            try:
-                getattr(connection, name)()
-            except RuntimeError:  # its event loop is closed
-                _shut_socket(connection)
-            break
-
-
-def _shut_socket(driver: Any) -> None:
-    """End a connection without its event loop, so that the server at least sees it go.
-
-    There is no public way to the transport; the test of applications that start again without
-    having been shut down, in `test_lifespan.py`, breaks when this changes.
-    """
-    with contextlib.suppress(OSError, TypeError, AttributeError):  # it is closed; uvloop sees to it
-        driver._transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+        made = task.result()
+        made.driver.terminate(made.connection)
 
 
 CONNECT_GRACE = 1.0
-"""Seconds that a connect which was abandoned gets to end, before it is cut off after all."""
+"""Seconds that a connect which was abandoned gets to end, before it is cancelled after all."""
 
 
 async def background_is_over(within: float) -> None:

@@ -1,8 +1,8 @@
-"""Statements that were cut off here are ended at the server.
+"""Statements that nobody waits for any more are ended at the server.
 
-A connection that is given up in the middle of a statement is closed, but its server goes on with
+A connection that is discarded in the middle of a statement is closed, but its server goes on with
 the statement, and notices nothing until it has rows to send. So it is told, over another
-connection. The driver's own way, asyncpg's cancel request, is cut off itself by a cancellation
+connection. The driver's own way, asyncpg's cancel request, is interrupted itself by a cancellation
 that comes twice, and asyncmy has none.
 """
 
@@ -10,23 +10,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 import anyio
-from sqlalchemy import event, text
+from sqlalchemy import event
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from asgi_db.drivers.base import GIVE_UP_AFTER, id_at_server
+from asgi_db.drivers import driver_of
+from asgi_db.drivers.base import GIVE_UP_AFTER, Abandoned, StandIn
 from asgi_db.drivers.connecting import background_is_over, raise_if_connect_failed
-from asgi_db.drivers.mysql import _UNKNOWN_THREAD, _latest_start, _runs
-from asgi_db.drivers.postgresql import _TERMINATE
-from asgi_db.drivers.sqlite import _interrupt
 from asgi_db.tasks import in_background, running_loop
 
 logger = logging.getLogger("asgi_db")
@@ -37,8 +34,6 @@ ATTEMPT_TIMEOUT = 5.0
 
 _CONNECTED = "asgi_db_connected"
 """The key in a connection's `info` for the event loop and the time of its making."""
-
-_HAS_NUMBERS = ("postgresql", "mysql", "mariadb")
 
 
 @asynccontextmanager
@@ -66,7 +61,7 @@ async def connection_aside(engine: AsyncEngine) -> AsyncGenerator[AsyncConnectio
 
 
 class AbandonedStatements:
-    """The statements of an engine that were cut off, until the server knows of it."""
+    """The statements of an engine that were abandoned, until they have been ended at the server."""
 
     def __init__(self, engine: AsyncEngine, *, pooler: bool) -> None:
         """Watch an engine.
@@ -76,8 +71,9 @@ class AbandonedStatements:
                 not known; see `patient_connection_class`.
         """
         self._engine = engine
-        self._numbers_are_known = not pooler and engine.dialect.name in _HAS_NUMBERS
-        self._cut_off: dict[int, tuple[float, float]] = {}
+        self._driver = driver_of(engine.dialect)
+        self._behind_pooler = pooler
+        self._abandoned: dict[int, Abandoned] = {}
         self._ending: asyncio.Task[None] | None = None
         event.listen(engine.sync_engine, "connect", self._connect)
         event.listen(engine.sync_engine, "invalidate", self._invalidate)
@@ -86,35 +82,33 @@ class AbandonedStatements:
         entry.info[_CONNECTED] = running_loop(), time.monotonic()
 
     def _invalidate(
-        self, connection: DBAPIConnection, entry: ConnectionPoolEntry, error: BaseException | None
+        self, adapted: DBAPIConnection, entry: ConnectionPoolEntry, error: BaseException | None
     ) -> None:
-        """Take note of a connection that is given up while its server may be busy for it."""
+        """Take note of a connection that is discarded while its server may be busy for it."""
         if isinstance(error, Exception):
             return  # the connection itself has failed: there is nobody to tell
-        driver = self._engine.dialect.get_driver_connection(connection)
-        if getattr(driver, "is_sandboxed", False):
+        connection = self._engine.dialect.get_driver_connection(adapted)
+        if isinstance(connection, StandIn):
             return  # the sandbox ends its statements itself, and goes on
-        if error is not None and hasattr(driver, "interrupt") and running_loop() is not None:
-            # SQLite, in its thread; one that is idle would not close in good order afterwards.
-            in_background(_interrupt(driver))
-        if not self._numbers_are_known:
-            return
-        id = id_at_server(driver)
+        if error is not None and running_loop() is not None:
+            if (interrupting := self._driver.interrupt(connection)) is not None:
+                in_background(interrupting)
+        id = None if self._behind_pooler else self._driver.id_at_server(connection)
         loop, connected = entry.info.get(_CONNECTED, (None, 0.0))
         if id is None or loop is None or loop is not running_loop():
             return
-        self._cut_off[id] = connected, time.monotonic()
+        self._abandoned[id] = Abandoned(connected, time.monotonic())
         if self._ending is None or self._ending.done() or self._ending.get_loop().is_closed():
             self._ending = asyncio.ensure_future(self._end_all())
 
     async def _end_all(self) -> None:
         deadline = time.monotonic() + GIVE_UP_AFTER
         delay = 0.05
-        while self._cut_off:
+        while self._abandoned:
             try:
                 with anyio.fail_after(ATTEMPT_TIMEOUT):
                     async with connection_aside(self._engine) as connection:
-                        await self._end_all_over(connection)
+                        await self._driver.end_statements(connection, self._abandoned)
             except (SQLAlchemyError, OSError) as error:
                 if time.monotonic() > deadline:
                     self._give_up(error)
@@ -123,33 +117,14 @@ class AbandonedStatements:
 
     def _give_up(self, error: Exception) -> None:
         logger.error(
-            "%d statements that were cut off may still run on the server, which cannot be told: %s",
-            len(self._cut_off),
+            "%d abandoned statements may still run on the server, which cannot be told: %s",
+            len(self._abandoned),
             type(error).__name__,
         )
-        self._cut_off.clear()
-
-    async def _end_all_over(self, connection: AsyncConnection) -> None:
-        is_postgresql = connection.dialect.name == "postgresql"
-        started = -math.inf if is_postgresql else await _latest_start(connection)
-        while self._cut_off:
-            id, (connected, cut_off) = next(iter(self._cut_off.items()))
-            now = time.monotonic()
-            if is_postgresql:
-                await connection.execute(text(_TERMINATE), {"id": id, "age": now - connected})
-            elif connected >= started or await _runs(connection, id, now - cut_off):
-                await self._kill(connection, id)
-            self._cut_off.pop(id, None)
-
-    async def _kill(self, connection: AsyncConnection, id: int) -> None:
-        try:
-            await connection.execute(text(f"KILL {id}"))
-        except SQLAlchemyError as error:
-            if getattr(error.__cause__, "args", (0,))[0] != _UNKNOWN_THREAD:
-                raise
+        self._abandoned.clear()
 
     async def all_ended(self) -> None:
-        """Wait, within a bound, until the server knows of every statement that was cut off."""
+        """Wait, within a bound, until every abandoned statement has been ended at the server."""
         await background_is_over(ATTEMPT_TIMEOUT)
         if self._ending is not None and self._ending.get_loop() is running_loop():
             await asyncio.wait((self._ending,), timeout=ATTEMPT_TIMEOUT)

@@ -15,8 +15,9 @@ from sqlalchemy.exc import DisconnectionError, InvalidatePoolError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
 
-from asgi_db.drivers.base import has_gone, lost_connection
-from asgi_db.drivers.connecting import connect_is_complete, terminate
+from asgi_db.drivers import driver_of
+from asgi_db.drivers.base import lost_connection
+from asgi_db.drivers.connecting import connect_is_complete
 from asgi_db.engine import UNIT_INFO, Unit
 from asgi_db.pool.fair import FairPool
 from asgi_db.pool.leaks import LeakWatch, Stack, Suspect
@@ -66,6 +67,7 @@ class Connections:
         """
         self._engine = engine
         self._dialect = engine.dialect
+        self._driver = driver_of(engine.dialect)
         self._statistics = statistics
         self._behind_pooler = pooler
         self._verify = verify
@@ -101,7 +103,7 @@ class Connections:
     ) -> None:
         now = time.monotonic()
         returned: float | None = entry.info.get(_RETURNED)
-        if has_gone(self._dialect.get_driver_connection(connection)):
+        if self._driver.is_closed(self._dialect.get_driver_connection(connection)):
             closed = "the server has closed this connection"
             if returned is not None:
                 raise DisconnectionError(closed)  # the pool makes another, but not for ever
@@ -186,7 +188,7 @@ class Connections:
             held = self._out.get(entry)
             proxy = None if held is None else held.proxy()
             if self._behind_pooler:
-                terminate(self._dialect.get_driver_connection(connection))
+                self._driver.terminate(self._dialect.get_driver_connection(connection))
             elif proxy is not None:  # whoever still has it gets an error, also at COMMIT
                 proxy.invalidate()
             else:
@@ -202,16 +204,9 @@ class Connections:
         }
 
     def leave_to_parent(self) -> None:
-        """Take each connection for closed, without a move.
-
-        An asyncpg connection that is collected leaves its event loop, which the parent still
-        uses. There is no public way to keep it from that; the test of forked processes in
-        `test_shutdown.py` breaks when this changes.
-        """
+        """Take each connection for closed, without a move."""
         for connection in self._open.values():
-            driver = self._dialect.get_driver_connection(connection)
-            if hasattr(driver, "_aborted"):
-                driver._aborted = True
+            self._driver.leave_to_parent(self._dialect.get_driver_connection(connection))
 
 
 def _holder_of(entry: ConnectionPoolEntry) -> str:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+import threading
 
 import anyio
+from sqlalchemy import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from asgi_db.engine import watch
+from asgi_db.engine import variant, watch
+from asgi_db.modes import Mode
 from asgi_db.pool.abandoned import AbandonedStatements
 from asgi_db.pool.connections import Connections
 from asgi_db.statistics import Statistics
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger("asgi_db")
 
@@ -47,15 +46,40 @@ class EngineLife:
         """
         watch(engine.sync_engine)
         self.engine = engine
+        self.statistics = statistics
         self.connections = Connections(
             engine, statistics, pooler=pooler, verify=verify, leak_threshold=leak_threshold
         )
         self._abandoned = AbandonedStatements(engine, pooler=pooler)
         self._given = given
+        self._variants: dict[tuple[Engine, tuple[object, ...]], Engine] = {}
+        self._lock = threading.Lock()  # held while a variant is made
+
+    def bind_for(self, bind: Engine | Connection, mode: Mode) -> Engine | Connection:
+        """Return the variant of an engine on which transactions begin as the mode says.
+
+        Args:
+            bind: this engine, or another one that the user's session is bound to.
+            mode: modes that begin alike share one variant.
+        """
+        if isinstance(bind, Connection):
+            return bind
+        key = bind, mode.characteristics
+        found = self._variants.get(key)
+        if found is None:
+            with self._lock:
+                found = self._variants[key] = variant(bind, mode)
+        return found
+
+    def holders(self) -> list[str]:
+        """Say which routes have the connections that are out of the pool, and for how long."""
+        return [str(holder) for holder in self.connections.holders()]
 
     def leave_to_parent(self) -> None:
         """Let this process, which was forked, not touch the sockets that it shares."""
-        self.connections.leave_to_parent()
+        self._lock = threading.Lock()  # a thread of the parent may hold the other one for ever
+        if not self._given:
+            self.connections.leave_to_parent()
 
     async def dispose(self) -> None:
         """Close every connection; those that are out get `DISPOSE_TIMEOUT` to come back."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from sqlalchemy import event
@@ -12,18 +12,16 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
+from asgi_db.drivers import driver_of, drivers_with_sandbox
 from asgi_db.drivers.base import lost_connection
 from asgi_db.drivers.sandbox import SandboxRules
 from asgi_db.errors import SandboxError
+from asgi_db.pool.engines import Engines
 from asgi_db.pool.life import EngineLife
 from asgi_db.tasks import run_to_completion
-from asgi_db.testing.rules import RULES
 from asgi_db.testing.set_up import Creator, replace_creator, restore_creator
 from asgi_db.testing.shared import SharedConnection, in_thread
 from asgi_db.testing.stand_in import StandInConnection
-
-if TYPE_CHECKING:
-    from asgi_db.database import Database
 
 
 class Sandbox:
@@ -37,13 +35,13 @@ class Sandbox:
     works in every event loop and thread of the process.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, engines: Engines) -> None:
         """Prepare it; use `database.sandbox()`.
 
         Args:
-            database: what is written through it is undone.
+            engines: what is written through them is undone.
         """
-        self._database = database
+        self._engines = engines
         self._portals = ExitStack()
         self._life: EngineLife | None = None
         self._shared: SharedConnection | None = None
@@ -93,25 +91,23 @@ class Sandbox:
             self._portals.close()
 
     def _begin(self) -> BlockingPortal:
-        if self._database.active_sandbox is not None:
+        if self._engines.active_cover is not None:
             raise SandboxError(
-                f"{self._database!r} is in a sandbox already: end it before you begin another, or"
-                " use `async with session.begin_nested()` inside it."
+                f"{self._engines.settings.url!r} is in a sandbox already: end it before you begin"
+                " another, or use `async with session.begin_nested()` inside it."
             )
-        held = [
-            str(holder) for life in self._database.lives for holder in life.connections.holders()
-        ]
+        held = [holder for life in self._engines.all() for holder in life.holders()]
         if held:
             raise SandboxError(
                 f"A sandbox begins when nothing is open, but connections are held by:"
                 f" {'; '.join(held)}. Begin the sandbox first."
             )
         portal = self._portals.enter_context(start_blocking_portal(name="asgi-db sandbox"))
-        self._database.active_sandbox = self
+        self._engines.active_cover = self
         return portal
 
     async def _open(self, portal: BlockingPortal) -> None:
-        self._life = self._database.make_life_aside()
+        self._life = self._engines.make_side_life()
         self._shared = SharedConnection(self._life.engine, portal, _rules(self._life))
         await self._shared.open()
 
@@ -124,7 +120,7 @@ class Sandbox:
                 await self._life.dispose()
 
     def _end(self, portal: BlockingPortal) -> None:
-        self._database.active_sandbox = None
+        self._engines.active_cover = None
         try:
             portal.call(self._close)
         finally:
@@ -133,12 +129,12 @@ class Sandbox:
     # -- the engines ---------------------------------------------------------------------------
 
     def _cover_all(self) -> None:
-        for life in self._database.lives:
+        for life in self._engines.all():
             self.cover(life)
 
     def _uncover_all(self) -> SharedConnection:
         assert self._shared is not None
-        self._database.active_sandbox = None
+        self._engines.active_cover = None
         for life, creator in self._covered.items():
             engine = life.engine.sync_engine
             restore_creator(engine.pool, creator)
@@ -184,14 +180,15 @@ class Sandbox:
     @property
     def _is_active(self) -> bool:
         # A pool that was made anew, when an engine was disposed, keeps what the old one had.
-        return self._database.active_sandbox is self
+        return self._engines.active_cover is self
 
 
 def _rules(life: EngineLife) -> type[SandboxRules]:
-    driver = life.engine.dialect.driver
-    rules = RULES.get(driver)
+    dialect = life.engine.dialect
+    rules = driver_of(dialect).sandbox
     if rules is None:
         raise SandboxError(
-            f"There is no sandbox for the driver {driver}: use one of {', '.join(RULES)}."
+            f"There is no sandbox for the driver {dialect.driver}: use one of"
+            f" {', '.join(drivers_with_sandbox())}."
         )
     return rules

@@ -25,7 +25,7 @@ from anyio.from_thread import BlockingPortal
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from asgi_db.drivers.base import has_gone
+from asgi_db.drivers import driver_of
 from asgi_db.drivers.sandbox import SandboxRules
 from asgi_db.errors import SandboxError
 from asgi_db.pool.abandoned import connection_aside
@@ -111,7 +111,7 @@ class SharedConnection:
     @property
     def is_usable(self) -> bool:
         """Whether the sandbox has not ended, nor lost its connection."""
-        return not (self.is_closed or has_gone(self.driver))
+        return not (self.is_closed or self._is_disconnected())
 
     @property
     def is_busy(self) -> bool:
@@ -253,9 +253,12 @@ class SharedConnection:
                 " instance after a deadlock, or at a statement that commits."
             )
 
+    def _is_disconnected(self) -> bool:
+        return driver_of(self._engine.dialect).is_closed(self.driver)
+
     def _is_in_transaction(self) -> bool:
-        # Where the connection is lost, the next statement says so better than we can.
-        return has_gone(self.driver) or self.rules.is_in_transaction()
+        # On a connection that is closed the next statement says so better than we can.
+        return self._is_disconnected() or self.rules.is_in_transaction()
 
     def check_open(self) -> None:
         """Refuse to do anything after the end.

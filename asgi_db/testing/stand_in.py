@@ -21,6 +21,7 @@ from typing import Any
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import await_
 
+from asgi_db.drivers.base import StandIn
 from asgi_db.engine import UNIT_INFO
 from asgi_db.tasks import current_task
 from asgi_db.testing.cursor import StandInCursor
@@ -150,10 +151,8 @@ def _describe(entry: ConnectionPoolEntry | None) -> str:
     return "the engine, without a session" if unit is None else str(unit.describe())
 
 
-class StandInDriver:
+class StandInDriver(StandIn):
     """Stands for the driver's own connection."""
-
-    is_sandboxed = True
 
     def __init__(
         self, of: StandInConnection, shared: SharedConnection, transaction: SandboxedTransaction

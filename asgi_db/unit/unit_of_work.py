@@ -26,7 +26,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
-from asgi_db.drivers.base import has_gone, is_conflict
+from asgi_db.drivers import driver_of, error_code, is_conflict
 from asgi_db.drivers.connecting import abandon_connect, raise_if_connect_failed
 from asgi_db.engine import begin_unit
 from asgi_db.errors import (
@@ -262,7 +262,8 @@ class UnitOfWork:
     def _commit_comes_next(self) -> bool:
         """Whether the session is in its COMMIT, on a connection that is still there."""
         return self._is_committing and not any(
-            connection.invalidated or has_gone(connection.connection.driver_connection)
+            connection.invalidated
+            or driver_of(connection.dialect).is_closed(connection.connection.driver_connection)
             for connection in self.transaction.connections
         )
 
@@ -876,7 +877,5 @@ def _brief(error: BaseException) -> str:
     """The error for a log line; a database's own words may repeat what was to be written."""
     if not isinstance(error, DBAPIError):
         return f"{type(error).__name__}: {error}"
-    numbers = [arg for arg in getattr(error.orig, "args", ()) if isinstance(arg, int)]  # MySQL
-    codes = [getattr(error.orig, name, None) for name in ("sqlstate", "sqlite_errorname")]
-    code = next((str(code) for code in codes + numbers if code), "no code")
+    code = "no code" if error.orig is None else error_code(error.orig) or "no code"
     return f"{type(error).__name__} ({type(error.orig).__name__}, {code})"
