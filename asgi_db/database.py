@@ -299,7 +299,7 @@ class Database:
         kind = "transaction" if mode.commits else "session"
         block = Block(self, mode, f"`async with database.{kind}()`")
         session = DBSession(block)
-        unit = block.unit_of_work(session)
+        unit = session.unit_of_work
         try:
             yield session
         except BaseException:
@@ -311,7 +311,8 @@ class Database:
             try:
                 await unit.run_late_hooks()
             finally:
-                block.close()
+                block.is_over = True
+                unit.close()
 
     @asynccontextmanager
     async def transaction(self, mode: Transactional = transactional) -> AsyncGenerator[DBSession]:
@@ -356,9 +357,16 @@ class Block(Origin):
     """An `async with` block, for which a session is."""
 
     def __init__(self, database: Database, mode: Mode, name: str) -> None:
-        self.database = database
+        self._database = database
         self._mode = mode
         self._name = name
+
+    @property
+    def session_options(self) -> Mapping[str, Any]:
+        return self._database.session_options
+
+    def life(self) -> EngineLife:
+        return self._database.life
 
     def default_mode(self) -> Mode:
         return self._mode

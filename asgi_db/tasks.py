@@ -24,13 +24,25 @@ async def run_to_completion(coroutine: Coroutine[Any, Any, T], *, grace: float |
     Raises:
         asyncio.CancelledError: this task was cancelled; the coroutine has nevertheless ended.
     """
-    task = asyncio.ensure_future(coroutine)
+    return await finish(asyncio.ensure_future(coroutine), grace=grace)
+
+
+async def finish(task: asyncio.Task[T], *, grace: float | None = None) -> T:
+    """Wait for the end of a task, also when this one is cancelled meanwhile, even twice.
+
+    Args:
+        task: what is to be awaited.
+        grace: seconds that it still gets when this task is cancelled; no limit if None.
+
+    Raises:
+        asyncio.CancelledError: this task was cancelled; the other one has nevertheless ended.
+    """
     try:
         await asyncio.wait((task,))
     except asyncio.CancelledError:
         await _wait_shielded(task, grace)
         if not task.cancelled():
-            task.exception()  # taken note of: the coroutine itself has logged what failed
+            task.exception()  # it counts as retrieved: the task itself has logged what failed
         raise
     return task.result()
 

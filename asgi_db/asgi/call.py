@@ -6,28 +6,23 @@ import asyncio
 import logging
 import math
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any, Protocol, cast
 
 import anyio
-import anyio.lowlevel
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from asgi_db.asgi.frameworks import describe_route, marks_of, mode_of_route, name_of_route
+from asgi_db.asgi.late_cancellation import LateCancellation
+from asgi_db.database import Database
 from asgi_db.errors import MissingMiddlewareError
 from asgi_db.modes import Mode, ModeDefault
-from asgi_db.types import Message, Receive, Scope, Send
+from asgi_db.pool.life import EngineLife
+from asgi_db.types import ASGIApp, Message, Receive, Scope, Send
 from asgi_db.unit.origin import Origin
 from asgi_db.unit.session import DBSession
 from asgi_db.unit.unit_of_work import UnitOfWork
 
-if TYPE_CHECKING:
-    from asgi_db.asgi.middleware import DBSessionMiddleware
-
 logger = logging.getLogger("asgi_db")
-
-
-DELIVERY_TIMEOUT = 1.0
-"""Seconds in which an answer may still leave, after its request was cancelled during COMMIT."""
 
 
 def session_key(key: str) -> str:
@@ -52,10 +47,21 @@ def session_of(scope: Scope, mode: Mode | None = None, *, key: str = "db") -> DB
     if session is None:
         raise MissingMiddlewareError(key)
     if isinstance(session.origin, Call):
-        session.origin.look_into(scope)
+        session.origin.update_scope(scope)
     if mode is not None:
-        session.origin.unit_of_work(session).ask(mode)
+        session.unit_of_work.ask(mode)
     return session
+
+
+class Site(Protocol):
+    """Where a call happens: the middleware, with what it was installed with."""
+
+    app: ASGIApp
+    database: Database
+    mode: ModeDefault
+    key: str
+    session_key: str
+    server_timing: bool
 
 
 class Call(Origin):
@@ -64,23 +70,14 @@ class Call(Origin):
     A call that does not use its session costs this object and the session's empty shell.
     """
 
-    _exception_at_receive: BaseException | None = None
-    _receiver: asyncio.Task[object] | None = None
-    _was_cancelled_in_commit = False
-    _late_cancellation: asyncio.CancelledError | None = None
-    """The cancellation that came during COMMIT and waits until the answer has left; an anyio
-    scope raises its own at the next await."""
-    _late_task: asyncio.Task[object] | None = None
-    """The task that is to be cancelled then."""
+    _late: LateCancellation | None = None
+    _may_stream_from_another_task = False
 
-    def __init__(
-        self, middleware: DBSessionMiddleware, scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        self.database = middleware.database
-        session = DBSession(self)
-        scope[middleware.session_key] = scope.setdefault("state", {})[middleware.key] = session
-        self._middleware = middleware
-        self._default_mode = middleware.mode
+    def __init__(self, site: Site, scope: Scope, receive: Receive, send: Send) -> None:
+        self._session = session = DBSession(self)
+        scope[site.session_key] = scope.setdefault("state", {})[site.key] = session
+        self._site = site
+        self._default_mode = site.mode
         self._scope = scope
         self._receive = receive
         self._send = send
@@ -92,28 +89,49 @@ class Call(Origin):
         raise NotImplementedError
 
     def close(self) -> None:
-        super().close()
-        # The scope has the session, which has this; and the server's functions have the scope.
+        """Close the session for good: its use is an error from now on.
+
+        What refers to each other comes apart here, so that nothing waits for the garbage
+        collector, and the memory serves the next request while it is warm: the scope has the
+        session, which has this; and the server's functions have the scope.
+        """
+        self.is_over = True
+        if (unit := self._session.unit) is not None:
+            unit.close()
+        self._session = _NO_SESSION
         self._scope = marks_of(self._scope)
         self._receive = _DISCONNECTED[self._scope["type"]]
         self._send = _send_to_nobody
-        self._late_task = None
+        if self._late is not None:
+            self._late.end()
 
-    def engine(self) -> AsyncEngine:
-        return self.database.engine_on(self._loop)  # also in a thread, which has no loop of its own
+    # -- what the unit of work asks ------------------------------------------------------------
+
+    @property
+    def session_options(self) -> Mapping[str, Any]:
+        """The arguments with which SQLAlchemy's session is made."""
+        return self._site.database.session_options
+
+    def life(self) -> EngineLife:
+        """Return the engine of the call's event loop; a thread, which has no loop, may ask too."""
+        return self._site.database.life_on(self._loop)
+
+    def serves(self, database: Database) -> bool:
+        """Whether the call still runs, and its session is one of this database."""
+        return self._site.database is database and not self.is_over
 
     def adopt(self, mode: ModeDefault) -> None:
         """Let the mode of a middleware that is nearer to the route be the default."""
         self._default_mode = mode
 
-    def look_into(self, scope: Scope) -> None:
-        """Look for the route in the scope that the endpoint has: on its way it may be copied."""
-        if not self._is_over:
+    def update_scope(self, scope: Scope) -> None:
+        """Look for the route in the endpoint's scope, which may be a copy of the first one."""
+        if not self.is_over:
             self._scope = scope
 
     def route_mode(self) -> Mode | None:
         """Return the mode that the route sets."""
-        return mode_of_route(self._scope, self._middleware.key)
+        return mode_of_route(self._scope, self._site.key)
 
     def default_mode(self) -> Mode:
         """Return the mode of the middleware."""
@@ -128,85 +146,57 @@ class Call(Origin):
         """Name the route, among the counters."""
         return name_of_route(self._scope)
 
+    # -- how a unit ends before an answer ------------------------------------------------------
+
     async def _end(self, *, success: bool) -> None:
-        if self._unit is not None:
-            await self._unit.end(success=success)
-
-    def _exception_being_handled(self) -> BaseException | None:
-        """The exception of which the application is making a response, if it is.
-
-        A stream may be sent from a task of its own, which has no exception; the application's
-        task then waits in `receive` for the client to go (Starlette's `StreamingResponse`).
-        """
-        error = sys.exc_info()[1]
-        if error is None and self._exception_at_receive is not None:
-            if asyncio.current_task() is not self._receiver:
-                error = self._exception_at_receive
-        return None if error is self._outer_exception else error
+        if (unit := self._session.unit) is not None:
+            await unit.end(success=success)
 
     async def _end_before_answer(
         self, unit: UnitOfWork, *, success: bool, answer: str = ""
     ) -> None:
         """End the unit; where the request is cancelled during its COMMIT, let the answer leave."""
-        by_hand, unit.is_unanswered = unit.is_unanswered, False
+        transaction = unit.transaction
+        was_open = transaction.is_open
         try:
             await unit.end(success=success, answer=answer)
         except asyncio.CancelledError as error:
-            if not unit.is_unanswered:  # there was none, or it has failed
+            if not (was_open and transaction.has_committed_writes):
                 raise
-            self._be_cancelled_after_answer(error)
-        finally:
-            unit.is_unanswered = unit.is_unanswered or by_hand
-        if unit.is_unanswered and self._late_task is None:
-            self._was_cancelled_in_commit = anyio.current_effective_deadline() == -math.inf
-
-    def _be_cancelled_after_answer(self, error: asyncio.CancelledError) -> None:
-        self._was_cancelled_in_commit = True
-        self._late_cancellation = error
-        self._late_task = asyncio.current_task()
-        self._loop.call_later(2 * DELIVERY_TIMEOUT, self._cancel_late)
-
-    def _cancel_late(self) -> None:
-        """Cancel the task again, which has sent nothing meanwhile, or leaves that to another."""
-        task, self._late_task = self._late_task, None
-        if task is not None:
-            self._was_cancelled_in_commit = False
-            self._late_cancellation = None
-            task.uncancel()  # to its `asyncio.timeout` it is the same cancellation
-            task.cancel()
+            self._late = LateCancellation(belongs_to_stream=self._may_stream_from_another_task)
+            self._late.hold(error)
+        else:
+            if unit.unanswered is not None and self._late is None:
+                if anyio.current_effective_deadline() == -math.inf:  # in a cancelled scope
+                    self._late = LateCancellation(
+                        belongs_to_stream=self._may_stream_from_another_task
+                    )
 
     async def _send_answer(self, unit: UnitOfWork, message: Message) -> None:
         """Send what tells the client of a COMMIT."""
+        late = self._late
         try:
-            if self._was_cancelled_in_commit:
-                with anyio.fail_after(DELIVERY_TIMEOUT, shield=True):
-                    await self._send(message)
+            if late is not None and late.is_pending:
+                await late.send(self._send, message)
             else:
                 await self._send(message)
         except BaseException:
             self._log_unanswered()
-            await self._be_cancelled_late()
+            if late is not None:
+                await late.raise_now()
             raise
-        unit.is_unanswered = False
+        unit.unanswered = None
 
     def _log_unanswered(self) -> None:
-        if self._unit is not None and self._unit.is_unanswered:
-            self._unit.is_unanswered = False
+        unit = self._session.unit
+        if unit is not None and unit.unanswered is not None:
+            unit.unanswered = None
             logger.warning("%s: committed, answer not delivered", self.describe())
 
-    async def _be_cancelled_late(self) -> None:
-        """Raise the cancellation that had to wait."""
-        if not self._was_cancelled_in_commit:
-            return
-        if self._late_task not in (None, asyncio.current_task()):
-            if self.task is None:  # the one that is to be cancelled only waits for this stream
-                self._loop.call_soon(self._cancel_late)
-            return
-        self._was_cancelled_in_commit, self._late_task = False, None
-        cancelled, self._late_cancellation = self._late_cancellation, None
-        if cancelled is not None:
-            raise cancelled from None
-        await anyio.lowlevel.checkpoint()
+    def _exception_being_handled(self) -> BaseException | None:
+        """The exception of which the application is making an answer, if it is."""
+        error = sys.exc_info()[1]
+        return None if error is self._outer_exception else error
 
 
 async def _http_disconnected() -> Message:
@@ -221,5 +211,8 @@ async def _send_to_nobody(_: Message) -> None:
     raise ConnectionError("the request is over, or the connection is closed")
 
 
+_NO_SESSION = DBSession(cast(Any, None))
+"""What a call has when it has ended; it is never used."""
+
 _DISCONNECTED = {"http": _http_disconnected, "websocket": _websocket_disconnected}
-"""What a task is told that outlives its request and still asks."""
+"""What a task that outlives its request receives."""

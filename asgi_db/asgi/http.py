@@ -45,11 +45,14 @@ class Exchange(Call):
     """
 
     is_lost = False
+    _may_stream_from_another_task = True
     _attempts: Attempts | None = None
     _app_task: asyncio.Task[object] | None = None
     _response = PENDING
     _commit_error: Exception | None = None
     """Why the response that the application began was refused, until it begins another."""
+    _exception_at_receive: BaseException | None = None
+    _receiver: asyncio.Task[object] | None = None
     _statements = 0
     _busy = 0.0
 
@@ -61,12 +64,11 @@ class Exchange(Call):
     async def run(self) -> None:
         """Run the application, then end what its last event has left open."""
         enclosing_app = self._scope.get("app")
-        app = self._middleware.app
         self._app_task = asyncio.current_task()
         try:
-            await app(self._scope, self._receive_noting, self._send_after_commit)
+            await self._site.app(self._scope, self._receive_noting, self._send_after_commit)
         except BaseException as error:
-            self._lose_if_it_has_lost(error)
+            self._note_conflict(error)
             await self._end(success=False)
             if not isinstance(error, Exception):
                 self._log_unanswered()
@@ -74,26 +76,28 @@ class Exchange(Call):
             if not self.is_lost:
                 await self._answer(error, enclosing_app)
         else:
-            if self._unit is not None:
-                await self._finish(self._unit, enclosing_app)
+            if (unit := self._session.unit) is not None:
+                await self._finish(unit, enclosing_app)
         finally:
-            if self._unit is not None:
-                await self._unit.run_late_hooks()
+            if (unit := self._session.unit) is not None and unit.hooks is not None:
+                await unit.run_late_hooks()
 
     async def _finish(self, unit: UnitOfWork, enclosing_app: object) -> None:
         # A stream whose client has gone may just end: what it left half done is not kept.
-        is_complete = self._response is COMPLETE
-        await unit.end(success=is_complete and not unit.was_cut_off)
+        if unit.in_use:
+            is_complete = self._response is COMPLETE
+            await unit.end(success=is_complete and not unit.was_cancelled)
         if self.is_lost:
             return
         if self._commit_error is not None:
             await self._answer(self._commit_error, enclosing_app)
-        await self._be_cancelled_late()
+        if self._late is not None:
+            await self._late.raise_now()
 
     # -- another attempt -----------------------------------------------------------------------
 
     def join(self, attempts: Attempts) -> None:
-        """Be one of several attempts, should this one lose."""
+        """Be one of several attempts, should this one meet a conflict."""
         self.attempt = attempts.number
         self.ends_at = attempts.ends_at
         self._attempts = attempts
@@ -103,14 +107,19 @@ class Exchange(Call):
         """Be one of several attempts no more: they know this, and nothing is to go in circles."""
         self._attempts = None
 
-    def _lose_if_it_has_lost(self, error: BaseException | None) -> None:
-        """Give the attempt up if the database has preferred another transaction to it."""
-        unit, attempts = self._unit, self._attempts
+    def deadline_began(self, at: float) -> None:
+        """Let the `timeout=` of the first unit hold for all attempts together."""
+        self.ends_at = None
+        if self._attempts is not None and self._attempts.ends_at is None:
+            self._attempts.ends_at = at
+
+    def _note_conflict(self, error: BaseException | None) -> None:
+        """Let the request be run again if the database has preferred another transaction to it."""
+        unit, attempts = self._session.unit, self._attempts
         if unit is None or attempts is None or unit.conflict is None or self.is_lost:
             return
         if not unit.mode.retries or not isinstance(error, Exception | None):
             return
-        attempts.ends_at = unit.ends_at or attempts.ends_at
         obstacle = self._obstacle(unit) or attempts.obstacle(unit.mode.retries)
         if obstacle:
             self._attempts = None
@@ -126,11 +135,11 @@ class Exchange(Call):
         """Say what has happened in this attempt that must not happen twice."""
         if self._response is not PENDING:
             return "its response has begun"
-        if unit.is_unanswered:
+        if unit.unanswered is not None:
             return "it has committed by hand before"
         for session in self._scope.values():
             if isinstance(session, DBSession) and session.origin is not self:
-                if session.origin.was_used:
+                if session.unit is not None:
                     return "it has used another database too"
         return ""
 
@@ -147,7 +156,7 @@ class Exchange(Call):
             self._exception_at_receive = self._receiver = None
 
     async def _send_after_commit(self, message: Message) -> None:
-        unit = self._unit
+        unit = self._session.unit
         if message["type"] == "http.response.start":
             if unit is None and self._response is PENDING and message["status"] != 500:
                 self._response = STARTED
@@ -164,14 +173,22 @@ class Exchange(Call):
                 await unit.end(success=self._exception_being_handled() is None)
             if message["type"] in _BODY and not message.get("more_body"):
                 self._response = COMPLETE
-            await (self._send(message) if unit is None else self._send_piece(unit, message))
+            if unit is None:
+                await self._send(message)
+            else:
+                await self._send_piece(unit, message)
 
     async def _send_piece(self, unit: UnitOfWork, message: Message) -> None:
-        await self._send_answer(unit, message)
-        await self._be_cancelled_late()
+        if unit.unanswered is None and self._late is None:
+            await self._send(message)
+        else:
+            await self._send_answer(unit, message)
+            if self._late is not None:
+                await self._late.raise_now()
         # A task that only makes the stream is cancelled at its end; `run` does it then.
-        if self._response is COMPLETE and asyncio.current_task() is self._app_task:
-            await unit.run_late_hooks()
+        if unit.hooks is not None and self._response is COMPLETE:
+            if asyncio.current_task() is self._app_task:
+                await unit.run_late_hooks()
 
     def _is_at_work_beside(self, unit: UnitOfWork) -> bool:
         """Whether the body is made in a task of its own, which is not to be disturbed.
@@ -182,6 +199,18 @@ class Exchange(Call):
             unit.is_work_of_another_task and unit.has_uncommitted_work
         )
 
+    def _exception_being_handled(self) -> BaseException | None:
+        """The exception of which the application is making a response, if it is.
+
+        A stream may be sent from a task of its own, which has no exception; the application's
+        task then waits in `receive` for the client to go (Starlette's `StreamingResponse`).
+        """
+        error = super()._exception_being_handled()
+        if error is None and self._exception_at_receive is not None:
+            if asyncio.current_task() is not self._receiver:
+                error = self._exception_at_receive
+        return error
+
     async def _begin_response(self, message: Message) -> None:
         if self._response is REPLACED:
             return
@@ -191,43 +220,47 @@ class Exchange(Call):
             if not has_handler(self._scope, unavailable):
                 await self._refuse(unavailable)
                 return
-        if self._unit is None:
+        unit = self._session.unit
+        if unit is None:
             self._response = STARTED
             await self._send(message)
             return
-        await self._end_before_response(self._unit, status, error)
+        if unit.in_use or unit.conflict is not None:
+            await self._end_before_response(unit, status, error)
         self._response = STARTED
         self._commit_error = None
-        if self._middleware.server_timing and self._statements:
+        if self._site.server_timing and self._statements:
             message = self._with_server_timing(message)
-        if self._unit.commit_outlived_request and status >= 400:
+        if unit.unanswered is None and self._late is None:
+            await self._send(message)
+            return
+        if unit.unanswered is not None and unit.unanswered.was_cancelled and status >= 400:
             self._log_unanswered()
-        await self._send_answer(self._unit, message)
+        await self._send_answer(unit, message)
 
     def _with_server_timing(self, message: Message) -> Message:
         """Source: https://www.w3.org/TR/server-timing/"""
         statements = f"{self._statements} statement{'s' if self._statements > 1 else ''}"
-        timing = f'{self._middleware.key};dur={self._busy * 1000:.1f};desc="{statements}"'
+        timing = f'{self._site.key};dur={self._busy * 1000:.1f};desc="{statements}"'
         headers = [*message.get("headers", ()), (b"server-timing", timing.encode())]
         return {**message, "headers": headers}
 
     async def _end_before_response(
         self, unit: UnitOfWork, status: int, error: BaseException | None
     ) -> None:
-        if not unit.in_use and unit.conflict is None:  # to find out its mode would be too much
-            return
-        if unit.is_used_by_another_task and not unit.mode.commits:
+        mode = unit.begin()
+        if not mode.commits and unit.is_used_by_another_task:
             return
         try:
-            success = should_commit(unit.mode, status, error)
+            success = should_commit(mode, status, error)
             if not success:
-                self._lose_if_it_has_lost(error)
+                self._note_conflict(error)
                 self._warn_of_exception(unit, status, error)
             await self._end_before_answer(unit, success=success, answer=f"the response {status}")
             if self.is_lost and unit.conflict is not None:
                 raise unit.conflict
         except Exception as commit_error:
-            self._lose_if_it_has_lost(commit_error)
+            self._note_conflict(commit_error)
             if not self.is_lost:
                 self._commit_error = commit_error
             reopen_response(self._scope)
@@ -260,7 +293,8 @@ class Exchange(Call):
     def _unavailable(self, error: BaseException | None) -> UnavailableError | None:
         """Why the database was not there; None if there is a COMMIT that is not to be repeated."""
         found = unavailable_in(error)
-        has_committed = self._unit is not None and self._unit.is_unanswered
+        unit = self._session.unit
+        has_committed = unit is not None and unit.unanswered is not None
         return found if isinstance(found, OutcomeUnknownError) or not has_committed else None
 
     def _warn_of_exception(

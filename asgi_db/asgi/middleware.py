@@ -75,9 +75,13 @@ class DBSessionMiddleware:
             await self._pass_through(scope, receive, send)
             return
         placed: DBSession | None = scope.get(self.session_key)
-        if placed is not None and placed.origin.serves(self.database):
+        if (
+            placed is not None
+            and isinstance(placed.origin, Call)
+            and placed.origin.serves(self.database)
+        ):
             # Installed twice, as in a mounted application too, it acts once.
-            if self.mode is not plain and isinstance(placed.origin, Call):
+            if self.mode is not plain:
                 placed.origin.adopt(self.mode)
             await self.app(scope, receive, send)
             return
@@ -113,4 +117,4 @@ class DBSessionMiddleware:
             await self.app(scope, receive, send)
 
 
-_CALLS: dict[str, type[Call]] = {"http": Exchange, "websocket": Socket}
+_CALLS: dict[str, type[Exchange] | type[Socket]] = {"http": Exchange, "websocket": Socket}

@@ -22,7 +22,7 @@ from asgi_db.tasks import run_to_completion
 logger = logging.getLogger("asgi_db")
 
 HookFunction: TypeAlias = Callable[[], Awaitable[object] | object]
-Outcome: TypeAlias = Literal["commit", "rollback"]
+HookOutcome: TypeAlias = Literal["commit", "rollback"]
 When: TypeAlias = Literal["before_response", "after_response"]
 
 HOOKS_TIMEOUT = 5.0
@@ -33,7 +33,7 @@ class Hook(NamedTuple):
     """A function, and when it is to be called."""
 
     function: HookFunction
-    outcome: Outcome
+    outcome: HookOutcome
     when: When = "before_response"
     robust: bool = True
 
@@ -71,7 +71,7 @@ class Hooks:
         # One that is not known began before the first hook was added.
         del self._pending[self._savepoints.get(savepoint, 0) :]
 
-    def settle(self, outcome: Outcome) -> None:
+    def settle(self, outcome: HookOutcome) -> None:
         """Let those be due that have waited for this outcome, and forget the others."""
         for hook in self._pending:
             if hook.outcome == outcome:

@@ -1,0 +1,160 @@
+"""How a transaction ends: what is awaited for a ROLLBACK, or to give its connection back.
+
+Nothing is decided here. Whatever cannot be ended in good order, or in time, is terminated: a
+connection goes back to the pool clean, or not at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+import anyio
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+from sqlalchemy.util.concurrency import in_greenlet
+
+from asgi_db.drivers import error_code
+from asgi_db.unit.operation import Operation
+from asgi_db.unit.transaction import Transaction
+
+logger = logging.getLogger("asgi_db")
+
+CLEANUP_TIMEOUT = 5.0
+"""Seconds that a ROLLBACK may take before its connection is terminated instead."""
+
+
+def has_changes(session: Session | None) -> bool:
+    """Whether there are objects that a flush would write."""
+    return session is not None and bool(session.new or session.dirty or session.deleted)
+
+
+def give_back(session: Session) -> None:
+    """Roll back and return the connection, and leave what was loaded usable.
+
+    `Session.rollback()` expires every object, and `Session.close()` detaches them all. Outside a
+    greenlet of SQLAlchemy's nothing can be sent, so the connection is invalidated instead.
+    """
+    if not in_greenlet() and (transaction := session.get_transaction()) is not None:
+        for connection in transaction.connections:
+            connection.invalidate()
+    while (
+        transaction := session.get_nested_transaction() or session.get_transaction()
+    ) is not None:
+        transaction.close()  # no public method of the session ends a transaction like this
+
+
+async def close_streams(session: AsyncSession, transaction: Transaction) -> None:
+    """Close what lives on a cursor: on MariaDB it would seem to be at its end, not interrupted."""
+
+    def close(_: Session) -> None:
+        for stream in streams:
+            stream.close()
+
+    if streams := transaction.streams:
+        await session.run_sync(close)
+
+
+class Ending:
+    """The end of one transaction, when it is not to be committed."""
+
+    def __init__(
+        self, session: AsyncSession, transaction: Transaction, describe: Callable[[], str]
+    ) -> None:
+        """Prepare it.
+
+        Args:
+            session: the session.
+            transaction: what is open.
+            describe: names the request or block, for the log.
+        """
+        self._session = session
+        self._transaction = transaction
+        self._describe = describe
+
+    async def roll_back(self) -> None:
+        """Roll back, and expire what was loaded."""
+        await self._close_by(AsyncSession.rollback(self._session), self._session.close)
+
+    async def roll_back_unit(self, straggler: Operation | None) -> None:
+        """Roll back at the end of a unit; if it has only read, what was loaded stays usable.
+
+        Args:
+            straggler: the operation of another task which still runs; it is cancelled first.
+        """
+        await self._close_by(self._roll_back_after(straggler), self._session.close)
+
+    async def give_back(self) -> None:
+        """Give the connection back, and leave what was loaded usable."""
+        await self._close_by(self._give_back_after_streams(), self._keep_objects)
+
+    async def _roll_back_after(self, straggler: Operation | None) -> None:
+        if straggler is not None and straggler.task is not None:
+            # To end a session in the middle of another task's statement breaks it.
+            straggler.task.cancel()
+            await asyncio.wait((straggler.task,))
+        transaction = self._transaction
+        await close_streams(self._session, transaction)
+        has_work = transaction.has_writes or has_changes(self._session.sync_session)
+        if has_work or transaction.failure is not None:
+            await AsyncSession.rollback(self._session)
+        else:
+            await self._session.run_sync(give_back)
+
+    async def _give_back_after_streams(self) -> None:
+        await close_streams(self._session, self._transaction)
+        await self._session.run_sync(give_back)
+
+    async def _keep_objects(self) -> None:
+        """End a transaction without writes whose connection was closed: nothing is lost with it."""
+        with contextlib.suppress(SQLAlchemyError):
+            await self._session.run_sync(give_back)
+
+    async def _close_by(
+        self, closing: Coroutine[Any, Any, None], after_termination: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Close the transaction; where that fails or takes too long, terminate its connections.
+
+        Args:
+            closing: closes it.
+            after_termination: ends it for the session when its connections are closed.
+        """
+        connections = self._transaction.connections
+        try:
+            async with asyncio.timeout(CLEANUP_TIMEOUT):
+                await closing
+        except Exception as error:
+            logger.error("%s: ROLLBACK failed: %s", self._describe(), brief(error))
+            await self._terminate(connections, after_termination)
+
+    async def _terminate(
+        self,
+        connections: tuple[Connection, ...],
+        after_termination: Callable[[], Awaitable[None]],
+    ) -> None:
+        try:
+            with anyio.move_on_after(CLEANUP_TIMEOUT):
+                await self._session.run_sync(lambda _: _terminate(connections))
+            await after_termination()
+        except SQLAlchemyError as error:  # a task that has ignored its cancellation
+            logger.error("%s: the session is still in use: %s", self._describe(), brief(error))
+
+
+def _terminate(connections: tuple[Connection, ...]) -> None:
+    for connection in connections:
+        if not connection.closed:
+            connection.invalidate()
+            connection.close()
+
+
+def brief(error: BaseException) -> str:
+    """The error for a log line; a database's own words may repeat what was to be written."""
+    if not isinstance(error, DBAPIError):
+        return f"{type(error).__name__}: {error}"
+    code = "no code" if error.orig is None else error_code(error.orig) or "no code"
+    return f"{type(error).__name__} ({type(error.orig).__name__}, {code})"
