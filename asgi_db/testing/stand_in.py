@@ -92,11 +92,13 @@ class StandInConnection:
 
     def _run(self, statement: Statement) -> Any:
         if found := _CONTROL.match(statement.sql):
-            return self._control_by(found.lastgroup or "")
+            self._control_by(found.lastgroup or "")
+            return None
+        if self._shared.rules.is_ignored(statement.sql):
+            return None
         if self._setting_up is None:
             return self._execute(statement)
-        shared = self._shared
-        if shared.rules.is_ignored(statement.sql) or statement in shared.set_up:
+        if statement in self._shared.set_up:
             return None
         cursor = self._execute(statement)
         if cursor.description is None:
