@@ -19,6 +19,7 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.pool import PoolProxiedConnection
 
+from asgi_db.drivers.sandbox import SandboxRules
 from asgi_db.errors import DatabaseDownError
 from asgi_db.modes import Mode
 
@@ -78,12 +79,14 @@ class Driver(Protocol):
             SQLAlchemy does.
         has_deferrable: whether a transaction can wait for a snapshot that needs no locks.
         has_hash_comments: whether `#` begins a comment in this SQL.
+        sandbox: the rules of a sandbox for tests; None if there is none.
     """
 
     name: str
     is_supported: bool
     has_deferrable: bool
     has_hash_comments: bool
+    sandbox: type[SandboxRules] | None
 
     # -- the engine
 
@@ -197,6 +200,7 @@ class AnyDriver:
     is_supported = False
     has_deferrable = False
     has_hash_comments = False
+    sandbox: type[SandboxRules] | None = None
 
     def options(self, url: URL, *, pooler: bool) -> dict[str, Any]:
         return {}

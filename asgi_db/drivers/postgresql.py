@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -16,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from asgi_db.drivers.base import Abandoned, AnyDriver
+from asgi_db.drivers.sandbox import SandboxControl, SandboxRules, SandboxStandIn
 from asgi_db.modes import Mode
 from asgi_db.tasks import in_background, running_loop
 
@@ -95,11 +97,95 @@ _TERMINATE = """
 """
 
 
+class AsyncpgSandbox(SandboxRules):
+    """PostgreSQL checks deferred constraints at COMMIT, not at the end of a savepoint."""
+
+    def control(self, stand_in: SandboxStandIn) -> SandboxControl:
+        return _SandboxControl(stand_in)
+
+    def begin_nothing(self) -> None:
+        self.connection.adapted.autocommit = True
+
+    def is_in_transaction(self) -> bool:
+        return bool(self.connection.driver.is_in_transaction())
+
+    async def interrupt(self, running: asyncio.Future[Any], *, only_reads: bool) -> None:
+        running.cancel()  # asyncpg tells the server
+
+    async def begun(self, control: Any) -> None:
+        if control.readonly:
+            await self.connection.fetch("SET TRANSACTION READ ONLY")  # until the savepoint ends
+
+    def local_settings(self, sql: str, parameters: Any) -> Sequence[str]:
+        if found := _SET_LOCAL.match(sql):
+            return ["timezone" if found[1].upper().startswith("TIME") else found[1]]
+        if "set_config" not in sql:
+            return ()
+        return [name or str(parameters[int(n) - 1]) for name, n in _SET_CONFIG.findall(sql)]
+
+    async def read_setting(self, name: str) -> str:
+        rows = await self.connection.fetch("SELECT current_setting($1, true)", (name,))
+        return rows[0][0] or ""
+
+    async def check_deferred(self) -> None:
+        ((has_any, deferred),) = await self.connection.fetch(_DEFERRABLE)
+        if has_any:
+            await self.connection.fetch("SET CONSTRAINTS ALL IMMEDIATE")
+        if deferred:
+            await self.connection.fetch(f"SET CONSTRAINTS {deferred} DEFERRED")
+
+    def is_rolled_back(self, error: Exception) -> bool:
+        return _sqlstate(error) == _FAILED_TRANSACTION
+
+    async def committed(self, settings: Mapping[str, str]) -> None:
+        for name, value in settings.items():
+            await self.connection.fetch("SELECT set_config($1, $2, true)", (name, value))
+
+
+class _SandboxControl:
+    """The attributes of a connection by which SQLAlchemy's asyncpg dialect begins transactions."""
+
+    def __init__(self, stand_in: SandboxStandIn) -> None:
+        self._stand_in = stand_in
+        self.isolation_level: str | None = None
+        self.readonly = False
+        self.deferrable = False
+
+    @property
+    def is_autocommit(self) -> bool:
+        return self.isolation_level == "autocommit"
+
+    @property
+    def autocommit(self) -> bool:
+        return self.is_autocommit
+
+    @autocommit.setter
+    def autocommit(self, value: bool) -> None:
+        self.isolation_level = "autocommit" if value else None
+
+    def set_isolation_level(self, level: str) -> None:
+        self._stand_in.rollback()
+        self.isolation_level = level  # no other than autocommit has an effect in a sandbox
+
+
+_FAILED_TRANSACTION = "25P02"
+_DEFERRABLE = """
+    SELECT count(*) > 0, string_agg(DISTINCT format('%I.%I', nspname, conname), ', ')
+    FILTER (WHERE condeferred) FROM pg_constraint JOIN pg_namespace n ON n.oid = connamespace
+    WHERE condeferrable
+"""
+_SET_LOCAL = re.compile(r"\s*SET\s+LOCAL\s+(TIME\s+ZONE|[\w.]+)", re.IGNORECASE)
+_SET_CONFIG = re.compile(
+    r"\bset_config\s*\(\s*(?:'([^']+)'|\$(\d+))[^,]*,[^,]*,\s*(?!false)", re.IGNORECASE
+)
+
+
 class Asyncpg(PostgreSQL):
     """PostgreSQL by asyncpg."""
 
     name = "asyncpg"
     is_supported = True
+    sandbox: type[SandboxRules] | None = AsyncpgSandbox
 
     def options(self, url: URL, *, pooler: bool) -> dict[str, Any]:
         if not pooler:
