@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite: the event loop, the servers, and fresh databases on them."""
+"""Fixtures of the whole suite: the event loop, the servers, and empty databases on them."""
 
 import importlib.util
 import os
@@ -43,14 +43,14 @@ def mysql_server() -> Iterator[servers.DatabaseServer]:
 @pytest.fixture
 def postgresql_url(postgresql_server: servers.DatabaseServer) -> Iterator[str]:
     """The URL of an empty PostgreSQL database."""
-    with postgresql_server.fresh_database() as url:
+    with postgresql_server.empty_database() as url:
         yield url
 
 
 @pytest.fixture
 def mysql_url(mysql_server: servers.DatabaseServer) -> Iterator[str]:
     """The URL of an empty MariaDB database."""
-    with mysql_server.fresh_database() as url:
+    with mysql_server.empty_database() as url:
         yield url
 
 

@@ -430,8 +430,8 @@ def test_an_option_of_the_url_that_the_driver_does_not_take_is_an_error(
     "arguments",
     [
         ("wait", "--timeout", "1"),
-        ("create-tables", "shop.tables:Base"),
-        ("drop-tables", "shop.tables:Base", "--yes"),
+        ("create-tables", "store.tables:Base"),
+        ("drop-tables", "store.tables:Base", "--yes"),
     ],
     ids=lambda arguments: arguments[0],
 )
@@ -539,14 +539,14 @@ number = 3
 def folder(tmp_path: Path) -> Path:
     """A working directory with a module of tables, in a package."""
     folder = tmp_path / "project"
-    (folder / "shop").mkdir(parents=True)
-    (folder / "shop" / "tables.py").write_text(TABLES)
+    (folder / "store").mkdir(parents=True)
+    (folder / "store" / "tables.py").write_text(TABLES)
     return folder
 
 
 def test_tables_are_created_and_dropped(folder: Path, database_url: str) -> None:
     def command(*arguments: str) -> str:
-        done = asgi_db(*arguments, "shop.tables:Base", folder=folder, DATABASE_URL=database_url)
+        done = asgi_db(*arguments, "store.tables:Base", folder=folder, DATABASE_URL=database_url)
         assert done.returncode == 0, done.stderr
         assert str(make_url(database_url).database) in done.stdout
         return done.stdout
@@ -567,7 +567,7 @@ def test_tables_are_created_and_dropped(folder: Path, database_url: str) -> None
 def test_the_tables_may_be_named_by_their_metadata(
     folder: Path, sqlite_url: str, name: str
 ) -> None:
-    tables = f"shop.tables:{name}"
+    tables = f"store.tables:{name}"
     done = asgi_db("create-tables", tables, folder=folder, DATABASE_URL=sqlite_url)
     assert "created: orders, order_lines" in done.stdout
     assert has_tables(sqlite_url)
@@ -576,7 +576,7 @@ def test_the_tables_may_be_named_by_their_metadata(
 @pytest.fixture
 def with_tables(folder: Path, sqlite_url: str) -> str:
     """The URL of a database with the tables."""
-    asgi_db("create-tables", "shop.tables:Base", folder=folder, DATABASE_URL=sqlite_url)
+    asgi_db("create-tables", "store.tables:Base", folder=folder, DATABASE_URL=sqlite_url)
     assert sql(sqlite_url, "SELECT * FROM orders") == []
     return sqlite_url
 
@@ -588,7 +588,7 @@ def has_tables(url: str) -> bool:
 def test_without_a_terminal_nothing_is_dropped_unless_yes_is_said(
     folder: Path, with_tables: str
 ) -> None:
-    done = asgi_db("drop-tables", "shop.tables:Base", folder=folder, DATABASE_URL=with_tables)
+    done = asgi_db("drop-tables", "store.tables:Base", folder=folder, DATABASE_URL=with_tables)
     assert done.returncode == 1
     assert "--yes" in done.stderr
     assert has_tables(with_tables)
@@ -600,7 +600,7 @@ def asked(folder: Path, url: str) -> Generator[tuple[subprocess.Popen[str], int]
     ours, theirs = pty.openpty()
     try:
         with subprocess.Popen(
-            [COMMAND, "drop-tables", "shop.tables:Base"],
+            [COMMAND, "drop-tables", "store.tables:Base"],
             cwd=folder,
             env=environment(DATABASE_URL=url),
             stdin=theirs,
@@ -630,13 +630,13 @@ def test_at_a_terminal_drop_tables_asks_and_names_the_database_and_the_tables(
 @pytest.mark.parametrize(
     ("tables", "message"),
     [
-        ("shop.tables", "does not say where the tables are. Write module:Base"),
-        ("shop.tables:", "does not say where the tables are"),
-        ("shop.nothing:Base", "There is no module 'shop.nothing' in"),
+        ("store.tables", "does not say where the tables are. Write module:Base"),
+        ("store.tables:", "does not say where the tables are"),
+        ("store.nothing:Base", "There is no module 'store.nothing' in"),
         ("nothing.tables:Base", "There is no module 'nothing' in"),
-        ("shop.tables:Nothing", "there is no 'Nothing' in it"),
-        ("shop.tables:number", "neither a MetaData nor a declarative base, but int"),
-        ("shop.tables:Empty", "has no tables"),
+        ("store.tables:Nothing", "there is no 'Nothing' in it"),
+        ("store.tables:number", "neither a MetaData nor a declarative base, but int"),
+        ("store.tables:Empty", "has no tables"),
     ],
 )
 def test_tables_that_cannot_be_found_are_named(folder: Path, tables: str, message: str) -> None:
@@ -659,7 +659,7 @@ def test_tables_of_a_server_that_cannot_be_reached_are_an_error(
     folder: Path, arguments: tuple[str, ...]
 ) -> None:
     url = f"postgresql://app:{SECRET}@127.0.0.1:1/shop"
-    done = asgi_db(*arguments, "shop.tables:Base", folder=folder, DATABASE_URL=url)
+    done = asgi_db(*arguments, "store.tables:Base", folder=folder, DATABASE_URL=url)
     assert done.returncode == 1
     assert "ConnectionRefusedError" in done.stderr
     assert "Traceback" not in done.stderr
