@@ -1,8 +1,9 @@
 """Fixtures of the whole suite: the event loop, the servers, and empty databases on them."""
 
+import gc
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,48 @@ def pytest_configure(config: pytest.Config) -> None:
         origin is None or "site-packages" not in origin.parts
     ):
         raise pytest.UsageError(f"the tests are to run on the installed wheel, not on {origin}")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option of `make chaos`."""
+    parser.addoption(
+        "--whole-sweeps",
+        action="store_true",
+        help="cancel in every way on every database, not only on PostgreSQL",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what a sweep over the ways of cancelling would only repeat on another database.
+
+    A test that is marked `sweep` runs in every way on PostgreSQL, and on the others when a task is
+    cancelled; with `--whole-sweeps` everywhere.
+    """
+    if not config.getoption("--whole-sweeps"):
+        config.hook.pytest_deselected(items=[item for item in items if _repeats(item)])
+        items[:] = [item for item in items if not _repeats(item)]
+
+
+def _repeats(item: pytest.Item) -> bool:
+    if item.get_closest_marker("sweep") is None or not isinstance(item, pytest.Function):
+        return False
+    chosen = set(map(str, item.callspec.params.values()))
+    return bool(chosen & {"mysql", "sqlite"}) and "task" not in chosen
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Load the tests without the garbage collector, and leave them out of what it looks at later.
+
+    Its every look at all the tests takes longer than most of them.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ for the limits of time. (`test_cli.py` also runs a program which cannot import t
 
 from asgi_db.cancellation import background_is_over, run_to_completion
 from asgi_db.cli.check import PINGS
+from asgi_db.cli.commands import cli
 from asgi_db.cli.sqlite import file_system
 from asgi_db.database import Block
 from asgi_db.engine import BEGIN_OPTION, has_gone, variant_options, writes
@@ -52,6 +53,7 @@ __all__ = [
     "background_is_over",
     "database_url_from_env",
     "engine_options_from_env",
+    "cli",
     "file_system",
     "has_gone",
     "parse_database_url",
