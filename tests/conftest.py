@@ -3,8 +3,11 @@
 import gc
 import importlib.util
 import os
+import threading
+import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +22,58 @@ def pytest_configure(config: pytest.Config) -> None:
         origin is None or "site-packages" not in origin.parts
     ):
         raise pytest.UsageError(f"the tests are to run on the installed wheel, not on {origin}")
+    if not hasattr(config, "workerinput"):  # a worker tells its own to this process
+        config.pluginmanager.register(Progress(config))
+
+
+SILENCE = 30
+"""Seconds without a result after which `Progress` says what is running."""
+
+
+class Progress:
+    """Names a test when it fails, and what a long silence waits for.
+
+    Pytest names the failed tests at the end of the run, which takes a while.
+    """
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._running: list[str] = []
+        self._heard_of = time.monotonic()
+        self._ended = threading.Event()
+
+    def pytest_sessionstart(self) -> None:
+        threading.Thread(target=self._break_silence, daemon=True).start()
+
+    def pytest_sessionfinish(self) -> None:
+        self._ended.set()
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node: Any, ids: list[str]) -> None:
+        self._say(f"{node.gateway.id} has loaded {len(ids)} tests, and starts its servers")
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self._running.append(nodeid)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._heard_of = time.monotonic()
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            error = str(getattr(crash, "message", report.longrepr)).partition("\n")[0]
+            self._say(f"FAILED {report.nodeid} ({report.when}) - {error:.200}", red=True)
+        if report.when == "teardown" and report.nodeid in self._running:
+            self._running.remove(report.nodeid)
+
+    def _break_silence(self) -> None:
+        while not self._ended.wait(SILENCE):
+            if time.monotonic() - self._heard_of >= SILENCE:
+                self._say(f"running: {', '.join(self._running) or 'nothing yet, tests are loaded'}")
+
+    def _say(self, words: str, **markup: bool) -> None:
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if terminal is not None:
+            terminal.write_line("")  # the line of dots ends here
+            terminal.write_line(words, **markup)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
