@@ -7,6 +7,7 @@ for the limits of time. (`test_cli.py` also runs a program which cannot import t
 from asgi_db.asgi.call import session_key
 from asgi_db.asgi.retry import BODY_LIMIT
 from asgi_db.cli.check import PINGS
+from asgi_db.cli.commands import cli
 from asgi_db.cli.sqlite import file_system
 from asgi_db.database import Block
 from asgi_db.drivers import driver_of, register
@@ -58,6 +59,7 @@ __all__ = [
     "database_url_from_env",
     "driver_of",
     "engine_options_from_env",
+    "cli",
     "file_system",
     "parse_database_url",
     "pool_profile",
