@@ -26,8 +26,9 @@ from asgi_db.settings import (
 )
 from asgi_db.statistics import WITHOUT_SESSION, Outcome, PoolStats, RouteStats, Statistics, Tally
 from asgi_db.tasks import run_to_completion
+from asgi_db.unit.standing import TRANSITIONS, State
 from asgi_db.unit.sync_session import OPERATIONS
-from asgi_db.unit.unit_of_work import TRANSITIONS, State, UnitOfWork
+from asgi_db.unit.unit_of_work import UnitOfWork
 
 __all__ = [
     "Aiosqlite",

@@ -31,7 +31,7 @@ Limit = Literal[
 _CONSTANTS: dict[Limit, tuple[str, ...]] = {
     "attempt": ("asgi_db.pool.abandoned.ATTEMPT_TIMEOUT",),
     "cleanup": (
-        "asgi_db.unit.unit_of_work.CLEANUP_TIMEOUT",
+        "asgi_db.unit.standing.CLEANUP_TIMEOUT",
         "asgi_db.unit.ending.CLEANUP_TIMEOUT",
     ),
     "commit": ("asgi_db.unit.ending.COMMIT_TIMEOUT",),

@@ -219,12 +219,7 @@ class AnyDriver:
         raise NotImplementedError
 
     def is_closed(self, connection: Any) -> bool:
-        if isinstance(connection, StandIn):
-            return connection.is_closed()
-        return self._is_closed(connection)
-
-    def _is_closed(self, connection: Any) -> bool:
-        return False
+        return isinstance(connection, StandIn) and connection.is_closed()
 
     def terminate(self, connection: Any) -> None:
         if isinstance(connection, StandIn):

@@ -22,6 +22,7 @@ from asgi_db.drivers.base import (
     AnyDriver,
     AutocommitRequests,
     Beginning,
+    StandIn,
     lost_connection,
 )
 from asgi_db.drivers.sandbox import INTERRUPT_AGAIN, SandboxControl, SandboxRules, SandboxStandIn
@@ -189,7 +190,9 @@ class Asyncmy(MySQL):
         connecting: Awaitable[Any] = import_module("asyncmy").connect(*args, **kwargs)
         return connecting
 
-    def _is_closed(self, connection: Any) -> bool:
+    def is_closed(self, connection: Any) -> bool:
+        if isinstance(connection, StandIn):
+            return connection.is_closed()
         # asyncmy has no public word for what the server has closed; the test of closed connections
         # in `test_engine.py` breaks when this changes.
         return bool(connection._stream_broken)

@@ -248,7 +248,7 @@ class Asyncpg(PostgreSQL):
         connecting: Awaitable[Any] = import_module("asyncpg").connect(*args, **kwargs)
         return connecting
 
-    def _is_closed(self, connection: Any) -> bool:
+    def is_closed(self, connection: Any) -> bool:
         return bool(connection.is_closed())
 
     def _terminate(self, connection: Any) -> None:

@@ -189,7 +189,7 @@ class Aiosqlite(SQLite):
         connection.stop()
 
     def begin(self, pooled: PoolProxiedConnection, beginning: Beginning) -> None:
-        if pooled.driver_connection not in self._autocommit_requests:
+        if beginning.statements and pooled.driver_connection not in self._autocommit_requests:
             super().begin(pooled, beginning)
 
     def interrupt(self, connection: Any) -> Coroutine[Any, Any, None] | None:

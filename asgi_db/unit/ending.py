@@ -107,7 +107,8 @@ class Ending:
         else:
             self._deadline.watch_task(LEAST_COMMIT_TIMEOUT)
         try:
-            await self._close_streams()
+            if transaction.streams:
+                await self._close_streams()
             await commit()
         except BaseException as error:
             overdue = self._overdue(error)

@@ -27,8 +27,9 @@ from asgi_db.tasks import current_task
 from asgi_db.unit.deadline import Deadline
 from asgi_db.unit.ending import give_back, has_changes
 from asgi_db.unit.operation import DISCARDING, KEEPS_CONNECTION, MAY_BE_LATE, Operation
+from asgi_db.unit.standing import LeftOver, State
 from asgi_db.unit.transaction import Stage, Transaction
-from asgi_db.unit.unit_of_work import LeftOver, State, UnitOfWork
+from asgi_db.unit.unit_of_work import UnitOfWork
 
 
 class UnitSession(Session):
@@ -224,7 +225,8 @@ def _transaction_created(session: UnitSession, transaction: SessionTransaction) 
     unit = session.unit_of_work
     if transaction.parent is None:
         unit.transaction = Transaction()
-        unit.owner = current_task()
+        operation = unit.operation
+        unit.owner = current_task() if operation is None else operation.task
         if unit.state is State.IDLE:
             unit.move(State.ACTIVE)
     elif transaction.nested and unit.hooks is not None:
@@ -238,7 +240,7 @@ def _transaction_began(session: UnitSession, _: SessionTransaction, connection: 
     transaction = unit.transaction
     if connection not in transaction.connections:
         transaction.connections += (connection,)
-        begin_unit(connection, unit)
+        begin_unit(connection, unit, unit.fixed_mode or unit.mode)
         waited = time.monotonic() - unit.tally.asked
         unit.tally.add_wait(waited)
         unit.life.statistics.connection_taken(waited)
@@ -295,7 +297,8 @@ def _transaction_ended(session: UnitSession, transaction: SessionTransaction) ->
     unit = session.unit_of_work
     if transaction.parent is not None:
         return
-    unit.transaction.end()
+    if unit.transaction.stage is Stage.OPEN:
+        unit.transaction.end()
     if unit.state is State.ACTIVE:
         operation = unit.operation
         if unit.hooks is not None and operation is not None and operation.name in DISCARDING:

@@ -80,6 +80,11 @@ class Transaction:
         return f"<Transaction {self.stage.name}>"
 
     @property
+    def commit_was_sent(self) -> bool:
+        """Whether its COMMIT is on its way to the server, or at least may be."""
+        return self.stage is Stage.SENT
+
+    @property
     def is_open(self) -> bool:
         """Whether its end is still to come."""
         return bool(STAGES[self.stage])
