@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import re
 import time
 from collections.abc import Awaitable, Mapping, Sequence
@@ -18,10 +17,9 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from asgi_db.drivers.base import Abandoned, AnyDriver
 from asgi_db.drivers.sandbox import SandboxControl, SandboxRules, SandboxStandIn
+from asgi_db.logs import logger
 from asgi_db.modes import Mode
 from asgi_db.tasks import in_background, running_loop
-
-logger = logging.getLogger("asgi_db")
 
 
 def _sqlstate(error: BaseException) -> str | None:
