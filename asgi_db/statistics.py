@@ -128,10 +128,12 @@ class Tally:
     of units is the sum of their outcomes, so that the two agree at every moment.
 
     Attributes:
+        asked: when a unit last asked for a connection, by `time.monotonic()`.
         began: when a unit's first statement asked for a connection, by `time.monotonic()`.
         outcome: how a unit ended.
     """
 
+    asked = 0.0
     began: float | None = None
     outcome: Outcome | None = None
     committed = rolled_back = failed = none = 0

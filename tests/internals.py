@@ -13,6 +13,7 @@ from asgi_db.drivers import driver_of
 from asgi_db.drivers.base import BEGIN_OPTION, Beginning
 from asgi_db.drivers.connecting import background_is_over
 from asgi_db.engine import begin_unit, variant_options, writes
+from asgi_db.logs import logger
 from asgi_db.modes import ModeDefault, ReadOnly, Transactional, should_commit
 from asgi_db.pool.fair import FairPool, FairQueue
 from asgi_db.profiles import POOL_PROFILES, PoolName, pool_profile
@@ -57,6 +58,7 @@ __all__ = [
     "driver_of",
     "engine_options_from_env",
     "file_system",
+    "logger",
     "parse_database_url",
     "pool_profile",
     "run_to_completion",

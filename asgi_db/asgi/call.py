@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import sys
 from collections.abc import Mapping
@@ -15,14 +14,13 @@ from asgi_db.asgi.frameworks import describe_route, marks_of, mode_of_route, nam
 from asgi_db.asgi.late_cancellation import LateCancellation
 from asgi_db.database import Database
 from asgi_db.errors import MissingMiddlewareError
+from asgi_db.logs import logger
 from asgi_db.modes import Mode, ModeDefault
 from asgi_db.pool.life import EngineLife
 from asgi_db.types import ASGIApp, Message, Receive, Scope, Send
 from asgi_db.unit.origin import Origin
 from asgi_db.unit.session import DBSession
 from asgi_db.unit.unit_of_work import UnitOfWork
-
-logger = logging.getLogger("asgi_db")
 
 
 def session_key(key: str) -> str:

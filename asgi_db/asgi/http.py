@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import logging
 import sys
 
 from asgi_db.asgi.call import Call
@@ -12,13 +11,12 @@ from asgi_db.asgi.frameworks import answer_error, has_handler, reopen_response
 from asgi_db.asgi.readiness import refuse
 from asgi_db.asgi.retry import Attempts
 from asgi_db.errors import OutcomeUnknownError, UnavailableError, unavailable_in
+from asgi_db.logs import logger
 from asgi_db.modes import should_commit
 from asgi_db.statistics import Tally
 from asgi_db.types import Message
 from asgi_db.unit.session import DBSession
 from asgi_db.unit.unit_of_work import UnitOfWork
-
-logger = logging.getLogger("asgi_db")
 
 
 class Response(enum.Enum):

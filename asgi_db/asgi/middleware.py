@@ -12,8 +12,6 @@ before the next piece of the body, or with the ASGI call.
 
 from __future__ import annotations
 
-import logging
-
 from asgi_db.asgi.call import Call, session_key
 from asgi_db.asgi.http import Exchange
 from asgi_db.asgi.lifespan import serve_lifespan
@@ -23,8 +21,6 @@ from asgi_db.database import Database
 from asgi_db.modes import ModeDefault, plain, retrying
 from asgi_db.types import ASGIApp, Receive, Scope, Send
 from asgi_db.unit.session import DBSession
-
-logger = logging.getLogger("asgi_db")
 
 
 class DBSessionMiddleware:

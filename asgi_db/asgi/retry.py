@@ -8,14 +8,11 @@ body as they came, and a session of its own for each attempt.
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 from collections.abc import Callable
 
 from asgi_db.asgi.frameworks import copy_scope
 from asgi_db.types import Message, Receive, Scope
-
-logger = logging.getLogger("asgi_db")
 
 BODY_LIMIT = 1024 * 1024
 """Bytes of a body that are kept for another attempt; a request with more is not run again."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections.abc import Awaitable
 from importlib import import_module
@@ -16,10 +15,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from asgi_db.drivers.base import Abandoned, AnyDriver
+from asgi_db.logs import logger
 from asgi_db.modes import Mode
 from asgi_db.tasks import in_background, running_loop
-
-logger = logging.getLogger("asgi_db")
 
 
 def _sqlstate(error: BaseException) -> str | None:

@@ -9,7 +9,6 @@ that comes twice, and asyncmy has none.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -24,9 +23,8 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from asgi_db.drivers import driver_of
 from asgi_db.drivers.base import GIVE_UP_AFTER, Abandoned, StandIn
 from asgi_db.drivers.connecting import background_is_over, raise_if_connect_failed
+from asgi_db.logs import logger
 from asgi_db.tasks import in_background, running_loop
-
-logger = logging.getLogger("asgi_db")
 
 ATTEMPT_TIMEOUT = 5.0
 """Seconds that one attempt may take; `dispose` waits as long."""
