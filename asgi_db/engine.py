@@ -11,7 +11,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import Dialect, ExceptionContext, ExecutionContext
@@ -39,8 +39,37 @@ _BEGINNING = "asgi_db_beginning"
 """The key in a pooled connection's `info` for how the transactions of a variant begin."""
 
 
+class UnitTransaction(Protocol):
+    """What the events of an engine know of a unit's transaction, and what they tell it.
+
+    Attributes:
+        has_writes: whether it holds writes.
+    """
+
+    has_writes: bool
+
+    @property
+    def commit_was_sent(self) -> bool:
+        """Whether a COMMIT is on its way to the server, or at least may be."""
+        ...
+
+    def commit_is_sent(self) -> None:
+        """Note that the driver is about to send COMMIT, over a connection that is open."""
+
+    def note_failure(self, error: BaseException) -> None:
+        """Note that it cannot be committed any more."""
+
+
 class Unit(Protocol):
-    """What the events of an engine know of a unit of work, and what they tell it."""
+    """What the events of an engine know of a unit of work, and what they tell it.
+
+    Attributes:
+        fixed_mode: the mode that its first statement has fixed.
+        conflict: the last error with which the database has preferred another transaction.
+    """
+
+    fixed_mode: Mode | None
+    conflict: BaseException | None
 
     @property
     def mode(self) -> Mode:
@@ -48,25 +77,13 @@ class Unit(Protocol):
         ...
 
     @property
-    def commit_was_sent(self) -> bool:
-        """Whether a COMMIT is on its way to the server, or at least may be."""
+    def transaction(self) -> UnitTransaction:
+        """The transaction that is open."""
         ...
 
     def describe(self) -> str:
         """Name the request or block, for messages."""
         ...
-
-    def statement_comes(self, *, writes: bool) -> None:
-        """Count a statement that is about to be sent."""
-
-    def commit_is_sent(self) -> None:
-        """Note that the driver is about to send COMMIT, over a connection that is open."""
-
-    def note_conflict(self, error: BaseException) -> None:
-        """Note that the database has ended the transaction in favor of another one."""
-
-    def note_failure(self, error: BaseException) -> None:
-        """Note that the transaction cannot be committed any more."""
 
     def overdue_stream(self) -> DatabaseTimeoutError | None:
         """Return the error for a server-side cursor that is read after the end of `timeout=`."""
@@ -76,6 +93,16 @@ class Unit(Protocol):
     def tally(self) -> Tally:
         """What the unit has done so far; its connections are added when they are back."""
         ...
+
+
+_units: WeakKeyDictionary[Connection, ref[Unit]] = WeakKeyDictionary()
+"""Where the unit is found that has a connection, also when that was invalidated and so has no
+`info` any more: what is read from a stream of a unit whose time is over tells the unit."""
+
+
+def _unit_of(connection: Connection | None) -> Unit | None:
+    found = None if connection is None else _units.get(connection)
+    return None if found is None else found()
 
 
 # -- how a transaction begins ------------------------------------------------------------------
@@ -151,11 +178,12 @@ def variant(engine: Engine, mode: Mode) -> Engine:
     return varied
 
 
-def begin_unit(connection: Connection, unit: Unit) -> None:
+def begin_unit(connection: Connection, unit: Unit, mode: Mode) -> None:
     """Let the engine and the pool find the unit that now has this connection."""
     pooled = connection.connection
     pooled.info[UNIT_INFO] = unit
-    if unit.mode.autocommit and pooled.dbapi_connection is not None:
+    _units[connection] = ref(unit)
+    if mode.autocommit and pooled.dbapi_connection is not None:
         driver_of(connection.dialect).stand_alone(pooled.dbapi_connection)
 
 
@@ -190,13 +218,15 @@ def writes(statement: str, *, has_hash_comments: bool = False) -> bool:
     return _WRITE.match(not_code.sub(" ", statement)) is not None
 
 
-def _check_statement(statement: str, context: ExecutionContext) -> None:
+def _do_execute(
+    driver: Driver, _cursor: Any, statement: str, _parameters: Any, context: ExecutionContext
+) -> None:
     """Hold a statement that is about to be sent against the mode."""
-    unit = _unit_of(context.root_connection)
+    found = _units.get(context.root_connection)
+    unit = None if found is None else found()
     if unit is None:
         return
-    mode = unit.mode
-    driver = driver_of(context.dialect)
+    mode = unit.fixed_mode or unit.mode
     is_write = writes(statement, has_hash_comments=driver.has_hash_comments)
     if is_write:
         if mode.read_only and (mode.autocommit or _CALL.match(statement) is None):
@@ -210,25 +240,15 @@ def _check_statement(statement: str, context: ExecutionContext) -> None:
             f"{unit.describe()}: a server-side cursor lives in a transaction, and the read_only"
             " mode has none: use read_only(snapshot=True), or fetch the rows at once."
         )
-    unit.statement_comes(writes=is_write)
+    unit.tally.statements += 1
+    if is_write:
+        unit.transaction.has_writes = True
 
 
-def _do_execute(_cursor: Any, statement: str, _parameters: Any, context: ExecutionContext) -> None:
-    _check_statement(statement, context)
-
-
-def _do_execute_no_params(_cursor: Any, statement: str, context: ExecutionContext) -> None:
-    _check_statement(statement, context)
-
-
-def _unit_of(connection: Connection | None) -> Unit | None:
-    if connection is None or connection.invalidated or connection.closed:
-        return None
-    try:
-        unit: Unit | None = connection.connection.info.get(UNIT_INFO)
-    except NotImplementedError:  # a connection that SQLAlchemy is setting up, for the first time
-        return None
-    return unit
+def _do_execute_no_params(
+    driver: Driver, cursor: Any, statement: str, context: ExecutionContext
+) -> None:
+    _do_execute(driver, cursor, statement, None, context)
 
 
 def _where(unit: Unit | None) -> str:
@@ -254,25 +274,25 @@ def _handle_error(context: ExceptionContext) -> None:
         return
     unit = _unit_of(connection)
     if unit is not None and driver.is_conflict(original):
-        unit.note_conflict(error)
+        unit.conflict = error
     if connection is not None:
         savepoint_failed = (context.statement or "").startswith("ROLLBACK TO SAVEPOINT")
         if unit is not None and (savepoint_failed or not connection.in_nested_transaction()):
-            unit.note_failure(error)
+            unit.transaction.note_failure(error)
     if unit is not None and (overdue := unit.overdue_stream()) is not None:
         raise overdue
     if isinstance(error, DBAPIError) and (advice := driver.advice(original)) is not None:
         error.add_detail(advice)
     elif context.is_disconnect or connection is None or driver.is_outage(original):
         context.is_disconnect = True
-        if unit is not None and unit.commit_was_sent:
+        if unit is not None and unit.transaction.commit_was_sent:
             raise _outcome_unknown(original, unit)
         raise lost_connection(original, _where(unit))
 
 
 def _outcome_unknown(error: BaseException, unit: Unit) -> OutcomeUnknownError:
     return OutcomeUnknownError(
-        f"{unit.describe()}: the connection was lost after COMMIT had been sent, so whether it"
+        f"{unit.describe()}: the connection was closed after COMMIT had been sent, so whether it"
         f" was carried out is unknown ({cause_of(error)})",
         error,
     )
@@ -298,9 +318,10 @@ def watch(engine: Engine) -> None:
     driver = driver_of(dialect)
     _wrap(dialect, driver, engine.get_execution_options().get(BEGIN_OPTION))
     event.listen(engine, "do_connect", let_driver_connect)
-    event.listen(engine, "do_execute", _do_execute)
-    event.listen(engine, "do_executemany", _do_execute)
-    event.listen(engine, "do_execute_no_params", _do_execute_no_params)
+    do_execute = functools.partial(_do_execute, driver)
+    event.listen(engine, "do_execute", do_execute)
+    event.listen(engine, "do_executemany", do_execute)
+    event.listen(engine, "do_execute_no_params", functools.partial(_do_execute_no_params, driver))
     event.listen(engine, "handle_error", _handle_error)
     event.listen(engine, "checkin", functools.partial(_checkin, driver))
 
@@ -359,7 +380,7 @@ def _announce_commit(driver: Driver, pooled: PoolProxiedConnection) -> None:
     """Tell the unit that has this connection that its COMMIT is sent now, if it is."""
     unit: Unit | None = pooled.info.get(UNIT_INFO)
     if unit is not None and pooled.is_valid and not driver.is_closed(pooled.driver_connection):
-        unit.commit_is_sent()
+        unit.transaction.commit_is_sent()
 
 
 def _checkin(

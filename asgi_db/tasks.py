@@ -1,4 +1,4 @@
-"""Awaiting what must not be cut off in the middle."""
+"""Awaiting what must not be interrupted in the middle."""
 
 from __future__ import annotations
 
@@ -64,7 +64,10 @@ async def _wait_shielded(task: asyncio.Task[Any], grace: float | None) -> None:
 
 def current_task() -> asyncio.Task[Any] | None:
     """Return the running task; None in a thread, where a synchronous handler may run."""
-    return None if running_loop() is None else asyncio.current_task()
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import pytest
 from sqlalchemy import text
@@ -20,8 +20,15 @@ from tests.internals import driver_of
 from tests.servers import DatabaseServer, assert_idle, outside, run, server_connections
 from tests.tables import Author, Base, authors
 
+Test = TypeVar("Test", bound=Callable[..., Any])
+
 WAYS = ["task", "twice", "scope", "timeout"]
-each_way = pytest.mark.parametrize("way", WAYS)
+
+
+def each_way(test: Test) -> Test:
+    """In each way of cancelling; on MariaDB and SQLite in one of them, unless all are asked for."""
+    parametrized: Test = pytest.mark.parametrize("way", WAYS)(pytest.mark.sweep(test))
+    return parametrized
 
 
 @contextmanager

@@ -31,10 +31,10 @@ Limit = Literal[
 _CONSTANTS: dict[Limit, tuple[str, ...]] = {
     "attempt": ("asgi_db.pool.abandoned.ATTEMPT_TIMEOUT",),
     "cleanup": (
-        "asgi_db.unit.unit_of_work.CLEANUP_TIMEOUT",
+        "asgi_db.unit.standing.CLEANUP_TIMEOUT",
         "asgi_db.unit.ending.CLEANUP_TIMEOUT",
     ),
-    "commit": ("asgi_db.unit.unit_of_work.COMMIT_TIMEOUT",),
+    "commit": ("asgi_db.unit.ending.COMMIT_TIMEOUT",),
     "connect_grace": ("asgi_db.drivers.connecting.CONNECT_GRACE",),
     "delivery": ("asgi_db.asgi.late_cancellation.DELIVERY_TIMEOUT",),
     "dispose": ("asgi_db.pool.life.DISPOSE_TIMEOUT",),

@@ -383,6 +383,7 @@ class Commit:
 
 @each_committing_style
 @each_moment
+@pytest.mark.sweep
 async def test_cancelled_during_commit_it_answers_or_says_that_it_did_not(
     remote: Site, relay: Relay, style: str, way: str, fate: Fate, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -464,6 +465,7 @@ async def test_cancelled_during_commit_it_says_that_its_client_did_not_take_the_
 
 
 @each_moment
+@pytest.mark.sweep
 @pytest.mark.parametrize("by_hand", [False, True])
 async def test_cancelled_during_the_commit_of_a_message_it_answers_or_says_that_it_did_not(
     remote: Site,
@@ -735,6 +737,7 @@ watched = pytest.mark.usefixtures("watched_tasks", "unhandled")
 
 @watched
 @each_style
+@pytest.mark.sweep
 @pytest.mark.parametrize("way", ["task", "scope", "timeout"])
 async def test_cancelled_at_each_point_where_it_waits(sweep: Sweep) -> None:
     for point in itertools.count(1):
@@ -760,6 +763,7 @@ async def test_cancelled_again_at_each_point_of_its_clean_up(sweep: Sweep) -> No
 
 @watched
 @pytest.mark.parametrize("style", ["transactional"])
+@pytest.mark.sweep
 @pytest.mark.parametrize("way", ["task", "scope", "timeout", "twice"])
 async def test_cancelled_at_each_point_when_it_has_to_connect_first(sweep: Sweep) -> None:
     for point in itertools.count(1):
@@ -771,6 +775,7 @@ async def test_cancelled_at_each_point_when_it_has_to_connect_first(sweep: Sweep
 
 @watched
 @pytest.mark.parametrize("style", ["transactional"])
+@pytest.mark.sweep
 @pytest.mark.parametrize("way", ["task", "scope", "timeout", "twice"])
 async def test_cancelled_at_each_point_when_its_connection_has_gone(sweep: Sweep) -> None:
     """SQLAlchemy's pool forgets a connection whose replacement is cut off."""

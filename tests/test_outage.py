@@ -61,7 +61,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[DatabaseServer]:
 @pytest.fixture
 def url_of_server(server: DatabaseServer) -> Iterator[str]:
     """An empty database on it."""
-    with server.fresh_database() as url:
+    with server.empty_database() as url:
         yield url
 
 

@@ -277,7 +277,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[DatabaseServer]:
 async def test_a_server_which_is_stopped_frozen_and_started_is_seen_as_it_is(
     server: DatabaseServer,
 ) -> None:
-    with server.fresh_database() as url:
+    with server.empty_database() as url:
         async with Database(url, engine_options=POOL) as database:
             app = Readiness(database)
             assert said(await ask(app)) == (200, "ready")

@@ -112,7 +112,7 @@ def put(unit: UnitOfWork, state: State) -> None:
 
 
 def move(unit: UnitOfWork, state: State) -> None:
-    unit._move(state)  # pyright: ignore[reportPrivateUsage]
+    unit.move(state)
 
 
 def state_of(unit: UnitOfWork) -> str:

@@ -136,6 +136,11 @@ class Call(Origin):
         mode = self._default_mode
         return mode if isinstance(mode, Mode) else mode(self._scope)
 
+    def mode(self) -> Mode:
+        """Return the mode for a unit that begins now."""
+        of_route = mode_of_route(self._scope, self._site.key)
+        return of_route or self.asked or self.default_mode()
+
     def describe(self) -> str:
         """Name the route, for messages."""
         return describe_route(self._scope)
@@ -155,11 +160,11 @@ class Call(Origin):
     ) -> None:
         """End the unit; where the request is cancelled during its COMMIT, let the answer leave."""
         transaction = unit.transaction
-        was_open = transaction.is_open
+        before = transaction.stage
         try:
             await unit.end(success=success, answer=answer)
         except asyncio.CancelledError as error:
-            if not (was_open and transaction.has_committed_writes):
+            if transaction.stage is before or not transaction.has_committed_writes:
                 raise
             self._late = LateCancellation(belongs_to_stream=self._may_stream_from_another_task)
             self._late.hold(error)

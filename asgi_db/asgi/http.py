@@ -171,18 +171,15 @@ class Exchange(Call):
                 await unit.end(success=self._exception_being_handled() is None)
             if message["type"] in _BODY and not message.get("more_body"):
                 self._response = COMPLETE
-            if unit is None:
+            if unit is None or not (unit.unanswered or unit.hooks or self._late):
                 await self._send(message)
             else:
                 await self._send_piece(unit, message)
 
     async def _send_piece(self, unit: UnitOfWork, message: Message) -> None:
-        if unit.unanswered is None and self._late is None:
-            await self._send(message)
-        else:
-            await self._send_answer(unit, message)
-            if self._late is not None:
-                await self._late.raise_now()
+        await self._send_answer(unit, message)
+        if self._late is not None:
+            await self._late.raise_now()
         # A task that only makes the stream is cancelled at its end; `run` does it then.
         if unit.hooks is not None and self._response is COMPLETE:
             if asyncio.current_task() is self._app_task:
@@ -203,11 +200,11 @@ class Exchange(Call):
         A stream may be sent from a task of its own, which has no exception; the application's
         task then waits in `receive` for the client to go (Starlette's `StreamingResponse`).
         """
-        error = super()._exception_being_handled()
+        error = sys.exc_info()[1]
         if error is None and self._exception_at_receive is not None:
             if asyncio.current_task() is not self._receiver:
                 error = self._exception_at_receive
-        return error
+        return None if error is self._outer_exception else error
 
     async def _begin_response(self, message: Message) -> None:
         if self._response is REPLACED:
@@ -246,8 +243,8 @@ class Exchange(Call):
     async def _end_before_response(
         self, unit: UnitOfWork, status: int, error: BaseException | None
     ) -> None:
-        mode = unit.begin()
-        if not mode.commits and unit.is_used_by_another_task:
+        mode = unit.fixed_mode or unit.begin()
+        if not mode.commits and unit.operation is not None and unit.is_used_by_another_task:
             return
         try:
             success = should_commit(mode, status, error)

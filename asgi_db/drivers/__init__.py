@@ -45,6 +45,11 @@ def driver_of_url(url: URL) -> Driver:
     return _drivers[url.get_driver_name()]
 
 
+def drivers_with_sandbox() -> list[str]:
+    """Return the names of the drivers that have a sandbox for tests."""
+    return [name for name, driver in _drivers.items() if driver.sandbox is not None]
+
+
 def is_conflict(error: BaseException) -> bool:
     """Say whether the database has ended a transaction in favor of another one."""
     original = error.orig if isinstance(error, DBAPIError) else error

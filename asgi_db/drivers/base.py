@@ -19,6 +19,7 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.pool import PoolProxiedConnection
 
+from asgi_db.drivers.sandbox import SandboxRules
 from asgi_db.errors import DatabaseDownError
 from asgi_db.modes import Mode
 
@@ -44,11 +45,11 @@ class Beginning:
 
 
 class Abandoned(NamedTuple):
-    """A connection that was given up while its server may still run its statement.
+    """A connection that was discarded while its server may still run its statement.
 
     Attributes:
         connected: when the connection was made, by `time.monotonic()`.
-        since: when it was given up.
+        since: when it was discarded.
     """
 
     connected: float
@@ -78,12 +79,14 @@ class Driver(Protocol):
             SQLAlchemy does.
         has_deferrable: whether a transaction can wait for a snapshot that needs no locks.
         has_hash_comments: whether `#` begins a comment in this SQL.
+        sandbox: the rules of a sandbox for tests; None if there is none.
     """
 
     name: str
     is_supported: bool
     has_deferrable: bool
     has_hash_comments: bool
+    sandbox: type[SandboxRules] | None
 
     # -- the engine
 
@@ -197,6 +200,7 @@ class AnyDriver:
     is_supported = False
     has_deferrable = False
     has_hash_comments = False
+    sandbox: type[SandboxRules] | None = None
 
     def options(self, url: URL, *, pooler: bool) -> dict[str, Any]:
         return {}
@@ -215,12 +219,7 @@ class AnyDriver:
         raise NotImplementedError
 
     def is_closed(self, connection: Any) -> bool:
-        if isinstance(connection, StandIn):
-            return connection.is_closed()
-        return self._is_closed(connection)
-
-    def _is_closed(self, connection: Any) -> bool:
-        return False
+        return isinstance(connection, StandIn) and connection.is_closed()
 
     def terminate(self, connection: Any) -> None:
         if isinstance(connection, StandIn):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import re
 import time
 from collections.abc import Awaitable
 from importlib import import_module
@@ -20,8 +22,11 @@ from asgi_db.drivers.base import (
     AnyDriver,
     AutocommitRequests,
     Beginning,
+    StandIn,
     lost_connection,
 )
+from asgi_db.drivers.sandbox import INTERRUPT_AGAIN, SandboxControl, SandboxRules, SandboxStandIn
+from asgi_db.errors import SandboxError
 from asgi_db.modes import Mode
 
 
@@ -91,11 +96,63 @@ _UNKNOWN_THREAD = 1094
 """A connection has ended already."""
 
 
+class AsyncmySandbox(SandboxRules):
+    """MySQL and MariaDB have no deferred constraints, but commit before DDL."""
+
+    def control(self, stand_in: SandboxStandIn) -> SandboxControl:
+        return _SandboxControl(stand_in)
+
+    def begin_nothing(self) -> None:
+        # Should the server end the transaction, no statement is committed by itself.
+        self.connection.adapted.autocommit(False)
+
+    def is_in_transaction(self) -> bool:
+        return bool(self.connection.driver.get_transaction_status())
+
+    async def interrupt(self, running: asyncio.Future[Any], *, only_reads: bool) -> None:
+        id = self.connection.driver.thread_id()
+        async with self.connection.side_connection() as side:
+            while not running.done():  # the first KILL may come before the statement
+                await side.exec_driver_sql(f"KILL QUERY {id}")
+                await asyncio.wait((running,), timeout=INTERRUPT_AGAIN)
+
+    def check(self, sql: str) -> None:
+        if found := _COMMITS.match(sql):
+            raise SandboxError(
+                f"MySQL and MariaDB commit by themselves at {found[1].upper()}, so a sandbox could"
+                " not undo it. Create the tables before the sandbox, once for all tests."
+            )
+
+
+class _SandboxControl:
+    """The methods of a connection by which SQLAlchemy's asyncmy dialect asks for autocommit."""
+
+    def __init__(self, stand_in: SandboxStandIn) -> None:
+        self._stand_in = stand_in
+        self.is_autocommit = False
+
+    def autocommit(self, value: object) -> None:
+        if value and not self.is_autocommit:
+            self._stand_in.commit()  # as the server does
+        self.is_autocommit = bool(value)
+
+    def get_autocommit(self) -> bool:
+        return self.is_autocommit
+
+
+_COMMITS = re.compile(
+    r"\s*((?:CREATE|ALTER|DROP|RENAME|TRUNCATE|GRANT|REVOKE|LOCK|UNLOCK|ANALYZE|OPTIMIZE|REPAIR)\b"
+    r"(?!\s+TEMPORARY))",
+    re.IGNORECASE,
+)
+
+
 class Asyncmy(MySQL):
     """MySQL and MariaDB by asyncmy."""
 
     name = "asyncmy"
     is_supported = True
+    sandbox: type[SandboxRules] | None = AsyncmySandbox
 
     def __init__(self) -> None:
         self._autocommit_requests = AutocommitRequests()
@@ -133,7 +190,9 @@ class Asyncmy(MySQL):
         connecting: Awaitable[Any] = import_module("asyncmy").connect(*args, **kwargs)
         return connecting
 
-    def _is_closed(self, connection: Any) -> bool:
+    def is_closed(self, connection: Any) -> bool:
+        if isinstance(connection, StandIn):
+            return connection.is_closed()
         # asyncmy has no public word for what the server has closed; the test of closed connections
         # in `test_engine.py` breaks when this changes.
         return bool(connection._stream_broken)

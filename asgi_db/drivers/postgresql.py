@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -15,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from asgi_db.drivers.base import Abandoned, AnyDriver
+from asgi_db.drivers.sandbox import SandboxControl, SandboxRules, SandboxStandIn
 from asgi_db.logs import logger
 from asgi_db.modes import Mode
 from asgi_db.tasks import in_background, running_loop
@@ -93,11 +95,95 @@ _TERMINATE = """
 """
 
 
+class AsyncpgSandbox(SandboxRules):
+    """PostgreSQL checks deferred constraints at COMMIT, not at the end of a savepoint."""
+
+    def control(self, stand_in: SandboxStandIn) -> SandboxControl:
+        return _SandboxControl(stand_in)
+
+    def begin_nothing(self) -> None:
+        self.connection.adapted.autocommit = True
+
+    def is_in_transaction(self) -> bool:
+        return bool(self.connection.driver.is_in_transaction())
+
+    async def interrupt(self, running: asyncio.Future[Any], *, only_reads: bool) -> None:
+        running.cancel()  # asyncpg tells the server
+
+    async def begun(self, control: Any) -> None:
+        if control.readonly:
+            await self.connection.fetch("SET TRANSACTION READ ONLY")  # until the savepoint ends
+
+    def local_settings(self, sql: str, parameters: Any) -> Sequence[str]:
+        if found := _SET_LOCAL.match(sql):
+            return ["timezone" if found[1].upper().startswith("TIME") else found[1]]
+        if "set_config" not in sql:
+            return ()
+        return [name or str(parameters[int(n) - 1]) for name, n in _SET_CONFIG.findall(sql)]
+
+    async def read_setting(self, name: str) -> str:
+        rows = await self.connection.fetch("SELECT current_setting($1, true)", (name,))
+        return rows[0][0] or ""
+
+    async def check_deferred(self) -> None:
+        ((has_any, deferred),) = await self.connection.fetch(_DEFERRABLE)
+        if has_any:
+            await self.connection.fetch("SET CONSTRAINTS ALL IMMEDIATE")
+        if deferred:
+            await self.connection.fetch(f"SET CONSTRAINTS {deferred} DEFERRED")
+
+    def is_rolled_back(self, error: Exception) -> bool:
+        return _sqlstate(error) == _FAILED_TRANSACTION
+
+    async def committed(self, settings: Mapping[str, str]) -> None:
+        for name, value in settings.items():
+            await self.connection.fetch("SELECT set_config($1, $2, true)", (name, value))
+
+
+class _SandboxControl:
+    """The attributes of a connection by which SQLAlchemy's asyncpg dialect begins transactions."""
+
+    def __init__(self, stand_in: SandboxStandIn) -> None:
+        self._stand_in = stand_in
+        self.isolation_level: str | None = None
+        self.readonly = False
+        self.deferrable = False
+
+    @property
+    def is_autocommit(self) -> bool:
+        return self.isolation_level == "autocommit"
+
+    @property
+    def autocommit(self) -> bool:
+        return self.is_autocommit
+
+    @autocommit.setter
+    def autocommit(self, value: bool) -> None:
+        self.isolation_level = "autocommit" if value else None
+
+    def set_isolation_level(self, level: str) -> None:
+        self._stand_in.rollback()
+        self.isolation_level = level  # no other than autocommit has an effect in a sandbox
+
+
+_FAILED_TRANSACTION = "25P02"
+_DEFERRABLE = """
+    SELECT count(*) > 0, string_agg(DISTINCT format('%I.%I', nspname, conname), ', ')
+    FILTER (WHERE condeferred) FROM pg_constraint JOIN pg_namespace n ON n.oid = connamespace
+    WHERE condeferrable
+"""
+_SET_LOCAL = re.compile(r"\s*SET\s+LOCAL\s+(TIME\s+ZONE|[\w.]+)", re.IGNORECASE)
+_SET_CONFIG = re.compile(
+    r"\bset_config\s*\(\s*(?:'([^']+)'|\$(\d+))[^,]*,[^,]*,\s*(?!false)", re.IGNORECASE
+)
+
+
 class Asyncpg(PostgreSQL):
     """PostgreSQL by asyncpg."""
 
     name = "asyncpg"
     is_supported = True
+    sandbox: type[SandboxRules] | None = AsyncpgSandbox
 
     def options(self, url: URL, *, pooler: bool) -> dict[str, Any]:
         if not pooler:
@@ -112,14 +198,14 @@ class Asyncpg(PostgreSQL):
 
     def prepare(self, engine: Engine, *, pooler: bool, durable: bool) -> None:
         if not pooler:
-            self._look_after_connections(engine)
+            self._watch_connections(engine)
 
-    def _look_after_connections(self, engine: Engine) -> None:
-        """Let the server look after its clients, and notice a pooler that the settings do not name.
+    def _watch_connections(self, engine: Engine) -> None:
+        """Let the server watch its clients, and notice a pooler that the settings do not name.
 
         A statement runs on at the server when its client's process is killed, unless the server
-        looks now and then whether the client is still there (PostgreSQL 14 and later; a value of
-        the user's own stays).
+        checks from time to time whether the client is still there (PostgreSQL 14 and later; a value
+        that the user has set is kept).
 
         In transaction pooling asyncpg's prepared statements fail, or answer with the rows of other
         clients' statements. PgBouncer invents the process number that it tells its clients.
@@ -132,12 +218,12 @@ class Asyncpg(PostgreSQL):
             connection.autocommit = True
             cursor = connection.cursor()
             try:
-                cursor.execute(_LOOK_AFTER_CLIENT)
+                cursor.execute(_WATCH_CLIENT)
                 ((_, id),) = cursor.fetchall()
             except engine.dialect.loaded_dbapi.Error:
                 if self.is_closed(driver_connection):
                     raise
-                return  # not on every system can the server look
+                return  # the server cannot watch its clients on every system
             finally:
                 cursor.close()
                 connection.autocommit = False
@@ -160,7 +246,7 @@ class Asyncpg(PostgreSQL):
         connecting: Awaitable[Any] = import_module("asyncpg").connect(*args, **kwargs)
         return connecting
 
-    def _is_closed(self, connection: Any) -> bool:
+    def is_closed(self, connection: Any) -> bool:
         return bool(connection.is_closed())
 
     def _terminate(self, connection: Any) -> None:
@@ -184,7 +270,7 @@ class Asyncpg(PostgreSQL):
         connection.autocommit = False
 
 
-_LOOK_AFTER_CLIENT = """
+_WATCH_CLIENT = """
     SELECT CASE WHEN current_setting('client_connection_check_interval', true) = '0'
     THEN set_config('client_connection_check_interval', '1s', false) END, pg_backend_pid()
 """

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
+import re
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Coroutine, Mapping
 from importlib import import_module
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakSet, finalize
 
 import anyio
@@ -23,6 +25,7 @@ from asgi_db.drivers.base import (
     AutocommitRequests,
     Beginning,
 )
+from asgi_db.drivers.sandbox import SandboxConnection, SandboxControl, SandboxRules, SandboxStandIn
 from asgi_db.modes import Mode
 from asgi_db.tasks import in_background
 
@@ -54,11 +57,78 @@ class SQLite(AnyDriver):
         return getattr(error, "sqlite_errorname", None)
 
 
+class AiosqliteSandbox(SandboxRules):
+    """SQLite checks deferred foreign keys at COMMIT, and sets up a connection outside of one."""
+
+    begin: ClassVar[str] = "BEGIN IMMEDIATE"  # nobody else can write into the file meanwhile
+
+    def __init__(self, connection: SandboxConnection) -> None:
+        super().__init__(connection)
+        self._checks_foreign_keys = False
+        self._broken_before: set[Any] = set()
+
+    def control(self, stand_in: SandboxStandIn) -> SandboxControl:
+        return _SandboxControl()
+
+    def begin_nothing(self) -> None:
+        self.connection.adapted.isolation_level = None
+
+    def is_in_transaction(self) -> bool:
+        return bool(self.connection.driver.in_transaction)
+
+    async def opened(self) -> None:
+        ((self._checks_foreign_keys,),) = await self.connection.fetch("PRAGMA foreign_keys")
+        self._broken_before = await self._broken()
+
+    async def _broken(self) -> set[Any]:
+        if not self._checks_foreign_keys:
+            return set()
+        return set(await self.connection.fetch("PRAGMA foreign_key_check"))
+
+    async def interrupt(self, running: asyncio.Future[Any], *, only_reads: bool) -> None:
+        while only_reads and not running.done():  # a write takes the transaction with it
+            await self.connection.driver.interrupt()  # is forgotten if it precedes the statement
+            await asyncio.wait((running,), timeout=INTERRUPT_AGAIN)
+
+    async def before_close(self) -> None:
+        while self.connection.is_busy:  # the thread in which it is closed does nothing else
+            await self.connection.driver.interrupt()
+            await asyncio.sleep(INTERRUPT_AGAIN)
+
+    def is_ignored(self, sql: str) -> bool:
+        return _PRAGMA.match(sql) is not None
+
+    async def check_deferred(self) -> None:
+        if await self._broken() - self._broken_before:
+            raise self.connection.adapted.dbapi.IntegrityError("FOREIGN KEY constraint failed")
+
+    async def committed(self, settings: Mapping[str, str]) -> None:
+        if self._checks_foreign_keys:
+            await self.connection.fetch("PRAGMA defer_foreign_keys = OFF")
+
+
+class _SandboxControl:
+    """The attribute of a connection by which SQLAlchemy's aiosqlite dialect asks for autocommit."""
+
+    def __init__(self) -> None:
+        self.isolation_level: str | None = ""
+
+    @property
+    def is_autocommit(self) -> bool:
+        return self.isolation_level is None
+
+
+_PRAGMA = re.compile(
+    r"\s*PRAGMA\s+(?:journal_mode|synchronous|foreign_keys|busy_timeout)\s*=", re.IGNORECASE
+)
+
+
 class Aiosqlite(SQLite):
     """SQLite by aiosqlite."""
 
     name = "aiosqlite"
     is_supported = True
+    sandbox: type[SandboxRules] | None = AiosqliteSandbox
 
     def __init__(self) -> None:
         self._autocommit_requests = AutocommitRequests()
@@ -119,7 +189,7 @@ class Aiosqlite(SQLite):
         connection.stop()
 
     def begin(self, pooled: PoolProxiedConnection, beginning: Beginning) -> None:
-        if pooled.driver_connection not in self._autocommit_requests:
+        if beginning.statements and pooled.driver_connection not in self._autocommit_requests:
             super().begin(pooled, beginning)
 
     def interrupt(self, connection: Any) -> Coroutine[Any, Any, None] | None:

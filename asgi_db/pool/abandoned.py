@@ -115,7 +115,8 @@ class AbandonedStatements:
 
     def _give_up(self, error: Exception) -> None:
         logger.error(
-            "%d abandoned statements may still run on the server, which cannot be told: %s",
+            "%d statements may still run on the server, although nobody waits for them any more:"
+            " the server cannot be told (%s)",
             len(self._abandoned),
             type(error).__name__,
         )

@@ -49,19 +49,22 @@ class FairQueue(QueueCommon[T]):
         return sum(not waiter.done() for waiter in list(self._waiting))
 
     def put(self, item: T, block: bool = True, timeout: float | None = None) -> None:
-        """Hand an item to a waiter, or keep it; the pool never waits for room."""
-        self.put_nowait(item)
+        """Hand an item to the waiter that has waited longest, or keep it.
 
-    def put_nowait(self, item: T) -> None:
-        """Hand an item to a waiter, or keep it.
+        The pool never waits for room.
 
         Raises:
             Full: there is no waiter, and no room.
         """
-        if not self.hand(item):
-            if self.full():
-                raise Full()
-            self._items.append(item)
+        if self._waiting and self.hand(item):
+            return
+        if 0 < self.maxsize <= len(self._items):
+            raise Full()
+        self._items.append(item)
+
+    def put_nowait(self, item: T) -> None:
+        """Hand an item to the waiter that has waited longest, or keep it; see `put`."""
+        self.put(item)
 
     def hand(self, item: T) -> bool:
         """Hand an item to the waiter that has waited longest; False if there is none."""
@@ -83,8 +86,10 @@ class FairQueue(QueueCommon[T]):
         Raises:
             Empty: there is no item, or none has come within `timeout` seconds.
         """
-        if self._items or not block:
-            return self.get_nowait()
+        if self._items:
+            return self._items.pop() if self.use_lifo else self._items.popleft()
+        if not block:
+            raise Empty()
         return await_(self._wait(timeout))
 
     def get_nowait(self) -> T:
@@ -93,9 +98,7 @@ class FairQueue(QueueCommon[T]):
         Raises:
             Empty: there is no item.
         """
-        if not self._items:
-            raise Empty()
-        return self._items.pop() if self.use_lifo else self._items.popleft()
+        return self.get(block=False)
 
     async def _wait(self, seconds: float | None) -> T:
         loop = asyncio.get_running_loop()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from anyio.from_thread import start_blocking_portal
@@ -14,9 +13,6 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_db.errors import ConfigurationError
 from asgi_db.settings import parse_database_url, with_database_for_tests
-
-if TYPE_CHECKING:
-    pass
 
 
 def test_database_url(url: str | URL, *, worker: str | None = None) -> URL:

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from sqlalchemy import event
-from sqlalchemy.engine import Dialect
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
+from asgi_db.drivers import driver_of, drivers_with_sandbox
 from asgi_db.drivers.base import lost_connection
+from asgi_db.drivers.sandbox import SandboxRules
 from asgi_db.errors import SandboxError
 from asgi_db.pool.engines import Engines
 from asgi_db.pool.life import EngineLife
 from asgi_db.tasks import run_to_completion
-from asgi_db.testing.shared import SharedConnection, shared_connection
-from asgi_db.testing.stand_in import SandboxedConnection, in_thread, sandboxed_connection
+from asgi_db.testing.set_up import Creator, replace_creator, restore_creator
+from asgi_db.testing.shared import SharedConnection, in_thread
+from asgi_db.testing.stand_in import StandInConnection
 
 
 class Sandbox:
@@ -44,7 +45,7 @@ class Sandbox:
         self._portals = ExitStack()
         self._life: EngineLife | None = None
         self._shared: SharedConnection | None = None
-        self._covered: list[EngineLife] = []
+        self._covered: dict[EngineLife, Creator] = {}
 
     # -- begin and end -------------------------------------------------------------------------
 
@@ -70,7 +71,7 @@ class Sandbox:
     async def __aenter__(self) -> Self:
         portal = self._begin()
         try:
-            await run_to_completion(in_thread(portal, partial(self._open, portal)))
+            await run_to_completion(in_thread(portal, self._open, portal))
             self._cover_all()
         except BaseException:
             self._end(portal)
@@ -107,7 +108,7 @@ class Sandbox:
 
     async def _open(self, portal: BlockingPortal) -> None:
         self._life = self._engines.make_side_life()
-        self._shared = shared_connection(self._life.engine, portal)
+        self._shared = SharedConnection(self._life.engine, portal, _rules(self._life))
         await self._shared.open()
 
     async def _close(self) -> None:
@@ -134,11 +135,12 @@ class Sandbox:
     def _uncover_all(self) -> SharedConnection:
         assert self._shared is not None
         self._engines.active_cover = None
-        for life in self._covered:
+        for life, creator in self._covered.items():
             engine = life.engine.sync_engine
-            event.remove(engine, "do_connect", self._connect)
+            restore_creator(engine.pool, creator)
+            event.remove(engine, "connect", self._connected)
             event.remove(engine, "checkout", self._check_out)
-            life.connections.forget(SandboxedConnection)
+            life.connections.forget(StandInConnection)
         self._covered.clear()
         return self._shared
 
@@ -147,28 +149,46 @@ class Sandbox:
         if life in self._covered:
             return
         engine = life.engine.sync_engine
-        event.listen(engine, "do_connect", self._connect)
+        self._covered[life] = replace_creator(engine.pool, self._or_stand_in)
+        event.listen(engine, "connect", self._connected)
         event.listen(engine, "checkout", self._check_out)
-        self._covered.append(life)
 
-    def _connect(
-        self, dialect: Dialect, entry: ConnectionPoolEntry | None, *_: Any
-    ) -> SandboxedConnection | None:
-        if self._shared is None or not self._is_active:
-            return None
-        if self._shared.has_gone:
-            raise lost_connection(ConnectionError("the sandbox's connection is lost"))
-        return sandboxed_connection(self._shared, dialect, entry)
+    def _or_stand_in(self, creator: Creator) -> Creator:
+        def connect(entry: ConnectionPoolEntry) -> Any:
+            return self._stand_in(entry) if self._is_active else creator(entry)
+
+        return connect
+
+    def _stand_in(self, entry: ConnectionPoolEntry) -> Any:
+        assert self._shared is not None
+        if not self._shared.is_usable:
+            raise lost_connection(ConnectionError("the sandbox's connection is closed"))
+        return StandInConnection(self._shared, entry)
+
+    def _connected(self, connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
+        if isinstance(connection, StandInConnection):
+            connection.is_set_up()
 
     def _check_out(
         self, connection: DBAPIConnection, _: ConnectionPoolEntry, __: PoolProxiedConnection
     ) -> None:
-        if isinstance(connection, SandboxedConnection):
-            connection.commit()  # what SQLAlchemy or the application has sent to set it up
+        if isinstance(connection, StandInConnection):
+            connection.commit()  # what other listeners have sent
         elif self._is_active:
             raise DisconnectionError("This connection is from before the sandbox.")
 
     @property
     def _is_active(self) -> bool:
-        # A pool that was made anew, when an engine was disposed, keeps the events of the old one.
+        # A pool that was made anew, when an engine was disposed, keeps what the old one had.
         return self._engines.active_cover is self
+
+
+def _rules(life: EngineLife) -> type[SandboxRules]:
+    dialect = life.engine.dialect
+    rules = driver_of(dialect).sandbox
+    if rules is None:
+        raise SandboxError(
+            f"There is no sandbox for the driver {dialect.driver}: use one of"
+            f" {', '.join(drivers_with_sandbox())}."
+        )
+    return rules

@@ -1,7 +1,7 @@
-"""How a transaction ends: what is awaited for a ROLLBACK, or to give its connection back.
+"""How a transaction ends: what is awaited for a COMMIT or ROLLBACK, or to give a connection back.
 
-Nothing is decided here. Whatever cannot be ended in good order, or in time, is terminated: a
-connection goes back to the pool clean, or not at all.
+Whether to commit is not decided here. Whatever cannot be ended in good order, or in time, is
+terminated: a connection goes back to the pool clean, or not at all.
 """
 
 from __future__ import annotations
@@ -20,13 +20,23 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util.concurrency import in_greenlet
 
 from asgi_db.drivers import error_code
+from asgi_db.errors import DatabaseTimeoutError, OutcomeUnknownError
+from asgi_db.unit.deadline import Deadline
 from asgi_db.unit.operation import Operation
-from asgi_db.unit.transaction import Transaction
+from asgi_db.unit.transaction import Stage, Transaction
 
 logger = logging.getLogger("asgi_db")
 
 CLEANUP_TIMEOUT = 5.0
 """Seconds that a ROLLBACK may take before its connection is terminated instead."""
+
+
+COMMIT_TIMEOUT = 30.0
+"""Seconds that a COMMIT may take before its outcome counts as unknown, where the mode has no
+`timeout=`."""
+
+LEAST_COMMIT_TIMEOUT = 1.0
+"""Seconds that a COMMIT gets at least, where the mode's `timeout=` is nearly over."""
 
 
 def has_changes(session: Session | None) -> bool:
@@ -49,37 +59,87 @@ def give_back(session: Session) -> None:
         transaction.close()  # no public method of the session ends a transaction like this
 
 
-async def close_streams(session: AsyncSession, transaction: Transaction) -> None:
-    """Close what lives on a cursor: on MariaDB it would seem to be at its end, not interrupted."""
-
-    def close(_: Session) -> None:
-        for stream in streams:
-            stream.close()
-
-    if streams := transaction.streams:
-        await session.run_sync(close)
-
-
 class Ending:
-    """The end of one transaction, when it is not to be committed."""
+    """The end of one transaction of a session."""
 
     def __init__(
-        self, session: AsyncSession, transaction: Transaction, describe: Callable[[], str]
+        self,
+        session: AsyncSession,
+        transaction: Transaction,
+        deadline: Deadline | None,
+        describe: Callable[[], str],
     ) -> None:
         """Prepare it.
 
         Args:
             session: the session.
             transaction: what is open.
-            describe: names the request or block, for the log.
+            deadline: the end of the unit's time, if there is one; a COMMIT gets
+                `LEAST_COMMIT_TIMEOUT` in any case.
+            describe: names the request or block, for messages.
         """
         self._session = session
         self._transaction = transaction
+        self._deadline = deadline
         self._describe = describe
 
-    async def roll_back(self) -> None:
-        """Roll back, and expire what was loaded."""
-        await self._close_by(AsyncSession.rollback(self._session), self._session.close)
+    async def commit(
+        self,
+        commit: Callable[[], Awaitable[None]],
+        log_failure: Callable[[BaseException], None],
+    ) -> None:
+        """Commit in time, or roll back.
+
+        Without `timeout=` only the COMMIT itself is limited, and not the flush before it.
+
+        Args:
+            commit: commits.
+            log_failure: is told of what went wrong, before the ROLLBACK.
+
+        Raises:
+            OutcomeUnknownError: COMMIT was sent, and not answered in time.
+            DatabaseTimeoutError: it was not even sent in time.
+            Exception: the commit failed.
+        """
+        transaction = self._transaction
+        if self._deadline is None:
+            transaction.when_sent = self._limit_commit
+        else:
+            self._deadline.watch_task(LEAST_COMMIT_TIMEOUT)
+        try:
+            if transaction.streams:
+                await self._close_streams()
+            await commit()
+        except BaseException as error:
+            overdue = self._overdue(error)
+            transaction.fail()
+            log_failure(overdue or error)
+            await self._close_by(AsyncSession.rollback(self._session), self._session.close)
+            if overdue is not None:
+                raise overdue from None
+            raise
+        else:
+            self._overdue(None)
+        finally:
+            transaction.when_sent = None
+
+    def _limit_commit(self) -> None:
+        if self._deadline is None:
+            self._deadline = Deadline(COMMIT_TIMEOUT)
+            self._deadline.watch_task()
+
+    def _overdue(self, error: BaseException | None) -> Exception | None:
+        """Stop watching the COMMIT, and return the error for one that did not end in time."""
+        deadline = self._deadline
+        if deadline is None or not deadline.has_cancelled(error):
+            return None
+        if self._transaction.stage is not Stage.SENT:
+            return DatabaseTimeoutError(self._describe(), deadline.allowed)
+        return OutcomeUnknownError(
+            f"{self._describe()}: COMMIT was sent and not answered within {deadline.allowed:.1f} s,"
+            " so whether it was carried out is unknown",
+            TimeoutError(),
+        )
 
     async def roll_back_unit(self, straggler: Operation | None) -> None:
         """Roll back at the end of a unit; if it has only read, what was loaded stays usable.
@@ -99,7 +159,7 @@ class Ending:
             straggler.task.cancel()
             await asyncio.wait((straggler.task,))
         transaction = self._transaction
-        await close_streams(self._session, transaction)
+        await self._close_streams()
         has_work = transaction.has_writes or has_changes(self._session.sync_session)
         if has_work or transaction.failure is not None:
             await AsyncSession.rollback(self._session)
@@ -107,13 +167,23 @@ class Ending:
             await self._session.run_sync(give_back)
 
     async def _give_back_after_streams(self) -> None:
-        await close_streams(self._session, self._transaction)
+        await self._close_streams()
         await self._session.run_sync(give_back)
 
     async def _keep_objects(self) -> None:
         """End a transaction without writes whose connection was closed: nothing is lost with it."""
         with contextlib.suppress(SQLAlchemyError):
             await self._session.run_sync(give_back)
+
+    async def _close_streams(self) -> None:
+        """Close what lives on a cursor: on MariaDB it would seem to be at its end."""
+
+        def close(_: Session) -> None:
+            for stream in streams:
+                stream.close()
+
+        if streams := self._transaction.streams:
+            await self._session.run_sync(close)
 
     async def _close_by(
         self, closing: Coroutine[Any, Any, None], after_termination: Callable[[], Awaitable[None]]

@@ -1,154 +1,18 @@
-"""The session that handlers get, and its synchronous half, which keeps it inside its unit of work.
-
-Every operation of an `AsyncSession`, a lazy load and `run_sync` included, passes through the
-public methods of the SQLAlchemy `Session` underneath. That is the one place where this module
-stands: it asks the unit of work before each operation and tells it afterwards.
-"""
+"""The session that handlers get."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-from sqlalchemy import Connection, Engine, event
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
-from sqlalchemy.orm import Session, SessionTransaction
 
-from asgi_db.unit.ending import give_back, has_changes
 from asgi_db.unit.hooks import Hook, HookFunction, When
 from asgi_db.unit.origin import Origin
+from asgi_db.unit.sync_session import UnitSession
 from asgi_db.unit.unit_of_work import UnitOfWork
-
-
-class UnitSession(Session):
-    """The synchronous half of `DBSession`."""
-
-    def __init__(self, *args: Any, unit_of_work: UnitOfWork, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.unit_of_work = unit_of_work
-        unit_of_work.sync_session = self
-
-    def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
-        """Choose the engine by the mode; SQLAlchemy asks here before it takes a connection."""
-        return self.unit_of_work.bind(super().get_bind(*args, **kwargs))
-
-    def rollback(self) -> None:
-        """Roll back; also what `release` has kept, which is in no transaction."""
-        if not self.in_transaction() and has_changes(self):
-            Session.begin(self)
-        super().rollback()
-
-    def leave(self, error: BaseException | None) -> None:
-        """End an operation; in autocommit its connection goes back at once.
-
-        The unit decides, and the connection goes back while the operation still counts as running,
-        so that no other task begins one meanwhile.
-        """
-        unit = self.unit_of_work
-        try:
-            if error is not None:
-                unit.note_error(self, error)
-            if unit.lets_connection_go(self, error):
-                give_back(self)
-        finally:
-            unit.leave(error)
-
-
-def _inside_the_unit(name: str) -> Callable[..., Any]:
-    operation = getattr(UnitSession, name)
-
-    @functools.wraps(operation)
-    def guarded(self: UnitSession, *args: Any, **kwargs: Any) -> Any:
-        unit = self.unit_of_work
-        if not unit.enter(name):
-            return operation(self, *args, **kwargs)
-        try:
-            result = operation(self, *args, **kwargs)
-        except BaseException as error:
-            self.leave(error)
-            raise
-        self.leave(None)
-        options: Mapping[str, Any] | None = kwargs.get("execution_options")
-        if options and options.get("stream_results"):  # `AsyncSession.stream`
-            unit.stream_opened(result)
-        return result
-
-    return guarded
-
-
-# Every public method of `Session` that may talk to the database; tests hold this list against
-# the installed SQLAlchemy.
-OPERATIONS = (
-    "begin",
-    "begin_nested",
-    "bulk_insert_mappings",
-    "bulk_save_objects",
-    "bulk_update_mappings",
-    "close",
-    "commit",
-    "connection",
-    "delete",
-    "delete_all",
-    "execute",
-    "flush",
-    "get",
-    "get_one",
-    "invalidate",
-    "merge",
-    "merge_all",
-    "prepare",
-    "refresh",
-    "reset",
-    "rollback",
-    "scalar",
-    "scalars",
-)
-for _name in OPERATIONS:
-    setattr(UnitSession, _name, _inside_the_unit(_name))
-
-
-@event.listens_for(UnitSession, "before_flush")
-def _before_flush(session: UnitSession, *_: Any) -> None:
-    session.unit_of_work.check_flush()
-
-
-@event.listens_for(UnitSession, "before_commit")
-def _before_commit(session: UnitSession) -> None:
-    if not session.in_nested_transaction():
-        session.unit_of_work.commit_begins()
-
-
-@event.listens_for(UnitSession, "after_commit")
-def _after_commit(session: UnitSession) -> None:
-    if not session.in_nested_transaction():
-        session.unit_of_work.transaction_committed()
-
-
-@event.listens_for(UnitSession, "after_begin")
-def _after_begin(session: UnitSession, _: SessionTransaction, connection: Connection) -> None:
-    session.unit_of_work.transaction_began(connection)
-
-
-@event.listens_for(UnitSession, "after_transaction_create")
-def _after_transaction_create(session: UnitSession, transaction: SessionTransaction) -> None:
-    if transaction.parent is None:
-        session.unit_of_work.transaction_created()
-    elif transaction.nested:
-        session.unit_of_work.savepoint_began(transaction)
-
-
-@event.listens_for(UnitSession, "after_transaction_end")
-def _after_transaction_end(session: UnitSession, transaction: SessionTransaction) -> None:
-    if transaction.parent is None:
-        session.unit_of_work.transaction_ended()
-
-
-@event.listens_for(UnitSession, "after_soft_rollback")
-def _after_soft_rollback(session: UnitSession, transaction: SessionTransaction) -> None:
-    session.unit_of_work.rolled_back(transaction)
 
 
 class _Transaction(AsyncSessionTransaction):
@@ -193,7 +57,9 @@ class _Transaction(AsyncSessionTransaction):
 
     async def _watched(self, operation: str, end: Callable[[], Awaitable[None]]) -> None:
         unit, session = self._unit_of_work, cast(UnitSession, self.session.sync_session)
-        unit.enter(operation)
+        if not session.enter(operation):
+            await end()
+            return
         error: BaseException | None = None
         try:
             await end()

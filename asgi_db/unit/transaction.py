@@ -12,6 +12,7 @@ outcome unknown. How a unit of work has ended is the last stage of its transacti
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 
 from sqlalchemy import Connection, Result
 from sqlalchemy.exc import DBAPIError
@@ -64,7 +65,7 @@ class Transaction:
         failure: why it cannot be committed any more, if it cannot.
         was_cancelled: whether a statement of it, or its COMMIT, was running when the request was
             cancelled.
-        asked_at: when it asked for its first connection, by `time.monotonic()`.
+        when_sent: called when its COMMIT is sent, to limit the time that it may take.
     """
 
     stage = Stage.OPEN
@@ -73,10 +74,15 @@ class Transaction:
     has_writes = False
     failure: BaseException | None = None
     was_cancelled = False
-    asked_at = 0.0
+    when_sent: Callable[[], None] | None = None
 
     def __repr__(self) -> str:
         return f"<Transaction {self.stage.name}>"
+
+    @property
+    def commit_was_sent(self) -> bool:
+        """Whether its COMMIT is on its way to the server, or at least may be."""
+        return self.stage is Stage.SENT
 
     @property
     def is_open(self) -> bool:
@@ -110,6 +116,13 @@ class Transaction:
             if not connection.invalidated and not connection.connection.is_valid:
                 raise FailedTransactionError(statement_failed=False)
         self.move(Stage.COMMITTING)
+
+    def commit_is_sent(self) -> None:
+        """Note that the driver is about to send COMMIT."""
+        if self.stage in (Stage.COMMITTING, Stage.SENT):  # else it is not the session's own COMMIT
+            self.move(Stage.SENT)
+            if self.when_sent is not None:
+                self.when_sent()
 
     def end(self) -> None:
         """Note that the session has ended it; a COMMIT has moved it on by itself."""

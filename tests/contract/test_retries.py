@@ -193,7 +193,7 @@ async def test_the_mode_of_the_middleware_may_have_retries(rival: Rival) -> None
 
 # -- many at once ------------------------------------------------------------------------------
 
-CLIENTS, TIMES = 50, 20
+CLIENTS, TIMES = 50, 4
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS[2:3], ids=lambda framework: framework.name)
