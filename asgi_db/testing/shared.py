@@ -14,7 +14,6 @@ savepoint is released, which does no harm, and it begins anew with its next stat
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager
@@ -28,12 +27,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from asgi_db.drivers import driver_of
 from asgi_db.drivers.sandbox import SandboxRules
 from asgi_db.errors import SandboxError
+from asgi_db.logs import logger
 from asgi_db.pool.abandoned import connection_aside
 from asgi_db.testing.cursor import execute
 from asgi_db.testing.set_up import Creator, RecordedConnection, replace_creator
 from asgi_db.testing.transaction import SandboxedTransaction, Statement
-
-logger = logging.getLogger("asgi_db")
 
 WAIT_TIMEOUT = 5.0
 """Seconds that a transaction waits for another, which has written, to end."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -21,11 +20,10 @@ from sqlalchemy.util.concurrency import in_greenlet
 
 from asgi_db.drivers import error_code
 from asgi_db.errors import DatabaseTimeoutError, OutcomeUnknownError
+from asgi_db.logs import logger
 from asgi_db.unit.deadline import Deadline
 from asgi_db.unit.operation import Operation
 from asgi_db.unit.transaction import Stage, Transaction
-
-logger = logging.getLogger("asgi_db")
 
 CLEANUP_TIMEOUT = 5.0
 """Seconds that a ROLLBACK may take before its connection is terminated instead."""

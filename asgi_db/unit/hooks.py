@@ -10,16 +10,14 @@ It waits until the database has answered; then it is due, or forgotten:
 from __future__ import annotations
 
 import inspect
-import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Literal, NamedTuple, TypeAlias
 
 from sqlalchemy.orm import SessionTransaction
 
+from asgi_db.logs import logger
 from asgi_db.tasks import run_to_completion
-
-logger = logging.getLogger("asgi_db")
 
 HookFunction: TypeAlias = Callable[[], Awaitable[object] | object]
 HookOutcome: TypeAlias = Literal["commit", "rollback"]

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import logging
 import time
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -38,8 +37,6 @@ from asgi_db.unit.hooks import Hooks
 from asgi_db.unit.operation import MAY_BE_LATE, Operation
 from asgi_db.unit.origin import Origin
 from asgi_db.unit.transaction import OUTCOMES, Stage, Transaction
-
-logger = logging.getLogger("asgi_db")
 
 
 class State(enum.Enum):

@@ -21,6 +21,7 @@ from asgi_db.errors import (
     SessionExpiredError,
     UncommittedWorkError,
 )
+from asgi_db.logs import logger
 from asgi_db.tasks import current_task, finish
 from asgi_db.unit.ending import (
     Ending,
@@ -30,8 +31,6 @@ from asgi_db.unit.ending import (
 from asgi_db.unit.hooks import Hook, HookOutcome, Hooks
 from asgi_db.unit.operation import Operation
 from asgi_db.unit.standing import LeftOver, Standing, State
-
-logger = logging.getLogger("asgi_db")
 
 
 class UnitOfWork(Standing):
