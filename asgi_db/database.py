@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import anyio
-from sqlalchemy import URL, Connection, Engine, MetaData, text
+from sqlalchemy import URL, MetaData, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -339,16 +339,6 @@ class Database:
         from asgi_db.testing import Sandbox
 
         return Sandbox(self._engines)
-
-    # -- for the unit of work ------------------------------------------------------------------
-
-    def engine_on(self, loop: asyncio.AbstractEventLoop) -> AsyncEngine:
-        """Return the engine of an event loop, also to a thread beside it; made at first use."""
-        return self.life_on(loop).engine
-
-    def bind_for(self, bind: Engine | Connection, mode: Mode) -> Engine | Connection:
-        """Return the variant of an engine on which transactions begin as the mode says."""
-        return self.life.bind_for(bind, mode)
 
 
 class Block(Origin):

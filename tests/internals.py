@@ -15,6 +15,7 @@ from asgi_db.drivers.base import BEGIN_OPTION, Beginning
 from asgi_db.drivers.connecting import background_is_over
 from asgi_db.drivers.sqlite import Aiosqlite
 from asgi_db.engine import begin_unit, variant_options, writes
+from asgi_db.logs import logger
 from asgi_db.modes import ModeDefault, ReadOnly, Transactional, should_commit
 from asgi_db.pool.fair import FairPool, FairQueue
 from asgi_db.profiles import POOL_PROFILES, PoolName, pool_profile
@@ -62,6 +63,7 @@ __all__ = [
     "engine_options_from_env",
     "cli",
     "file_system",
+    "logger",
     "parse_database_url",
     "pool_profile",
     "register",
