@@ -256,6 +256,8 @@ class Walk(RuleBasedStateMachine):
             return
         state = state_of(self.session)
         assert state in ("IDLE", "ACTIVE"), state
+        if state == "ACTIVE" and self.mode is not read_only:
+            assert self.session.in_transaction(), "active, and nothing is open"
         if state == "IDLE":  # and what was just interrupted is on its way back
             async with asyncio.timeout(5):
                 while self._out():  # noqa: ASYNC110 - the pool gives no event for it
@@ -667,3 +669,32 @@ def test_a_session_ends_in_order_whatever_it_is_led_through(
         ),
     )
     gc.collect()  # what was left open complains now
+
+
+# -- what the walks have found -----------------------------------------------------------------
+
+
+async def _add(session: DBSession) -> None:
+    session.add(Author(name="never"))
+
+
+BEGINNINGS: dict[str, Work] = {
+    "add": _add,
+    "begin": lambda session: _begun(session.begin()),
+    "begin_nested": lambda session: _begun(session.begin_nested()),
+}
+"""What lets a session be in a transaction before it takes a connection."""
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="in a transaction, yet IDLE")
+@pytest.mark.parametrize("beginning", BEGINNINGS)
+@pytest.mark.parametrize("name", ["plain", "transactional", "snapshot"])
+async def test_a_unit_whose_session_is_in_a_transaction_is_not_idle(
+    sqlite_tables: str, name: str, beginning: str
+) -> None:
+    async with Database(sqlite_tables) as database:
+        async with database.session(MODES[name]) as session:
+            await BEGINNINGS[beginning](session)
+            state, is_in_transaction = state_of(session), session.in_transaction()
+            await session.rollback()
+    assert (state != "IDLE") == is_in_transaction
