@@ -383,7 +383,7 @@ async def test_the_low_profile_does_not_verify_but_notices_what_the_server_has_c
             id = await own_id(session)
             driver = (await (await session.connection()).get_raw_connection()).driver_connection
         await kill(server_url, id)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while not has_gone(driver):  # noqa: ASYNC110 - the driver gives no event for it
                 await asyncio.sleep(0.01)
         await database.ping()

@@ -204,7 +204,7 @@ async def test_an_exhausted_pool_is_busy_until_a_connection_comes_back(
 
 async def _no_more_than(url: str, number: int) -> None:
     """Wait until the connection which it made for itself is closed."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while True:
             if len(await server_connections(url)) <= number:
                 return
