@@ -251,12 +251,12 @@ async def until_active(url: str, query: str) -> None:
             await asyncio.sleep(0.01)
 
 
-async def assert_idle(url: str, within: float = 5) -> None:
+async def assert_idle(url: str, within: float = 15) -> None:
     """Waits until no client is in a statement or a transaction, and fails with those that stay."""
     await _assert_none(url, within, "busy", lambda client: client.state != "idle")
 
 
-async def assert_disconnected(url: str, within: float = 5) -> None:
+async def assert_disconnected(url: str, within: float = 15) -> None:
     """Waits until no client is connected to this database, and fails with those that stay."""
     await _assert_none(url, within, "connected", lambda client: True)
 

@@ -670,7 +670,7 @@ class Sweep:
         await self.site.assert_returned()
         await self._assert_whole(name)
         if self.site.database.url.get_backend_name() == "postgresql":  # MariaDB's are too slow
-            await assert_idle(self.site.url, within=1)
+            await assert_idle(self.site.url)
         return passed
 
     def _app(self, name: str, points: Points | None) -> ASGIApp:
@@ -724,7 +724,7 @@ async def sweep(
     async with outside(site.url) as witness:
         sweep = Sweep(site, style, way, caplog, witness)
         yield sweep
-        await assert_idle(site.url, within=1)
+        await assert_idle(site.url)
         await sweep.assert_still_whole()
     await site.assert_clean()
     await site.database.dispose()

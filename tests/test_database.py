@@ -593,7 +593,7 @@ async def test_async_with_disposes_at_the_end_also_after_an_error(database_url: 
                     raise error
         except (ZeroDivisionError, asyncio.CancelledError) as raised:
             assert raised is error
-        await assert_disconnected(database_url, within=0.5)
+        await assert_disconnected(database_url)
 
 
 async def test_a_start_that_fails_leaves_no_connection(
@@ -607,7 +607,7 @@ async def test_a_start_that_fails_leaves_no_connection(
     with pytest.raises(ConnectionError, match="did not come up within 0.01 s"):
         async with Refused(database_url, wait_for=0.01):
             raise AssertionError("it has started")
-    await assert_disconnected(database_url, within=0.5)
+    await assert_disconnected(database_url)
 
 
 async def test_a_database_can_be_used_again_after_it_was_disposed(database_url: str) -> None:
@@ -618,7 +618,7 @@ async def test_a_database_can_be_used_again_after_it_was_disposed(database_url: 
             engines.add(database.engine)
             async with database.transaction() as session:
                 await session.execute(text("SELECT 1"))
-        await assert_disconnected(database_url, within=0.5)
+        await assert_disconnected(database_url)
     await database.dispose()
     assert len(engines) == 3
 
@@ -633,7 +633,7 @@ async def database(database_url: str) -> AsyncGenerator[Database, None]:
         await database.create_tables(Base.metadata)
         yield database
         assert_nothing_out(database)
-    await assert_disconnected(database_url, within=0.5)
+    await assert_disconnected(database_url)
 
 
 def assert_nothing_out(database: Database) -> None:

@@ -1012,7 +1012,7 @@ async def test_the_timeout_of_a_unit_is_an_error_that_names_it(server_url: str, 
                 async with database.session(mode(timeout=0.2)) as session:
                     await session.execute(text(sleep))
         assert checked_out(database) == 0
-        await assert_idle(server_url, within=2)
+        await assert_idle(server_url)
         await assert_full_size(database, 1)
 
 

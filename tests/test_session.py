@@ -528,7 +528,7 @@ async def test_a_session_which_another_task_uses_cannot_be_let_go(
 
 
 async def assert_one_at_a_time(database: Database, slow: Slow, name: str, call: Call) -> None:
-    async with asyncio.timeout(5), unit_of(database, success=False) as unit:
+    async with asyncio.timeout(30), unit_of(database, success=False) as unit:
         unit.session.info["kept"] = await unit.session.get_one(Author, 1)
         slow.prepare(unit.session)
         first, second = await asyncio.gather(
