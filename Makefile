@@ -47,7 +47,7 @@ help:
 	@echo "                   ARGS='--only restart --contender asgi_db' selects, --help says what there is"
 	@echo "make bench         how fast it is, beside other libraries: tables and plots, in 25 minutes;"
 	@echo "                   ARGS='--write' puts them into docs/performance.md, '--quick' rehearses"
-	@echo "make check         ruff, mypy, pyright"
+	@echo "make check         ruff, import-linter, mypy, pyright"
 	@echo "make docs          the documentation as a site, in .build/docs; a warning is an error"
 	@echo "make format        ruff format, and the fixes which ruff can make itself"
 	@echo "make coverage      the suite with coverage, and a report in .build/coverage/html"
@@ -86,6 +86,7 @@ bench: $(PEERS)/bench servers
 check: $(VENV)/installed $(VENV)/sphinx
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/mypy
 	@echo "pyright looks at everything again, which takes a minute"
 	$(BIN)/pyright --pythonpath $(BIN)/python

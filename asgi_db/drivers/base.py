@@ -193,7 +193,7 @@ class Driver(Protocol):
         """
 
 
-class AnyDriver:
+class AnyDriver(Driver):
     """What holds for a database and a driver of which nothing is known."""
 
     name = ""

@@ -181,7 +181,10 @@ class Standing:
         self.operation = None
 
     def terminate_streams(self) -> None:
-        # To fetch is no operation of the session, which its deadline could cancel.
+        """Close the connections of server-side cursors which are read after their time is over.
+
+        To fetch is no operation of the session, so its deadline cannot cancel it.
+        """
         if self.operation is None and self.overdue_stream() is not None:
             for connection in self.transaction.connections:
                 connection.invalidate()
@@ -258,6 +261,11 @@ class Standing:
             self.origin.unit_ended(tally)
 
     def move(self, to: State) -> None:
+        """Go on to another state.
+
+        Raises:
+            RuntimeError: the table has no way from this state to that one.
+        """
         if to not in TRANSITIONS[self.state]:
             raise RuntimeError(f"a unit of work cannot move from {self.state.name} to {to.name}")
         self.state = to
