@@ -26,16 +26,23 @@ export COVERAGE_FILE = $(CURDIR)/.build/coverage/data
 PYTEST = ASGI_DB_TEST_INSTALLED=1 $(BIN)/python -P -m
 # Most tests wait for servers, so there are more workers than processors; each has servers of its own.
 PARALLEL = --numprocesses=$(WORKERS) --dist=loadfile
+# What depends on Python: its event loop, its tasks, its garbage collector, its imports and types. The
+# rest (servers, the command line, the documentation) is tested on one version.
+ON_EVERY_PYTHON = tests/contract tests/typing $(patsubst %,tests/test_%.py,unit_of_work session \
+	modes hooks retries cancellation late_cancellation garbage leaks lifespan composition \
+	websockets fair_pool public_api settings)
 
-.PHONY: help demo serve test test-pythons suite chaos bench check docs format coverage build servers clean
+.PHONY: help demo serve test test-pythons python-suite suite load chaos bench check docs format coverage build servers clean
 .NOTPARALLEL:
 
 help:
 	@echo "make demo          run the example application, send it requests, print what happened"
 	@echo "make serve         leave the example application running (HOST=$(HOST) PORT=$(PORT))"
 	@echo "make test          check, then the whole suite with coverage, on the built wheel"
-	@echo "make test-pythons  the suite on the other supported versions of Python found here"
+	@echo "make test-pythons  what depends on Python, on the other supported versions found here"
 	@echo "make suite         the suite alone; ARGS='-k name' goes to pytest, WORKERS=1 runs one test at a time"
+	@echo "make load          four busy processes beside the tests, which end after half an hour;"
+	@echo "                   ARGS='--processes 8 --seconds 60' for more, or less"
 	@echo "make chaos         the long runs with real faults, here and with other libraries, as one table;"
 	@echo "                   ARGS='--only restart --contender asgi_db' selects, --help says what there is"
 	@echo "make bench         how fast it is, beside other libraries: tables and plots, in 25 minutes;"
@@ -58,10 +65,18 @@ test: servers check docs coverage
 test-pythons:
 	@$(PYTHON) -m scripts.pythons
 
+python-suite: $(VENV)/installed servers
+	$(PYTEST) pytest $(PARALLEL) $(ON_EVERY_PYTHON) $(ARGS)
+
 suite: $(VENV)/installed $(BESIDE)/installed servers
 	$(PYTEST) pytest $(PARALLEL) $(ARGS)
 
+load:
+	@$(PYTHON) -m scripts.load $(ARGS)
+
+# Everything, which is without arguments, begins with the sweeps over all ways of cancelling.
 chaos: $(VENV)/installed $(PEERS)/installed servers
+	$(if $(ARGS),,$(PYTEST) pytest $(PARALLEL) -m sweep --whole-sweeps)
 	$(BIN)/python -m tests.chaos --peers=$(PEERS)/bin/python $(ARGS)
 
 bench: $(PEERS)/bench servers
@@ -72,6 +87,7 @@ check: $(VENV)/installed $(VENV)/sphinx
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	@echo "pyright looks at everything again, which takes a minute"
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(VENV)/installed $(VENV)/sphinx
@@ -117,12 +133,13 @@ $(VENV)/sphinx: pyproject.toml $(VENV)/created
 
 dist/built: $(SOURCES) | $(VENV)/tools
 	@rm -rf dist
+	@echo "building the sdist and the wheel; the output goes to .build/build.log"
 	$(BIN)/python -m build --no-isolation --outdir dist . >.build/build.log 2>&1 || { cat .build/build.log; exit 1; }
 	@touch $@
 
 $(VENV)/installed: dist/built $(VENV)/tools
 	$(BIN)/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
-	@$(BIN)/python -m pip install --quiet "$$(echo dist/*.whl)[all]"
+	$(BIN)/python -m pip install --quiet "$$(echo dist/*.whl)[all]"
 	@touch $@
 
 $(BESIDE)/installed: pyproject.toml $(VENV)/tools
@@ -138,5 +155,5 @@ $(PEERS)/installed: pyproject.toml
 $(PEERS)/bench: dist/built $(PEERS)/installed
 	$(PEERS)/bin/python -m pip install --quiet --group bench
 	$(PEERS)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
-	@$(PEERS)/bin/python -m pip install --quiet "$$(echo dist/*.whl)[all]"
+	$(PEERS)/bin/python -m pip install --quiet "$$(echo dist/*.whl)[all]"
 	@touch $@

@@ -1,9 +1,13 @@
-"""Fixtures of the whole suite: the event loop, the servers, and fresh databases on them."""
+"""Fixtures of the whole suite: the event loop, the servers, and empty databases on them."""
 
+import gc
 import importlib.util
 import os
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +22,100 @@ def pytest_configure(config: pytest.Config) -> None:
         origin is None or "site-packages" not in origin.parts
     ):
         raise pytest.UsageError(f"the tests are to run on the installed wheel, not on {origin}")
+    if not hasattr(config, "workerinput"):  # a worker tells its own to this process
+        config.pluginmanager.register(Progress(config))
+
+
+SILENCE = 30
+"""Seconds without a result after which `Progress` says what is running."""
+
+
+class Progress:
+    """Names a test when it fails, and what a long silence waits for.
+
+    Pytest names the failed tests at the end of the run, which takes a while.
+    """
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._running: list[str] = []
+        self._heard_of = time.monotonic()
+        self._ended = threading.Event()
+
+    def pytest_sessionstart(self) -> None:
+        threading.Thread(target=self._break_silence, daemon=True).start()
+
+    def pytest_sessionfinish(self) -> None:
+        self._ended.set()
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node: Any, ids: list[str]) -> None:
+        self._say(f"{node.gateway.id} has loaded {len(ids)} tests, and starts its servers")
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self._running.append(nodeid)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._heard_of = time.monotonic()
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            error = str(getattr(crash, "message", report.longrepr)).partition("\n")[0]
+            self._say(f"FAILED {report.nodeid} ({report.when}) - {error:.200}", red=True)
+        if report.when == "teardown" and report.nodeid in self._running:
+            self._running.remove(report.nodeid)
+
+    def _break_silence(self) -> None:
+        while not self._ended.wait(SILENCE):
+            if time.monotonic() - self._heard_of >= SILENCE:
+                self._say(f"running: {', '.join(self._running) or 'nothing yet, tests are loaded'}")
+
+    def _say(self, words: str, **markup: bool) -> None:
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if terminal is not None:
+            terminal.write_line("")  # the line of dots ends here
+            terminal.write_line(words, **markup)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option of `make chaos`."""
+    parser.addoption(
+        "--whole-sweeps",
+        action="store_true",
+        help="cancel in every way on every database, not only on PostgreSQL",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what a sweep over the ways of cancelling would only repeat on another database.
+
+    A test that is marked `sweep` runs in every way on PostgreSQL, and on the others when a task is
+    cancelled; with `--whole-sweeps` everywhere.
+    """
+    if not config.getoption("--whole-sweeps"):
+        config.hook.pytest_deselected(items=[item for item in items if _repeats(item)])
+        items[:] = [item for item in items if not _repeats(item)]
+
+
+def _repeats(item: pytest.Item) -> bool:
+    if item.get_closest_marker("sweep") is None or not isinstance(item, pytest.Function):
+        return False
+    chosen = set(map(str, item.callspec.params.values()))
+    return bool(chosen & {"mysql", "sqlite"}) and "task" not in chosen
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Load the tests without the garbage collector, and leave them out of what it looks at later.
+
+    Its every look at all the tests takes longer than most of them.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(scope="session")
@@ -43,14 +141,14 @@ def mysql_server() -> Iterator[servers.DatabaseServer]:
 @pytest.fixture
 def postgresql_url(postgresql_server: servers.DatabaseServer) -> Iterator[str]:
     """The URL of an empty PostgreSQL database."""
-    with postgresql_server.fresh_database() as url:
+    with postgresql_server.empty_database() as url:
         yield url
 
 
 @pytest.fixture
 def mysql_url(mysql_server: servers.DatabaseServer) -> Iterator[str]:
     """The URL of an empty MariaDB database."""
-    with mysql_server.fresh_database() as url:
+    with mysql_server.empty_database() as url:
         yield url
 
 

@@ -25,7 +25,6 @@ from asgi_db import (
     transactional,
     uuid4_str,
 )
-from asgi_db.cancellation import run_to_completion
 from asgi_db.types import ASGIApp, Message, Receive, Scope, Send
 from tests.cancelling import (
     POOL,
@@ -44,6 +43,8 @@ from tests.cancelling import (
 )
 from tests.chaos.cancellation import cancellable
 from tests.contract.client import Exchange, call
+from tests.internals import run_to_completion
+from tests.limits import set_limits
 from tests.loops import every_loop
 from tests.relay import Fate, Relay, once
 from tests.servers import (
@@ -261,7 +262,7 @@ async def test_no_connect_that_was_cancelled_outlives_the_database(
             await session.execute(select(1))
 
     if not answers:
-        monkeypatch.setattr("asgi_db.cancellation.CONNECT_GRACE", 0.1)
+        set_limits(monkeypatch, connect_grace=0.1)
     url: str = request.getfixturevalue(f"{server}_url")
     async with Relay(url) as relay:
         database = Database(relay.url)
@@ -382,6 +383,7 @@ class Commit:
 
 @each_committing_style
 @each_moment
+@pytest.mark.sweep
 async def test_cancelled_during_commit_it_answers_or_says_that_it_did_not(
     remote: Site, relay: Relay, style: str, way: str, fate: Fate, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -463,6 +465,7 @@ async def test_cancelled_during_commit_it_says_that_its_client_did_not_take_the_
 
 
 @each_moment
+@pytest.mark.sweep
 @pytest.mark.parametrize("by_hand", [False, True])
 async def test_cancelled_during_the_commit_of_a_message_it_answers_or_says_that_it_did_not(
     remote: Site,
@@ -667,7 +670,7 @@ class Sweep:
         await self.site.assert_returned()
         await self._assert_whole(name)
         if self.site.database.url.get_backend_name() == "postgresql":  # MariaDB's are too slow
-            await assert_idle(self.site.url, within=1)
+            await assert_idle(self.site.url)
         return passed
 
     def _app(self, name: str, points: Points | None) -> ASGIApp:
@@ -721,7 +724,7 @@ async def sweep(
     async with outside(site.url) as witness:
         sweep = Sweep(site, style, way, caplog, witness)
         yield sweep
-        await assert_idle(site.url, within=1)
+        await assert_idle(site.url)
         await sweep.assert_still_whole()
     await site.assert_clean()
     await site.database.dispose()
@@ -734,6 +737,7 @@ watched = pytest.mark.usefixtures("watched_tasks", "unhandled")
 
 @watched
 @each_style
+@pytest.mark.sweep
 @pytest.mark.parametrize("way", ["task", "scope", "timeout"])
 async def test_cancelled_at_each_point_where_it_waits(sweep: Sweep) -> None:
     for point in itertools.count(1):
@@ -759,6 +763,7 @@ async def test_cancelled_again_at_each_point_of_its_clean_up(sweep: Sweep) -> No
 
 @watched
 @pytest.mark.parametrize("style", ["transactional"])
+@pytest.mark.sweep
 @pytest.mark.parametrize("way", ["task", "scope", "timeout", "twice"])
 async def test_cancelled_at_each_point_when_it_has_to_connect_first(sweep: Sweep) -> None:
     for point in itertools.count(1):
@@ -770,6 +775,7 @@ async def test_cancelled_at_each_point_when_it_has_to_connect_first(sweep: Sweep
 
 @watched
 @pytest.mark.parametrize("style", ["transactional"])
+@pytest.mark.sweep
 @pytest.mark.parametrize("way", ["task", "scope", "timeout", "twice"])
 async def test_cancelled_at_each_point_when_its_connection_has_gone(sweep: Sweep) -> None:
     """SQLAlchemy's pool forgets a connection whose replacement is cut off."""

@@ -106,6 +106,7 @@ def make(url: str) -> Contender:
     return Contender(app, checked_out, POOL_SIZE)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("server", ["postgresql", "mysql"])
 def test_nothing_is_left_of_cancelled_requests(
@@ -113,7 +114,7 @@ def test_nothing_is_left_of_cancelled_requests(
 ) -> None:
     url: str = request.getfixturevalue(f"{server}_url")
     # `make chaos` gives it a second; a machine that is busy with other tests may take longer.
-    result = run(make, url, way, Settings(requests=80, seed=20, within=3))
+    result = run(make, url, way, Settings(requests=50, seed=20, within=8))
     assert result.violations == [], result
     assert result.cancelled >= 10
     assert not result.skipped

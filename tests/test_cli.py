@@ -11,19 +11,19 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from click.testing import CliRunner
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
 
 from asgi_db import Database
-from asgi_db.cli.check import PINGS
-from asgi_db.cli.sqlite import file_system
 from tests import servers
+from tests.internals import PINGS, cli, file_system
 from tests.pgbouncer import pgbouncer, through
 from tests.relay import Fate, Relay, once
 from tests.servers import DatabaseServer, assert_disconnected, run, sql
@@ -38,7 +38,7 @@ def environment(**variables: str) -> dict[str, str]:
     return others | variables
 
 
-def asgi_db(
+def shell(
     *arguments: str, folder: Path | None = None, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """Run the command with no terminal; the password of a URL may not be seen anywhere."""
@@ -53,6 +53,26 @@ def asgi_db(
     )
     assert SECRET not in done.stdout + done.stderr
     return done
+
+
+def asgi_db(
+    *arguments: str, folder: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command as `shell` does, but in this process: a new one takes seconds to begin."""
+    without = {name: None for name in os.environ if name not in environment()}
+    path, modules = sys.path[:], set(sys.modules)
+    try:
+        with chdir(folder or "."):
+            done = CliRunner().invoke(cli, arguments, env={**without, **variables})
+    finally:
+        sys.path[:] = path
+        for name in set(sys.modules) - modules:
+            if name.partition(".")[0] == "store":  # the next test has another one
+                del sys.modules[name]
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise AssertionError(done.stderr) from done.exception
+    assert SECRET not in done.stdout + done.stderr
+    return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
 
 
 def with_password(url: str, password: str) -> str:
@@ -70,7 +90,7 @@ def assert_found(output: str, severity: str, problem: str, remedy: str) -> None:
 
 def test_check_says_what_and_where_the_database_is(database_url: str) -> None:
     run(_create(database_url))
-    done = asgi_db("check", DATABASE_URL=database_url)
+    done = shell("check", DATABASE_URL=database_url)
     assert done.returncode == 0, done.stderr
     url = make_url(database_url)
     assert re.search(rf"^database +{re.escape(url.drivername)}://.*{url.database}", done.stdout)
@@ -183,16 +203,33 @@ def test_check_notices_a_pooler_and_works_through_it(
             assert_found(done.stdout, "note", "client_connection_check_interval", "ALTER SYSTEM")
 
 
-OwnServer = Callable[..., AbstractContextManager[DatabaseServer]]
-each_server = pytest.mark.parametrize("start", [servers.postgresql, servers.mariadb])
+@pytest.fixture(scope="module")
+def own_postgresql() -> Iterator[DatabaseServer]:
+    """A server of this file, which its tests may stop."""
+    with servers.postgresql(own=True) as server:
+        yield server
 
 
-@each_server
-def test_a_connection_across_a_network_that_is_not_encrypted_is_a_warning(start: OwnServer) -> None:
-    with start(own=True) as server:
-        assert "not encrypted" not in asgi_db("check", "--url", server.url).stdout
-        # Another way to write 127.0.0.1, which does not look like this machine.
-        done = asgi_db("check", "--url", server.url.replace("127.0.0.1", "2130706433"))
+@pytest.fixture(scope="module")
+def own_mariadb() -> Iterator[DatabaseServer]:
+    """The same, whose settings the tests may change."""
+    with servers.mariadb(own=True) as server:
+        yield server
+
+
+@pytest.fixture(params=["postgresql", "mariadb"])
+def own_server(request: pytest.FixtureRequest) -> DatabaseServer:
+    """Each in turn."""
+    server: DatabaseServer = request.getfixturevalue(f"own_{request.param}")
+    return server
+
+
+def test_a_connection_across_a_network_that_is_not_encrypted_is_a_warning(
+    own_server: DatabaseServer,
+) -> None:
+    assert "not encrypted" not in asgi_db("check", "--url", own_server.url).stdout
+    # Another way to write 127.0.0.1, which does not look like this machine.
+    done = asgi_db("check", "--url", own_server.url.replace("127.0.0.1", "2130706433"))
     assert_found(done.stdout, "warning", "2130706433 is not encrypted", "ssl")
 
 
@@ -220,8 +257,8 @@ SETTINGS_OF_MYSQL = [
 ]
 
 
-def test_check_finds_the_settings_of_mariadb_that_matter() -> None:
-    with servers.mariadb(own=True) as server, server.fresh_database() as url:
+def test_check_finds_the_settings_of_mariadb_that_matter(own_mariadb: DatabaseServer) -> None:
+    with own_mariadb.fresh_database() as url:
         name = make_url(url).database
         sql(url, f"ALTER DATABASE {name} CHARACTER SET latin1")
         sql(url, *(f"SET GLOBAL {name} = {value}" for name, value, *_ in SETTINGS_OF_MYSQL))
@@ -234,10 +271,11 @@ def test_check_finds_the_settings_of_mariadb_that_matter() -> None:
         sql(url, "SET GLOBAL read_only = OFF", "SET GLOBAL tx_isolation = 'READ-UNCOMMITTED'")
         done = asgi_db("check", "--url", url)
         assert_found(done.stdout, "warning", "READ-UNCOMMITTED", "REPEATABLE READ")
+    own_mariadb.restart()  # and nothing of it is left
 
 
-def test_check_finds_nothing_in_a_mariadb_that_is_set_up_well() -> None:
-    with servers.mariadb(own=True) as server, server.fresh_database() as url:
+def test_check_finds_nothing_in_a_mariadb_that_is_set_up_well(own_mariadb: DatabaseServer) -> None:
+    with own_mariadb.fresh_database() as url:
         sql(
             url,
             f"ALTER DATABASE {make_url(url).database} CHARACTER SET utf8mb4",
@@ -266,7 +304,7 @@ def test_check_leaves_an_sqlite_file_as_it_is(tmp_path: Path) -> None:
 
 
 def test_check_makes_no_sqlite_file(tmp_path: Path) -> None:
-    done = asgi_db("check", folder=tmp_path)
+    done = shell("check", folder=tmp_path)
     assert done.returncode == 0
     assert "app.db (does not exist yet" in done.stdout
     assert "Set DATABASE_URL" in done.stderr
@@ -310,7 +348,7 @@ from sqlalchemy import make_url
 from asgi_db.cli.report import Plan, Report
 from asgi_db.cli.check import PINGS
 from asgi_db.cli.sqlite import check_file
-from asgi_db.settings import PoolProfile
+from asgi_db.profiles import PoolProfile
 if os.geteuid() == 0:  # who may write everywhere
     os.setuid(65534)
 report = Report()
@@ -431,8 +469,8 @@ def test_an_option_of_the_url_that_the_driver_does_not_take_is_an_error(
     "arguments",
     [
         ("wait", "--timeout", "1"),
-        ("create-tables", "shop.tables:Base"),
-        ("drop-tables", "shop.tables:Base", "--yes"),
+        ("create-tables", "store.tables:Base"),
+        ("drop-tables", "store.tables:Base", "--yes"),
     ],
     ids=lambda arguments: arguments[0],
 )
@@ -484,27 +522,25 @@ def test_wait_ends_well_when_the_database_is_there(database_url: str) -> None:
     assert re.search(r" answers, after \d+\.\d s\.$", done.stdout)
 
 
-@each_server
-def test_wait_waits_for_a_server_that_comes_up_later(start: OwnServer) -> None:
-    with start(own=True) as server:
-        server.stop()
-        with subprocess.Popen(
-            [COMMAND, "wait", "--timeout", "60", "--url", server.url],
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as waiting:
-            assert waiting.stderr is not None and waiting.stdout is not None
-            assert "is not there yet" in waiting.stderr.readline()
-            server.start()
-            assert " answers, after " in waiting.stdout.read()
-        assert waiting.returncode == 0
+def test_wait_waits_for_a_server_that_comes_up_later(own_server: DatabaseServer) -> None:
+    own_server.stop()
+    with subprocess.Popen(
+        [COMMAND, "wait", "--timeout", "60", "--url", own_server.url],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as waiting:
+        assert waiting.stderr is not None and waiting.stdout is not None
+        assert "is not there yet" in waiting.stderr.readline()
+        own_server.start()
+        assert " answers, after " in waiting.stdout.read()
+    assert waiting.returncode == 0
 
 
 def test_wait_gives_up_in_time() -> None:
     url = f"postgresql://app:{SECRET}@127.0.0.1:1/shop"
-    done = asgi_db("wait", "--timeout", "0.5", DATABASE_URL=url)
+    done = shell("wait", "--timeout", "0.5", DATABASE_URL=url)
     assert done.returncode == 1
     assert "did not come up within 0.5 s" in done.stderr
     assert "Traceback" not in done.stderr
@@ -540,14 +576,14 @@ number = 3
 def folder(tmp_path: Path) -> Path:
     """A working directory with a module of tables, in a package."""
     folder = tmp_path / "project"
-    (folder / "shop").mkdir(parents=True)
-    (folder / "shop" / "tables.py").write_text(TABLES)
+    (folder / "store").mkdir(parents=True)
+    (folder / "store" / "tables.py").write_text(TABLES)
     return folder
 
 
 def test_tables_are_created_and_dropped(folder: Path, database_url: str) -> None:
     def command(*arguments: str) -> str:
-        done = asgi_db(*arguments, "shop.tables:Base", folder=folder, DATABASE_URL=database_url)
+        done = asgi_db(*arguments, "store.tables:Base", folder=folder, DATABASE_URL=database_url)
         assert done.returncode == 0, done.stderr
         assert str(make_url(database_url).database) in done.stdout
         return done.stdout
@@ -568,8 +604,8 @@ def test_tables_are_created_and_dropped(folder: Path, database_url: str) -> None
 def test_the_tables_may_be_named_by_their_metadata(
     folder: Path, sqlite_url: str, name: str
 ) -> None:
-    tables = f"shop.tables:{name}"
-    done = asgi_db("create-tables", tables, folder=folder, DATABASE_URL=sqlite_url)
+    tables = f"store.tables:{name}"
+    done = shell("create-tables", tables, folder=folder, DATABASE_URL=sqlite_url)
     assert "created: orders, order_lines" in done.stdout
     assert has_tables(sqlite_url)
 
@@ -577,7 +613,7 @@ def test_the_tables_may_be_named_by_their_metadata(
 @pytest.fixture
 def with_tables(folder: Path, sqlite_url: str) -> str:
     """The URL of a database with the tables."""
-    asgi_db("create-tables", "shop.tables:Base", folder=folder, DATABASE_URL=sqlite_url)
+    asgi_db("create-tables", "store.tables:Base", folder=folder, DATABASE_URL=sqlite_url)
     assert sql(sqlite_url, "SELECT * FROM orders") == []
     return sqlite_url
 
@@ -589,7 +625,7 @@ def has_tables(url: str) -> bool:
 def test_without_a_terminal_nothing_is_dropped_unless_yes_is_said(
     folder: Path, with_tables: str
 ) -> None:
-    done = asgi_db("drop-tables", "shop.tables:Base", folder=folder, DATABASE_URL=with_tables)
+    done = shell("drop-tables", "store.tables:Base", folder=folder, DATABASE_URL=with_tables)
     assert done.returncode == 1
     assert "--yes" in done.stderr
     assert has_tables(with_tables)
@@ -601,7 +637,7 @@ def asked(folder: Path, url: str) -> Generator[tuple[subprocess.Popen[str], int]
     ours, theirs = pty.openpty()
     try:
         with subprocess.Popen(
-            [COMMAND, "drop-tables", "shop.tables:Base"],
+            [COMMAND, "drop-tables", "store.tables:Base"],
             cwd=folder,
             env=environment(DATABASE_URL=url),
             stdin=theirs,
@@ -631,13 +667,13 @@ def test_at_a_terminal_drop_tables_asks_and_names_the_database_and_the_tables(
 @pytest.mark.parametrize(
     ("tables", "message"),
     [
-        ("shop.tables", "does not say where the tables are. Write module:Base"),
-        ("shop.tables:", "does not say where the tables are"),
-        ("shop.nothing:Base", "There is no module 'shop.nothing' in"),
+        ("store.tables", "does not say where the tables are. Write module:Base"),
+        ("store.tables:", "does not say where the tables are"),
+        ("store.nothing:Base", "There is no module 'store.nothing' in"),
         ("nothing.tables:Base", "There is no module 'nothing' in"),
-        ("shop.tables:Nothing", "there is no 'Nothing' in it"),
-        ("shop.tables:number", "neither a MetaData nor a declarative base, but int"),
-        ("shop.tables:Empty", "has no tables"),
+        ("store.tables:Nothing", "there is no 'Nothing' in it"),
+        ("store.tables:number", "neither a MetaData nor a declarative base, but int"),
+        ("store.tables:Empty", "has no tables"),
     ],
 )
 def test_tables_that_cannot_be_found_are_named(folder: Path, tables: str, message: str) -> None:
@@ -649,7 +685,7 @@ def test_tables_that_cannot_be_found_are_named(folder: Path, tables: str, messag
 
 def test_a_mistake_in_the_module_of_the_tables_is_shown_where_it_is(folder: Path) -> None:
     (folder / "broken.py").write_text("import not_installed\n")
-    done = asgi_db("create-tables", "broken:Base", folder=folder, DATABASE_URL="sqlite://")
+    done = shell("create-tables", "broken:Base", folder=folder, DATABASE_URL="sqlite://")
     assert done.returncode == 1
     assert "import not_installed" in done.stderr
     assert "No module named 'not_installed'" in done.stderr
@@ -660,7 +696,7 @@ def test_tables_of_a_server_that_cannot_be_reached_are_an_error(
     folder: Path, arguments: tuple[str, ...]
 ) -> None:
     url = f"postgresql://app:{SECRET}@127.0.0.1:1/shop"
-    done = asgi_db(*arguments, "shop.tables:Base", folder=folder, DATABASE_URL=url)
+    done = asgi_db(*arguments, "store.tables:Base", folder=folder, DATABASE_URL=url)
     assert done.returncode == 1
     assert "ConnectionRefusedError" in done.stderr
     assert "Traceback" not in done.stderr
@@ -670,8 +706,8 @@ def test_tables_of_a_server_that_cannot_be_reached_are_an_error(
 
 
 def test_the_command_says_its_version_and_its_commands() -> None:
-    assert re.search(r"\d+\.\d+\.\d+", asgi_db("--version").stdout)
-    commands = asgi_db("--help").stdout
+    assert re.search(r"\d+\.\d+\.\d+", shell("--version").stdout)
+    commands = shell("--help").stdout
     for name in ("check", "wait", "create-tables", "drop-tables"):
         assert name in commands
 

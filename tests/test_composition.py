@@ -37,6 +37,7 @@ from asgi_db.types import ASGIApp, Message, Receive, Scope, Send
 from asgi_db_litestar import DatabasePlugin
 from asgi_db_starlette import get_session
 from tests.contract.client import call, scope_of
+from tests.limits import set_limits
 from tests.pools import ONE_CONNECTION, checked_out, one_connection
 from tests.sockets import Socket, websocket
 from tests.tables import Author, Child, authors
@@ -264,7 +265,7 @@ def app_asking_for(database: Database, *modes: Mode) -> tuple[ASGIApp, list[Mode
     async def endpoint(connection: HTTPConnection) -> None:
         session: DBSession = connection.state.db
         await session.execute(text("SELECT 1"))
-        seen.append(session.origin.unit_of_work(session).mode)
+        seen.append(session.unit_of_work.mode)
 
     app.add_middleware(DBSessionMiddleware, database=database)
     return app, seen
@@ -470,7 +471,7 @@ async def test_a_hook_that_waits_for_the_end_of_a_stream_is_not_cut_off_with_it(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Starlette cancels the task that has sent the stream, as soon as that is complete."""
-    monkeypatch.setattr("asgi_db.hooks.HOOKS_TIMEOUT", 0.01)
+    set_limits(monkeypatch, hooks=0.01)
     done: list[str] = []
 
     @transactional

@@ -37,8 +37,7 @@ from asgi_db import (
     read_only,
     transactional,
 )
-from asgi_db.cancellation import background_is_over
-from asgi_db.settings import PoolName
+from tests.internals import PoolName, background_is_over
 from tests.servers import (
     DatabaseServer,
     assert_disconnected,
@@ -404,7 +403,7 @@ async def test_modes_that_begin_alike_share_one_variant_of_the_engine(sqlite_url
     rules: list[Callable[[int], bool] | None] = [lambda _: True, lambda _: False, None]
     async with Database(sqlite_url) as database:
         binds = {
-            id(database.bind_for(database.engine.sync_engine, transactional(commit_on=rule)))
+            id(database.life.bind_for(database.engine.sync_engine, transactional(commit_on=rule)))
             for rule in rules
         }
         assert len(binds) == 1
@@ -503,9 +502,9 @@ async def test_threads_that_are_first_to_use_a_database_make_one_engine(sqlite_u
     database = Database(sqlite_url, engine_options={"poolclass": Meeting})
     loop = asyncio.get_running_loop()
     first, second = await asyncio.gather(
-        asyncio.to_thread(database.engine_on, loop), asyncio.to_thread(database.engine_on, loop)
+        asyncio.to_thread(database.life_on, loop), asyncio.to_thread(database.life_on, loop)
     )
-    assert first is second is database.engine
+    assert first is second is database.life
     assert both_make_one.broken
     await database.dispose()
 
@@ -594,7 +593,7 @@ async def test_async_with_disposes_at_the_end_also_after_an_error(database_url: 
                     raise error
         except (ZeroDivisionError, asyncio.CancelledError) as raised:
             assert raised is error
-        await assert_disconnected(database_url, within=0.5)
+        await assert_disconnected(database_url)
 
 
 async def test_a_start_that_fails_leaves_no_connection(
@@ -608,7 +607,7 @@ async def test_a_start_that_fails_leaves_no_connection(
     with pytest.raises(ConnectionError, match="did not come up within 0.01 s"):
         async with Refused(database_url, wait_for=0.01):
             raise AssertionError("it has started")
-    await assert_disconnected(database_url, within=0.5)
+    await assert_disconnected(database_url)
 
 
 async def test_a_database_can_be_used_again_after_it_was_disposed(database_url: str) -> None:
@@ -619,7 +618,7 @@ async def test_a_database_can_be_used_again_after_it_was_disposed(database_url: 
             engines.add(database.engine)
             async with database.transaction() as session:
                 await session.execute(text("SELECT 1"))
-        await assert_disconnected(database_url, within=0.5)
+        await assert_disconnected(database_url)
     await database.dispose()
     assert len(engines) == 3
 
@@ -634,7 +633,7 @@ async def database(database_url: str) -> AsyncGenerator[Database, None]:
         await database.create_tables(Base.metadata)
         yield database
         assert_nothing_out(database)
-    await assert_disconnected(database_url, within=0.5)
+    await assert_disconnected(database_url)
 
 
 def assert_nothing_out(database: Database) -> None:

@@ -14,7 +14,8 @@ from sqlalchemy.engine import make_url
 from starlette.testclient import TestClient
 
 from asgi_db import Database, Mode, plain, read_only, transactional
-from asgi_db.settings import POOL_PROFILES
+from tests.internals import POOL_PROFILES
+from tests.nested import WITHOUT_SLOW_PLUGINS
 from tests.pgbouncer import pgbouncer, through
 from tests.servers import DatabaseServer, assert_disconnected, run, sql
 from tests.snippets import PYTHON_BLOCK, files_of, sql_of
@@ -294,7 +295,7 @@ def test_the_shops_own_tests_pass_beside_a_database_in_use(
 def run_pytest(folder: Path, *arguments: str, **environment: str) -> str:
     """Runs the tests of a folder as a user would, and returns what pytest printed."""
     # The shop uses anyio's plugin; pytest-asyncio is here for another example, and warns.
-    without = ["-p", "no:cacheprovider", "-p", "no:asyncio"]
+    without = ["-p", "no:cacheprovider", "-p", "no:asyncio", *WITHOUT_SLOW_PLUGINS]
     outside = {key: value for key, value in os.environ.items() if "PYTEST_XDIST" not in key}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-W", "error", *without, *arguments],

@@ -22,9 +22,10 @@ from starlette.testclient import TestClient
 
 import asgi_db
 from asgi_db import Database, DBSessionMiddleware, PoolProfile, session_of, transactional
-from asgi_db.settings import POOL_PROFILES
 from asgi_db.types import Message, Receive, Scope, Send
 from models import Account
+from tests.internals import POOL_PROFILES
+from tests.nested import WITHOUT_SLOW_PLUGINS
 from tests.servers import Row, assert_disconnected, assert_idle, run, sql
 from tests.snippets import blocks_by_heading
 
@@ -586,7 +587,14 @@ def test_the_readmes_tests_pass_on_a_database_of_their_own(
         "test_orders": "A test in a sandbox",
     }.items():
         (tmp_path / f"{name}.py").write_text(blocks[heading])
-    options = [f"--asgi-db-url={database_url}", "-W", "error", "-p", "no:asyncio"]
+    options = [
+        f"--asgi-db-url={database_url}",
+        "-W",
+        "error",
+        "-p",
+        "no:asyncio",
+        *WITHOUT_SLOW_PLUGINS,
+    ]
     command = [sys.executable, "-m", "pytest", *options]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert "2 passed" in done.stdout, done.stdout + done.stderr

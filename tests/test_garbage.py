@@ -61,7 +61,6 @@ async def fail(session: DBSession) -> None:
 
 @pytest.fixture
 def no_collector() -> Iterator[None]:
-    gc.collect()
     gc.disable()
     yield
     gc.enable()

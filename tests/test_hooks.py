@@ -13,6 +13,7 @@ from sqlalchemy.exc import IntegrityError
 
 from asgi_db import Database, DBSession, DBSessionMiddleware, SessionExpiredError, transactional
 from asgi_db.types import Receive, Scope, Send
+from tests.limits import set_limits
 from tests.pools import checked_out
 from tests.sockets import websocket
 from tests.tables import Author, Base, Child, Deferred, authors
@@ -100,7 +101,7 @@ async def test_the_error_of_a_hook_for_rollback_masks_no_other(
 async def test_a_hook_that_does_not_end_is_cut_off_some_time_after_the_cancellation(
     database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("asgi_db.hooks.HOOKS_TIMEOUT", 0.1)
+    set_limits(monkeypatch, hooks=0.1)
     begun = asyncio.Event()
 
     async def hang() -> None:
@@ -117,7 +118,7 @@ async def test_a_hook_that_does_not_end_is_cut_off_some_time_after_the_cancellat
     task.cancel()
     await asyncio.wait((task,))
     assert task.cancelled()
-    assert "a hook was cut off after COMMIT" in caplog.text
+    assert "a hook was cancelled after COMMIT" in caplog.text
 
 
 async def test_hooks_of_a_commit_by_hand_run_also_if_it_is_cancelled(database: Database) -> None:
@@ -322,7 +323,7 @@ async def test_a_hook_for_rollback_commits_nothing_of_what_was_to_be_undone(
 async def test_a_hook_for_rollback_may_take_longer_than_a_rollback(
     database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("asgi_db.unit_of_work.CLEANUP_TIMEOUT", 1)
+    set_limits(monkeypatch, cleanup=1)
     lines: list[str] = []
 
     async def take_long() -> None:

@@ -18,9 +18,10 @@ from asgi_db import Database, DBSession, DBSessionMiddleware, transactional
 from asgi_db.types import ASGIApp, Message, Receive, Scope, Send
 from asgi_db_litestar import DatabasePlugin
 from asgi_db_starlette import get_session
-from tests.cancelling import POOL, Site, answer, each_way, emptied, tables_on, turns
+from tests.cancelling import POOL, WAYS, Site, answer, each_way, emptied, tables_on, turns
 from tests.chaos.cancellation import cancellable
 from tests.contract.client import scope_of
+from tests.limits import set_limits
 from tests.servers import DatabaseServer, assert_idle, until_active
 from tests.tables import Author, Child, Deferred, Parent, authors, commits_held_back
 
@@ -97,11 +98,14 @@ def in_asgi(database: Database) -> ASGIApp:
     return DBSessionMiddleware(app, database, mode=transactional)
 
 
-@each_way
 @pytest.mark.parametrize(
-    ("framework", "spec_version"),
-    [(in_starlette, "2.3"), (in_starlette, "2.4"), (in_litestar, "2.3"), (in_asgi, "2.3")],
-    ids=["Starlette, in a task", "Starlette", "Litestar", "ASGI"],
+    ("framework", "spec_version", "way"),
+    [
+        *[(in_starlette, "2.3", way) for way in WAYS],  # which streams in a task of its own
+        *[(in_starlette, "2.4", way) for way in ("task", "scope")],
+        *[(in_litestar, "2.3", way) for way in ("task", "scope")],
+        *[(in_asgi, "2.3", way) for way in ("task", "scope")],
+    ],
 )
 async def test_cancelled_during_its_commit_a_stream_that_waits_begins_and_ends(
     site: Site, framework: Callable[[Database], ASGIApp], spec_version: str, way: str
@@ -118,7 +122,7 @@ async def test_cancelled_during_its_commit_a_stream_that_waits_begins_and_ends(
 async def test_a_broadcast_is_not_cancelled_in_place_of_the_handler_whose_answer_leaves_slowly(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asgi_db.middleware.DELIVERY_TIMEOUT", 60)
+    set_limits(monkeypatch, delivery=60)
     sends: list[Send] = []
     leaving, has_left = asyncio.Event(), asyncio.Event()
     went_on = False

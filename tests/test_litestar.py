@@ -40,10 +40,10 @@ from asgi_db import (
     read_only,
     transactional,
 )
-from asgi_db.middleware import session_key
 from asgi_db.types import ASGIApp, Receive, Scope, Send
 from asgi_db_litestar import DatabasePlugin
 from tests.contract.client import Exchange, call
+from tests.internals import session_key
 from tests.pools import checked_out, one_connection
 from tests.sockets import websocket
 from tests.tables import Author, Base, Child, Parent, authors
@@ -74,7 +74,7 @@ def app_without_plugin(database: Database, *handlers: Any, **options: Any) -> Li
 def mode_in_force(connection: AnyRequest | AnySocket) -> str:
     scope: Scope = connection.scope
     session: DBSession = scope[session_key("db")]
-    return session.origin.unit_of_work(session).mode.name
+    return session.unit_of_work.mode.name
 
 
 @post("/")

@@ -32,6 +32,7 @@ from asgi_db import (
 from asgi_db.types import ASGIApp, Receive, Scope, Send
 from tests import servers
 from tests.contract.client import Exchange, call
+from tests.limits import set_limits
 from tests.loops import every_loop
 from tests.pools import checked_out
 from tests.relay import Fate, Relay, nth, once
@@ -60,14 +61,14 @@ def server(request: pytest.FixtureRequest) -> Iterator[DatabaseServer]:
 @pytest.fixture
 def url_of_server(server: DatabaseServer) -> Iterator[str]:
     """An empty database on it."""
-    with server.fresh_database() as url:
+    with server.empty_database() as url:
         yield url
 
 
 @pytest.fixture
 def no_ping(monkeypatch: pytest.MonkeyPatch) -> None:
     """No connection counts as idle, however slow the machine is."""
-    monkeypatch.setattr("asgi_db.pool.VERIFY_AFTER_IDLE", 1000)
+    set_limits(monkeypatch, verify_after_idle=1000)
 
 
 @asynccontextmanager
@@ -405,7 +406,7 @@ async def test_requests_end_at_their_timeout_when_the_network_is_frozen(
 ) -> None:
     """What is not answered when it is made, or pinged, does not keep its place in the pool."""
     verify_after = -1 if connections == "pinged" else 1000
-    monkeypatch.setattr("asgi_db.pool.VERIFY_AFTER_IDLE", verify_after)
+    set_limits(monkeypatch, verify_after_idle=verify_after)
     async with relayed(server_url, pool_size=5) as (relay, database):
         if connections != "new":
             await assert_full_size(database)
@@ -444,7 +445,7 @@ async def test_requests_end_at_their_timeout_when_the_server_stands_still(
 async def test_a_rollback_that_meets_a_frozen_network_does_not_keep_its_connection(
     server_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asgi_db.unit_of_work.CLEANUP_TIMEOUT", 0.2)
+    set_limits(monkeypatch, cleanup=0.2)
 
     async def write_and_fail(scope: Scope, receive: Receive, send: Send) -> None:
         await scope["state"]["db"].execute(insert(Author).values(name="ada"))
@@ -553,8 +554,7 @@ async def test_a_connection_that_breaks_while_rows_are_fetched_is_a_503(server_u
 async def test_the_pool_is_disposed_though_the_network_is_frozen(
     server_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asgi_db.pool.DISPOSE_TIMEOUT", 0.2)
-    monkeypatch.setattr("asgi_db.abandoned.ATTEMPT_TIMEOUT", 0.2)
+    set_limits(monkeypatch, dispose=0.2, attempt=0.2)
     async with relayed(server_url, pool_size=5) as (relay, database):
         await assert_full_size(database)
         relay.freeze()
@@ -792,8 +792,7 @@ async def test_a_commit_that_is_not_answered_in_time_is_of_unknown_outcome(
     server_url: str, fate: Fate, work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its connection is terminated: nothing waits for ever, and nobody else gets its answer."""
-    monkeypatch.setattr("asgi_db.unit_of_work.COMMIT_TIMEOUT", 0.3)
-    monkeypatch.setattr("asgi_db.unit_of_work.CLEANUP_TIMEOUT", 0.3)
+    set_limits(monkeypatch, commit=0.3, cleanup=0.3)
     async with relayed(server_url) as (relay, database):
         hold_commit(relay, fate)
         with pytest.raises(OutcomeUnknownError, match="COMMIT"):
@@ -809,7 +808,7 @@ async def test_a_commit_that_is_not_answered_in_time_is_of_unknown_outcome(
 async def test_a_request_whose_commit_is_not_answered_in_time_says_that_it_does_not_know(
     server_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("asgi_db.unit_of_work.COMMIT_TIMEOUT", 0.3)
+    set_limits(monkeypatch, commit=0.3)
     async with relayed(server_url) as (relay, database):
         hold_commit(relay, Fate.ANSWER_HELD)
         assert reason(await call(writing(database), "/1")) == "outcome-unknown"
@@ -823,7 +822,7 @@ async def test_the_timeout_of_a_mode_does_not_cut_off_its_commit(
     server_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To say "timeout", which promises that nothing was applied, would be a lie."""
-    monkeypatch.setattr("asgi_db.unit_of_work.COMMIT_TIMEOUT", 0.6)
+    set_limits(monkeypatch, commit=0.6)
     async with relayed(server_url) as (relay, database):
         hold_commit(relay, Fate.ANSWER_HELD)
         exchange = await call(writing(database, transactional(timeout=0.2)), "/1")
@@ -879,7 +878,7 @@ async def test_what_comes_before_a_commit_has_no_limit_where_the_mode_has_none(
     server_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The flush of the COMMIT waits for a lock."""
-    monkeypatch.setattr("asgi_db.unit_of_work.COMMIT_TIMEOUT", 1)
+    set_limits(monkeypatch, commit=1)
     async with opened(server_url) as database, outside(server_url) as other:
         async with database.transaction() as session:
             session.add(Author(id=1, name="ada"))
@@ -904,7 +903,7 @@ async def test_a_busy_pool_is_no_commit_that_takes_too_long(
     sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both limits are 30 s as they come, and what was only added is first sent by the COMMIT."""
-    monkeypatch.setattr("asgi_db.unit_of_work.COMMIT_TIMEOUT", 0.3)
+    set_limits(monkeypatch, commit=0.3)
 
     async def add_author(scope: Scope, receive: Receive, send: Send) -> None:
         scope["state"]["db"].add(Author(name="ada"))
@@ -927,8 +926,7 @@ async def test_a_commit_does_not_wait_for_ever_for_the_rest_of_a_stream(
     async with relayed(mysql_url) as (relay, database):
         async with database.transaction() as session:
             await session.execute(insert(Author), [{"name": str(n)} for n in range(3000)])
-        monkeypatch.setattr("asgi_db.unit_of_work.COMMIT_TIMEOUT", 0.5)
-        monkeypatch.setattr("asgi_db.unit_of_work.CLEANUP_TIMEOUT", 0.5)
+        set_limits(monkeypatch, commit=0.5, cleanup=0.5)
         thawing = asyncio.get_running_loop().call_later(20, relay.thaw)
         with suppress(DatabaseTimeoutError):
             async with database.transaction() as session:
@@ -1014,7 +1012,7 @@ async def test_the_timeout_of_a_unit_is_an_error_that_names_it(server_url: str, 
                 async with database.session(mode(timeout=0.2)) as session:
                     await session.execute(text(sleep))
         assert checked_out(database) == 0
-        await assert_idle(server_url, within=2)
+        await assert_idle(server_url)
         await assert_full_size(database, 1)
 
 
@@ -1085,7 +1083,7 @@ async def test_what_is_open_when_the_time_is_over_can_still_be_rolled_back(serve
 async def test_a_rollback_by_hand_does_not_wait_for_ever_when_the_time_is_over(
     server_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asgi_db.unit_of_work.CLEANUP_TIMEOUT", 0.3)
+    set_limits(monkeypatch, cleanup=0.3)
     async with relayed(server_url) as (relay, database):
         async with asyncio.timeout(10):
             with pytest.raises(DatabaseTimeoutError):
@@ -1131,7 +1129,7 @@ async def test_the_timeout_covers_the_end_of_a_savepoint_and_of_a_block(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What rolls back gets some more time than that, so that its connection can be kept."""
-    monkeypatch.setattr("asgi_db.unit_of_work.CLEANUP_TIMEOUT", 0.3)
+    set_limits(monkeypatch, cleanup=0.3)
     async with relayed(server_url) as (relay, database):
         relay.fate_of = once(words, Fate.HELD)
         asyncio.get_running_loop().call_later(10, relay.thaw)

@@ -29,6 +29,7 @@ from asgi_db import (
 )
 from asgi_db.types import Receive, Scope, Send
 from tests.contract.client import call
+from tests.limits import set_limits
 from tests.pgbouncer import pgbouncer, through
 from tests.servers import (
     DatabaseServer,
@@ -320,7 +321,7 @@ async def test_abandoned_queries_are_ended_behind_the_pooler_too(
             task.cancel()
             task.cancel()
         await asyncio.wait(tasks)
-        await assert_idle(url, within=2)
+        await assert_idle(url)
         for _ in range(5):
             async with database.session(mode) as session:
                 assert await session.scalar(select(func.count(Author.id))) == 0
@@ -332,7 +333,7 @@ async def test_a_timeout_ends_the_query_behind_the_pooler_too(port: int, url: st
         with pytest.raises(DatabaseTimeoutError):
             async with database.session(plain(timeout=0.3)) as session:
                 await session.execute(text("SELECT pg_sleep(60)"))
-        await assert_idle(url, within=2)
+        await assert_idle(url)
         await database.ping()
 
 
@@ -344,7 +345,7 @@ async def test_no_query_runs_on_after_the_database_was_disposed_and_the_pooler_l
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """PgBouncer 1.18 dies of a cancel request that is cut off itself; not each time, so often."""
-    monkeypatch.setattr("asgi_db.pool.DISPOSE_TIMEOUT", 0.1)
+    set_limits(monkeypatch, dispose=0.1)
 
     async def sleep(database: Database) -> None:
         async with database.session() as session:
@@ -357,7 +358,7 @@ async def test_no_query_runs_on_after_the_database_was_disposed_and_the_pooler_l
                 await until_active(url, 1)
                 if cancelled:
                     task.cancel()
-            await assert_idle(url, within=1)
+            await assert_idle(url)
             with pytest.raises(asyncio.CancelledError if cancelled else DBAPIError):
                 await task
 

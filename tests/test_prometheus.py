@@ -12,9 +12,9 @@ from sqlalchemy.pool import NullPool
 
 from asgi_db import Database, DBSessionMiddleware, PoolProfile, read_only, transactional
 from asgi_db.prometheus import DatabaseCollector
-from asgi_db.statistics import WITHOUT_SESSION
 from asgi_db.types import Receive, Scope, Send
 from tests.contract.client import call
+from tests.internals import WITHOUT_SESSION
 
 QUERY = text("SELECT 1")
 DATABASE = "database"

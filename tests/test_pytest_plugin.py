@@ -13,6 +13,7 @@ from sqlalchemy.exc import DBAPIError
 
 from asgi_db import ConfigurationError, Database, create_database_url
 from asgi_db.testing import temporary_database, test_database_url
+from tests.nested import WITHOUT_SLOW_PLUGINS
 from tests.servers import DatabaseServer, outside, run
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tested_app"
@@ -33,7 +34,16 @@ def run_pytest(folder: Path, *arguments: str) -> str:
     # This suite may be run by a worker, which the project's own tests are not.
     outside = {key: value for key, value in os.environ.items() if "PYTEST_XDIST" not in key}
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", *arguments],
+        [
+            sys.executable,
+            "-P",
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            *WITHOUT_SLOW_PLUGINS,
+            *arguments,
+        ],
         cwd=folder,
         env={**outside, "PYTHONDONTWRITEBYTECODE": "1", "PYTEST_ADDOPTS": "-W error"},
         capture_output=True,

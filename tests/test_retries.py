@@ -11,9 +11,10 @@ from sqlalchemy import insert, text
 from sqlalchemy.exc import DBAPIError
 
 from asgi_db import ConfigurationError, Database, DBSessionMiddleware, session_of, transactional
-from asgi_db.retry import BODY_LIMIT
 from asgi_db.types import Message, Receive, Scope, Send
 from tests.contract.client import call
+from tests.internals import BODY_LIMIT
+from tests.limits import set_limits
 from tests.servers import outside
 from tests.tables import Author, Base, authors
 
@@ -196,7 +197,7 @@ async def test_the_timeout_counts_for_all_attempts_together_also_if_their_commit
 async def test_a_lock_that_is_not_to_be_had_at_begin_is_a_conflict_on_sqlite(
     sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asgi_db.engine.SQLITE_BUSY_TIMEOUT", 0.2)
+    set_limits(monkeypatch, sqlite_busy=0.2)
     attempts: list[int] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

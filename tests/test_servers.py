@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from tests.programs import MARIADB, POSTGRESQL
 from tests.servers import (
     DatabaseServer,
+    Row,
     assert_disconnected,
     assert_idle,
     outside,
@@ -52,6 +53,75 @@ async def test_two_fresh_databases_are_separate(server: DatabaseServer) -> None:
         async with outside(one) as first, outside(other) as second:
             await first.execute("CREATE TABLE item (id INTEGER PRIMARY KEY)")
             await second.execute("CREATE TABLE item (id INTEGER PRIMARY KEY)")
+
+
+LEFT_BEHIND = [
+    "CREATE TABLE item (id SERIAL PRIMARY KEY)",
+    "CREATE VIEW items AS SELECT 1 AS id",
+    "CREATE TYPE colour AS ENUM ('red')",
+    "CREATE SEQUENCE number",
+    "CREATE SCHEMA shop CREATE TABLE item (id SERIAL PRIMARY KEY)",
+    "CREATE FUNCTION one() RETURNS int AS 'SELECT 1' LANGUAGE sql",
+    "CREATE FUNCTION pg_catalog.two() RETURNS int AS 'SELECT 2' LANGUAGE sql",
+    "SELECT lo_create(0)",
+    "ALTER DATABASE {name} SET statement_timeout = 1",
+    "ALTER DATABASE {name} CONNECTION LIMIT 5",
+    "REVOKE ALL ON SCHEMA public FROM PUBLIC",
+    "DROP SCHEMA public",
+    "CREATE TEMPORARY TABLE item (id SERIAL PRIMARY KEY)",
+]
+
+
+@pytest.mark.parametrize("statement", LEFT_BEHIND)
+async def test_nothing_that_a_test_makes_is_there_in_the_next(
+    postgresql_server: DatabaseServer, statement: str
+) -> None:
+    """Whether the database was emptied or another one was made."""
+
+    async def found(url: str) -> list[Row]:
+        async with outside(url) as connection:
+            return await connection.execute(
+                "SELECT (SELECT count(*) FROM pg_class"
+                " WHERE relname IN ('item', 'items', 'number')),"
+                " (SELECT count(*) FROM pg_proc WHERE proname IN ('one', 'two')),"
+                " (SELECT count(*) FROM pg_type WHERE typname = 'colour'),"
+                " (SELECT count(*) FROM pg_largeobject_metadata),"
+                " (SELECT string_agg(nspname || coalesce(nspacl::text, ''), ' ' ORDER BY nspname)"
+                " FROM pg_namespace WHERE nspname !~ '^pg_'),"
+                " current_setting('statement_timeout'),"
+                " (SELECT datconnlimit FROM pg_database WHERE datname = current_database())"
+            )
+
+    with postgresql_server.fresh_database() as url:
+        nothing = await found(url)
+    with postgresql_server.empty_database() as url:
+        async with outside(url) as connection:
+            await connection.execute(statement.format(name=make_url(url).database))
+    with postgresql_server.empty_database() as url:
+        assert await found(url) == nothing
+
+
+async def test_a_database_with_a_client_is_not_given_to_the_next_test(
+    postgresql_server: DatabaseServer,
+) -> None:
+    with postgresql_server.empty_database() as first:
+        engine = create_async_engine(first)
+        connection = await engine.connect()
+    with postgresql_server.empty_database() as second:
+        assert second != first
+    await connection.invalidate()
+    await connection.close()
+    await engine.dispose()
+
+
+async def test_an_emptied_database_is_given_to_the_next_test(
+    postgresql_server: DatabaseServer,
+) -> None:
+    with postgresql_server.empty_database() as first:
+        async with outside(first) as connection:
+            await connection.execute("CREATE TABLE item (id SERIAL PRIMARY KEY)")
+    with postgresql_server.empty_database() as second:
+        assert second == first
 
 
 async def test_an_open_transaction_is_seen_until_it_ends(server_url: str) -> None:

@@ -28,12 +28,11 @@ from asgi_db import (
     transactional,
     uuid4_str,
 )
-from asgi_db.session import OPERATIONS
-from asgi_db.unit_of_work import UnitOfWork
+from tests.internals import OPERATIONS
 from tests.pools import checked_out
 from tests.servers import assert_idle
 from tests.tables import Author, Base, Book, authors
-from tests.units import new_unit
+from tests.units import NewUnit, new_unit
 
 POOL = {"pool_size": 2, "max_overflow": 0, "pool_timeout": 5}
 BLOCK = "GET /books (list_books)"
@@ -62,7 +61,7 @@ async def database(database_url: str) -> AsyncIterator[Database]:
 @asynccontextmanager
 async def unit_of(
     database: Database, mode: Mode = transactional, *, success: bool = True
-) -> AsyncGenerator[UnitOfWork, None]:
+) -> AsyncGenerator[NewUnit, None]:
     """A unit of work, which is ended and closed with the block."""
     unit = new_unit(database, mode, BLOCK)
     try:
@@ -529,7 +528,7 @@ async def test_a_session_which_another_task_uses_cannot_be_let_go(
 
 
 async def assert_one_at_a_time(database: Database, slow: Slow, name: str, call: Call) -> None:
-    async with asyncio.timeout(5), unit_of(database, success=False) as unit:
+    async with asyncio.timeout(30), unit_of(database, success=False) as unit:
         unit.session.info["kept"] = await unit.session.get_one(Author, 1)
         slow.prepare(unit.session)
         first, second = await asyncio.gather(

@@ -15,18 +15,16 @@ from hypothesis import strategies as st
 from sqlalchemy import URL, make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from asgi_db import PoolProfile, create_database_url, uuid4_str
 from asgi_db.errors import ConfigurationError
-from asgi_db.settings import (
+from tests.internals import (
     POOL_PROFILES,
     DatabaseType,
     PoolName,
-    PoolProfile,
-    create_database_url,
     database_url_from_env,
     engine_options_from_env,
     parse_database_url,
     pool_profile,
-    uuid4_str,
 )
 
 SERVERS: list[DatabaseType] = ["postgresql", "mysql", "mariadb"]

@@ -64,7 +64,7 @@ def both(two_databases: Databases) -> Databases:
 def assert_nobody_is_connected(databases: Databases) -> None:
     """Whoever has ended is gone on the server too."""
     for url in databases.urls.values():
-        run(assert_disconnected(url, within=2))
+        run(assert_disconnected(url))
 
 
 # -- under load --------------------------------------------------------------------------------

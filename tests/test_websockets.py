@@ -178,7 +178,7 @@ async def url(module_url: str) -> AsyncIterator[str]:
     async with outside(module_url) as connection:
         await connection.execute("TRUNCATE author, book, parent, child")
     yield module_url
-    await assert_disconnected(module_url, within=2)
+    await assert_disconnected(module_url)
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ async def database(url: str) -> AsyncIterator[Database]:
     async with Database(url, engine_options=options) as database:
         yield database
         assert checked_out(database) == 0
-        await assert_idle(url, within=2)
+        await assert_idle(url)
 
 
 async def store(line: Line, name: str) -> None:
@@ -451,9 +451,9 @@ async def test_the_timeout_of_a_mode_counts_for_each_message_anew(
                 await line.session.rollback()
                 await line.send("too slow")
 
-    async with websocket(framework(database, talk, transactional(timeout=0.3))) as socket:
+    async with websocket(framework(database, talk, transactional(timeout=1))) as socket:
         assert await socket.ask("a") == "stored"
-        await asyncio.sleep(0.35)  # an idle socket is within its time, however long
+        await asyncio.sleep(1.05)  # an idle socket is within its time, however long
         assert await socket.ask("slow") == "too slow"
         assert await socket.ask("b") == "stored"
     assert await authors(url) == ["a", "b"]
@@ -802,11 +802,11 @@ async def test_at_the_end_a_busy_socket_is_cut_off_and_rolled_back_and_nothing_s
                 await idle.recv()
             with pytest.raises(ConnectionClosed):
                 await busy.recv()
-    await assert_disconnected(url, within=2)
+    await assert_disconnected(url)
     assert len(await authors(url)) == 2
 
 
-async def test_a_thousand_idle_sockets_hold_no_connection(url: str) -> None:
+async def test_two_hundred_idle_sockets_hold_no_connection(url: str) -> None:
     """Each has written something before. The pool has five connections, without overflow."""
     options = {"pool_size": 5, "max_overflow": 0, "pool_timeout": 60}
     async with Database(url, engine_options=options) as database:
@@ -814,14 +814,14 @@ async def test_a_thousand_idle_sockets_hold_no_connection(url: str) -> None:
             sockets: list[ClientConnection] = []
 
             async def open_some() -> None:
-                while len(sockets) < 1000:
+                while len(sockets) < 200:
                     sockets.append(socket := await client(address))
                     assert await ask(socket, name := f"{id(socket)}") == name
 
             async with asyncio.TaskGroup() as group:
                 for _ in range(10):
                     group.create_task(open_some())
-            assert len(sockets) >= 1000
+            assert len(sockets) >= 200
             assert checked_out(database) == 0
             connections = await server_connections(url)
             assert len(connections) <= 5

@@ -130,7 +130,7 @@ class Site:
     async def assert_nothing_held(self) -> None:
         """Neither the pool nor the server knows of a connection in use."""
         assert self.checked_out == 0
-        await assert_idle(self.url, within=2)
+        await assert_idle(self.url)
 
     @property
     def checked_out(self) -> int:

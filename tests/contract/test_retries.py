@@ -14,6 +14,7 @@ from tests.contract.apps import FRAMEWORKS
 from tests.contract.client import call
 from tests.contract.endpoints import Answer, Framework, Work
 from tests.contract.site import Item, Site, write
+from tests.limits import set_limits
 from tests.servers import outside
 
 SERIALIZABLE = transactional(isolation="SERIALIZABLE", retries=3)
@@ -172,10 +173,9 @@ async def test_the_time_of_a_request_counts_for_all_its_attempts_together(
 
     async def order(session: DBSession) -> Answer:
         await session.execute(text("SELECT 1"))
-        ends.append(session.origin.unit_of_work(session).ends_at)
+        ends.append(None if (deadline := session.unit_of_work.deadline) is None else deadline.at)
         if session.attempt == 2:
-            monkeypatch.setattr("asgi_db.retry.FIRST_DELAY", 100)
-            monkeypatch.setattr("asgi_db.retry.LONGEST_DELAY", 100)
+            set_limits(monkeypatch, first_delay=100, longest_delay=100)
         await rival.win(session)
         return Answer()
 
@@ -193,7 +193,7 @@ async def test_the_mode_of_the_middleware_may_have_retries(rival: Rival) -> None
 
 # -- many at once ------------------------------------------------------------------------------
 
-CLIENTS, TIMES = 50, 20
+CLIENTS, TIMES = 50, 4
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS[2:3], ids=lambda framework: framework.name)

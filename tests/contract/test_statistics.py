@@ -7,10 +7,10 @@ from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
 
 from asgi_db import DBSession, DBSessionMiddleware, plain, read_only, transactional
-from asgi_db.statistics import RouteStats
 from tests.contract.client import Exchange
 from tests.contract.endpoints import Answer
 from tests.contract.site import BAD_STATEMENT, Item, Site, write
+from tests.internals import RouteStats
 
 
 async def read_twice(session: DBSession) -> None:

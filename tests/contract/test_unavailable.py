@@ -289,8 +289,8 @@ async def test_a_timeout_ends_a_statement_of_sqlite(framework: Framework, sqlite
         await session.execute(text(f"WITH RECURSIVE n AS ({numbers}) SELECT max(i) FROM n"))
 
     async with Site.on(framework, sqlite_url) as site:
-        app = site.app({"/slow": report, "/good": write()}, transactional(timeout=1))
-        async with asyncio.timeout(20):
+        app = site.app({"/slow": report, "/good": write()}, transactional(timeout=2))
+        async with asyncio.timeout(60):
             assert_refused(await site.call(app, "/slow"), "timeout")
             assert (await site.call(app, "/good")).status == 200
         assert await site.items() == ["a"]

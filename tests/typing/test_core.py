@@ -24,8 +24,8 @@ from asgi_db import (
     transactional,
     uuid4_str,
 )
-from asgi_db.modes import ReadOnly, Transactional
 from asgi_db.types import ASGIApp, Receive, Scope, Send
+from tests.internals import ReadOnly, Transactional
 from tests.tables import Author, Base
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import sys
 import time
@@ -15,7 +14,7 @@ from types import CodeType, FrameType
 import greenlet  # type: ignore[import-untyped]
 import sqlalchemy
 
-logger = logging.getLogger("asgi_db")
+from asgi_db.logs import logger
 
 Stack = list[tuple[CodeType, int]]
 """Where a connection was taken, the innermost call first. It refers to no frame, and so to no

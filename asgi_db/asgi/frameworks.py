@@ -7,20 +7,23 @@ The core imports no framework. It reads the scope, where each leaves its mark af
 | Starlette, FastAPI | `scope["endpoint"]`      | `"starlette.exception_handlers"` |
 | Litestar           | `scope["route_handler"]` | inside the app `"litestar_app"`  |
 
-Only where a failed COMMIT has to reach the application's exception handlers is the adapter
-loaded; whoever wrote these marks has its framework loaded already.
+An adapter is loaded only where a failed COMMIT has to reach the application's exception handlers,
+or a request is run again; the framework that wrote these marks is loaded already.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
-from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
 from asgi_db.modes import MODE_ATTRIBUTE, Mode
 from asgi_db.types import Receive, Scope, Send
+
+_ROUTES = 1024
+"""How many routes are remembered with what was found out about them."""
 
 
 def marks_of(scope: Scope) -> Scope:
@@ -37,13 +40,24 @@ def marks_of(scope: Scope) -> Scope:
     }
 
 
+_ADAPTERS = {
+    "litestar_app": "asgi_db_litestar",
+    "starlette.exception_handlers": "asgi_db_starlette",
+}
+"""The adapter for each framework, by the mark that the framework leaves in the scope."""
+
+
+def _adapter(mark: str) -> Any:
+    return import_module(_ADAPTERS[mark])
+
+
 def copy_scope(scope: Scope) -> Scope:
     """Return a scope which an application can write into without changing this one."""
     copied = dict(scope)
     if "state" in copied:
         copied["state"] = copy.copy(copied["state"])
     if "litestar_app" in copied:
-        import_module("asgi_db_litestar").copy_connection_state(copied)
+        _adapter("litestar_app").copy_connection_state(copied)
     return copied
 
 
@@ -56,28 +70,27 @@ def mode_of_route(scope: Scope, key: str) -> Mode | None:
     Raises:
         TypeError: `opt[key]` holds something that is not a mode.
     """
-    for place in _marked_places(scope):
-        mode = getattr(place, MODE_ATTRIBUTE, None)
-        if mode is not None:
-            return mode  # type: ignore[no-any-return]
-    option = _litestar_option(scope, key)
-    if option is not None and not isinstance(option, Mode):
-        raise TypeError(
-            f"{describe_route(scope)}: opt[{key!r}] is {option!r}; it takes a mode: plain,"
-            " transactional or read_only."
-        )
-    return option
+    handler, endpoint = scope.get("route_handler"), scope.get("endpoint")
+    if handler is not None:
+        endpoint = _endpoint(scope)
+    elif endpoint is None:
+        return None
+    try:
+        mode = _mark(endpoint, scope.get("method"))
+    except TypeError:  # an endpoint that cannot be hashed
+        mode = _mark.__wrapped__(endpoint, scope.get("method"))
+    return mode if mode is not None or handler is None else _litestar_option(scope, key)
 
 
-def _marked_places(scope: Scope) -> Iterator[Any]:
-    """The objects on which this request's decorator may be, the nearest to the code first."""
-    endpoint = _endpoint(scope)
+@functools.lru_cache(maxsize=_ROUTES)
+def _mark(endpoint: Any, method: str | None) -> Mode | None:
+    """The mode that a decorator has set, on the object that is nearest to the code."""
+    places = _layers(endpoint)
     if inspect.isclass(endpoint):  # Starlette's HTTPEndpoint: one method for each HTTP method
-        method = (scope.get("method") or "").lower()
-        yield getattr(endpoint, method, None)
-        if method == "head":
-            yield getattr(endpoint, "get", None)
-    yield from _layers(endpoint)
+        names = ("head", "get") if method == "HEAD" else ((method or "").lower(),)
+        places = [*(getattr(endpoint, name, None) for name in names), *places]
+    marks = (getattr(place, MODE_ATTRIBUTE, None) for place in places)
+    return next((mark for mark in marks if mark is not None), None)
 
 
 def _endpoint(scope: Scope) -> Any:
@@ -116,15 +129,20 @@ _MOST_LAYERS = 20
 """A mock has any attribute that it is asked for, without end."""
 
 
-def _litestar_option(scope: Scope, key: str) -> Any:
-    handler = scope.get("route_handler")
-    return None if handler is None else handler.opt.get(key)
+def _litestar_option(scope: Scope, key: str) -> Mode | None:
+    option = scope["route_handler"].opt.get(key)
+    if option is not None and not isinstance(option, Mode):
+        raise TypeError(
+            f"{describe_route(scope)}: opt[{key!r}] is {option!r}; it takes a mode: plain,"
+            " transactional or read_only."
+        )
+    return option
 
 
 def describe_route(scope: Scope) -> str:
     """Name the route of this request for a log line or an error: `POST /orders (create_order)`."""
     method = scope.get("method") or scope["type"].upper()
-    return _name(scope, method, _template(scope) or scope.get("path", ""))
+    return _name(method, _template(scope) or scope.get("path", ""), _endpoint(scope))
 
 
 def name_of_route(scope: Scope) -> str:
@@ -133,7 +151,15 @@ def name_of_route(scope: Scope) -> str:
     As `describe_route` does, but without what a client is free to invent.
     """
     method = scope.get("method") or scope["type"].upper()
-    return _name(scope, method if method in _METHODS else "_OTHER", _template(scope))
+    method = method if method in _METHODS else "_OTHER"
+    handler, endpoint = scope.get("route_handler"), scope.get("endpoint")
+    if handler is not None:
+        return _name(method, _template(scope), _endpoint(scope))
+    path = getattr(scope.get("route"), "path", None) or ""
+    try:
+        return _cached_name(method, path, endpoint)
+    except TypeError:  # an endpoint that cannot be hashed
+        return _name(method, path, endpoint)
 
 
 _METHODS = frozenset(
@@ -148,11 +174,14 @@ def _template(scope: Scope) -> str:
     return template or getattr(scope.get("route"), "path", None) or ""  # Starlette, FastAPI
 
 
-def _name(scope: Scope, method: str, path: str) -> str:
-    *_, endpoint, _ = (None, *_layers(_endpoint(scope)))  # the innermost function has the name
+def _name(method: str, path: str, endpoint: Any) -> str:
+    *_, innermost, _ = (None, *_layers(endpoint))  # the innermost function has the name
     where = f"{method} {path}".rstrip()
-    name = getattr(endpoint, "__qualname__", None) or type(endpoint).__name__
-    return where if endpoint is None else f"{where} ({name})"
+    name = getattr(innermost, "__qualname__", None) or type(innermost).__name__
+    return where if innermost is None else f"{where} ({name})"
+
+
+_cached_name = functools.lru_cache(maxsize=_ROUTES)(_name)
 
 
 def has_handler(scope: Scope, error: Exception) -> bool:
@@ -176,7 +205,7 @@ def reopen_response(scope: Scope) -> None:
     error is answered afterwards, by `answer_error`.
     """
     if "litestar_app" in scope and (scope.get("endpoint") is None or _litestar_is_innermost(scope)):
-        import_module("asgi_db_litestar").reopen_response(scope)
+        _adapter("litestar_app").reopen_response(scope)
 
 
 async def answer_error(
@@ -198,7 +227,7 @@ async def answer_error(
         Exception: no handler of the application takes the error.
     """
     if "starlette.exception_handlers" in scope:
-        adapter = import_module("asgi_db_starlette")
+        adapter = _adapter("starlette.exception_handlers")
         await adapter.answer_error(error, commit_error, enclosing_app, scope, receive, send)
     else:
         raise commit_error

@@ -8,17 +8,11 @@ body as they came, and a session of its own for each attempt.
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 from collections.abc import Callable
-from typing import Any
 
-from sqlalchemy.exc import DBAPIError
-
-from asgi_db.frameworks import copy_scope
+from asgi_db.asgi.frameworks import copy_scope
 from asgi_db.types import Message, Receive, Scope
-
-logger = logging.getLogger("asgi_db")
 
 BODY_LIMIT = 1024 * 1024
 """Bytes of a body that are kept for another attempt; a request with more is not run again."""
@@ -28,20 +22,6 @@ FIRST_DELAY = 0.01
 
 LONGEST_DELAY = 1.0
 """Seconds before a further attempt, at most."""
-
-_SQLSTATES = frozenset({"40001", "40P01"})  # PostgreSQL: serialization failure, deadlock
-_NUMBERS = (1213, 1205)  # MySQL: deadlock, lock wait timeout
-_SQLITE_BUSY = 5
-
-
-def is_conflict(error: BaseException) -> bool:
-    """Say whether the database has ended a transaction in favour of another one."""
-    original = error.orig if isinstance(error, DBAPIError) else error
-    code: object = getattr(original, "sqlite_errorcode", None)
-    if isinstance(code, int):
-        return code & 0xFF == _SQLITE_BUSY  # the higher bits say more closely why
-    number: Any = next(iter(getattr(original, "args", ())), None)
-    return getattr(original, "sqlstate", None) in _SQLSTATES or number in _NUMBERS
 
 
 class Attempts:

@@ -9,20 +9,19 @@ It waits until the database has answered; then it is due, or forgotten:
 
 from __future__ import annotations
 
+import asyncio
 import inspect
-import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Literal, NamedTuple, TypeAlias
 
 from sqlalchemy.orm import SessionTransaction
 
-from asgi_db.cancellation import run_to_completion
-
-logger = logging.getLogger("asgi_db")
+from asgi_db.logs import logger
+from asgi_db.tasks import run_to_completion
 
 HookFunction: TypeAlias = Callable[[], Awaitable[object] | object]
-Outcome: TypeAlias = Literal["commit", "rollback"]
+HookOutcome: TypeAlias = Literal["commit", "rollback"]
 When: TypeAlias = Literal["before_response", "after_response"]
 
 HOOKS_TIMEOUT = 5.0
@@ -33,7 +32,7 @@ class Hook(NamedTuple):
     """A function, and when it is to be called."""
 
     function: HookFunction
-    outcome: Outcome
+    outcome: HookOutcome
     when: When = "before_response"
     robust: bool = True
 
@@ -71,7 +70,7 @@ class Hooks:
         # One that is not known began before the first hook was added.
         del self._pending[self._savepoints.get(savepoint, 0) :]
 
-    def settle(self, outcome: Outcome) -> None:
+    def settle(self, outcome: HookOutcome) -> None:
         """Let those be due that have waited for this outcome, and forget the others."""
         for hook in self._pending:
             if hook.outcome == outcome:
@@ -110,20 +109,26 @@ class Hooks:
             await run_to_completion(_call_each(self._late, describe), grace=HOOKS_TIMEOUT)
 
 
-async def _call_each(hooks: deque[Hook], describe: Callable[[], str]) -> Exception | None:
+async def _call_each(hooks: deque[Hook], describe: Callable[[], str]) -> BaseException | None:
     """Call each hook, and return the first error of one that is not robust."""
-    first: Exception | None = None
+    first: BaseException | None = None
     while hooks:
         hook = hooks.popleft()
         try:
             result = hook.function()
             if inspect.isawaitable(result):
                 await result
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and _is_being_cancelled():
+                logger.error("%s: a hook was cancelled after %s: %r", describe(), *hook.names)
+                raise
             logger.exception("%s: a hook failed after %s: %r", describe(), *hook.names)
             if first is None and not hook.robust:
                 first = error
-        except BaseException:
-            logger.error("%s: a hook was cut off after %s: %r", describe(), *hook.names)
-            raise
     return first
+
+
+def _is_being_cancelled() -> bool:
+    """Whether this task is cancelled; otherwise the hook has cancelled what it waited for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

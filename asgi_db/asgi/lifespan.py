@@ -10,12 +10,10 @@ Source: https://asgi.readthedocs.io/en/latest/specs/lifespan.html
 from __future__ import annotations
 
 import enum
-import logging
 
 from asgi_db.database import Database
+from asgi_db.logs import logger
 from asgi_db.types import ASGIApp, Message, Receive, Scope, Send
-
-logger = logging.getLogger("asgi_db")
 
 
 async def serve_lifespan(

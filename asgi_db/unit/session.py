@@ -1,164 +1,18 @@
-"""The session that handlers get, and its synchronous half, which keeps it inside its unit of work.
-
-Every operation of an `AsyncSession`, a lazy load and `run_sync` included, passes through the
-public methods of the SQLAlchemy `Session` underneath. That is the one place where this module
-stands: it asks the unit of work before each operation and tells it afterwards.
-"""
+"""The session that handlers get."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-from sqlalchemy import Connection, Engine, event
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
-from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 
-from asgi_db.hooks import Hook, HookFunction, When
-
-if TYPE_CHECKING:
-    from asgi_db.origin import Origin
-    from asgi_db.unit_of_work import UnitOfWork
-
-
-class UnitSession(Session):
-    """The synchronous half of `DBSession`."""
-
-    def __init__(self, *args: Any, unit_of_work: UnitOfWork, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.unit_of_work = unit_of_work
-        unit_of_work.sync_session = self
-
-    def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
-        """Choose the engine by the mode; SQLAlchemy asks here before it takes a connection."""
-        return self.unit_of_work.bind(super().get_bind(*args, **kwargs))
-
-    def give_back(self) -> None:
-        """Roll back and return the connection, and leave what was loaded usable.
-
-        `Session.rollback()` expires every object, and `Session.close()` detaches them all.
-        """
-        while (transaction := self.get_nested_transaction() or self.get_transaction()) is not None:
-            transaction.close()  # no public method of the session ends a transaction like this
-
-    def give_back_between_statements(self) -> None:
-        """Return the connection unless the handler holds a transaction block of its own."""
-        transaction = self.get_transaction()
-        if (
-            transaction is not None
-            and transaction.origin is SessionTransactionOrigin.AUTOBEGIN
-            and not self.in_nested_transaction()
-        ):
-            self.give_back()
-
-    @property
-    def has_changes(self) -> bool:
-        """Whether there are objects that a flush would write."""
-        return bool(self.new or self.dirty or self.deleted)
-
-    def rollback(self) -> None:
-        """Roll back; also what `release` has kept, which is in no transaction."""
-        if not self.in_transaction() and self.has_changes:
-            Session.begin(self)
-        super().rollback()
-
-
-def _inside_the_unit(name: str) -> Callable[..., Any]:
-    operation = getattr(UnitSession, name)
-
-    @functools.wraps(operation)
-    def guarded(self: UnitSession, *args: Any, **kwargs: Any) -> Any:
-        unit = self.unit_of_work
-        if unit.is_part(name):
-            return operation(self, *args, **kwargs)
-        unit.enter(name)
-        try:
-            result = operation(self, *args, **kwargs)
-        except BaseException as error:
-            unit.leave(self, error)
-            raise
-        unit.leave(self, None)
-        options: Mapping[str, Any] | None = kwargs.get("execution_options")
-        if options and options.get("stream_results"):  # `AsyncSession.stream`
-            unit.stream_opened(result)
-        return result
-
-    return guarded
-
-
-# Every public method of `Session` that may talk to the database; tests hold this list against
-# the installed SQLAlchemy.
-OPERATIONS = (
-    "begin",
-    "begin_nested",
-    "bulk_insert_mappings",
-    "bulk_save_objects",
-    "bulk_update_mappings",
-    "close",
-    "commit",
-    "connection",
-    "delete",
-    "delete_all",
-    "execute",
-    "flush",
-    "get",
-    "get_one",
-    "invalidate",
-    "merge",
-    "merge_all",
-    "prepare",
-    "refresh",
-    "reset",
-    "rollback",
-    "scalar",
-    "scalars",
-)
-for _name in OPERATIONS:
-    setattr(UnitSession, _name, _inside_the_unit(_name))
-
-
-@event.listens_for(UnitSession, "before_flush")
-def _before_flush(session: UnitSession, *_: Any) -> None:
-    session.unit_of_work.check_flush()
-
-
-@event.listens_for(UnitSession, "before_commit")
-def _before_commit(session: UnitSession) -> None:
-    if not session.in_nested_transaction():
-        session.unit_of_work.check_commit()
-
-
-@event.listens_for(UnitSession, "after_commit")
-def _after_commit(session: UnitSession) -> None:
-    if not session.in_nested_transaction():
-        session.unit_of_work.transaction_committed()
-
-
-@event.listens_for(UnitSession, "after_begin")
-def _after_begin(session: UnitSession, _: SessionTransaction, connection: Connection) -> None:
-    session.unit_of_work.transaction_began(connection)
-
-
-@event.listens_for(UnitSession, "after_transaction_create")
-def _after_transaction_create(session: UnitSession, transaction: SessionTransaction) -> None:
-    if transaction.parent is None:
-        session.unit_of_work.transaction_created()
-    elif transaction.nested:
-        session.unit_of_work.savepoint_began(transaction)
-
-
-@event.listens_for(UnitSession, "after_transaction_end")
-def _after_transaction_end(session: UnitSession, transaction: SessionTransaction) -> None:
-    if transaction.parent is None:
-        session.unit_of_work.transaction_ended()
-
-
-@event.listens_for(UnitSession, "after_soft_rollback")
-def _after_soft_rollback(session: UnitSession, transaction: SessionTransaction) -> None:
-    session.unit_of_work.rolled_back(transaction)
+from asgi_db.unit.hooks import Hook, HookFunction, When
+from asgi_db.unit.origin import Origin
+from asgi_db.unit.sync_session import UnitSession
+from asgi_db.unit.unit_of_work import UnitOfWork
 
 
 class _Transaction(AsyncSessionTransaction):
@@ -203,24 +57,31 @@ class _Transaction(AsyncSessionTransaction):
 
     async def _watched(self, operation: str, end: Callable[[], Awaitable[None]]) -> None:
         unit, session = self._unit_of_work, cast(UnitSession, self.session.sync_session)
-        unit.enter(operation)
+        if not session.enter(operation):
+            await end()
+            return
+        error: BaseException | None = None
         try:
             await end()
-        except BaseException as error:
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
             failure = unit.transaction.failure
             try:
-                unit.leave(session, error)
+                await self.session.run_sync(lambda _: session.leave(error))
             finally:
                 if self.nested and isinstance(error, Exception):  # which confines it
                     unit.transaction.failure = failure
-            raise
-        unit.leave(session, None)
 
 
 class DBSession(AsyncSession):
     """SQLAlchemy's `AsyncSession`, inside the unit of work of a request or a block."""
 
     sync_session_class = UnitSession
+
+    unit: UnitOfWork | None = None
+    """What watches over it; None before its first use."""
 
     def __init__(self, origin: Origin) -> None:
         """Place a session; what it is made of comes with its first use.
@@ -236,21 +97,27 @@ class DBSession(AsyncSession):
             """Make what `AsyncSession.__init__` makes, when something of it is first missed."""
             if name.startswith("__") or "sync_session" in self.__dict__:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-            unit = self._unit_of_work
-            super().__init__(unit.engine, unit_of_work=unit, **unit.database.session_options)
+            unit = self.unit_of_work
+            super().__init__(unit.life.engine, unit_of_work=unit, **self.origin.session_options)
             return getattr(self, name)
 
     @property
-    def _unit_of_work(self) -> UnitOfWork:
-        return self.origin.unit_of_work(self)
+    def unit_of_work(self) -> UnitOfWork:
+        """What watches over it; it is made when something first needs it."""
+        unit = self.unit
+        if unit is None:
+            unit = self.unit = UnitOfWork(self, self.origin)
+            if self.origin.is_over:
+                unit.close()
+        return unit
 
     def begin(self) -> AsyncSessionTransaction:
         """Begin a transaction in a block, at whose end it is committed or rolled back."""
-        return _Transaction(self, self._unit_of_work)
+        return _Transaction(self, self.unit_of_work)
 
     def begin_nested(self) -> AsyncSessionTransaction:
         """Begin a savepoint in a block, at whose end it is released or rolled back to."""
-        return _Transaction(self, self._unit_of_work, nested=True)
+        return _Transaction(self, self.unit_of_work, nested=True)
 
     async def commit(self) -> None:
         """Commit the transaction; a cancellation waits until the database has answered.
@@ -259,7 +126,7 @@ class DBSession(AsyncSession):
             SQLAlchemyError: the commit failed, and the transaction is rolled back.
             OutcomeUnknownError: COMMIT was sent, and its answer was lost or did not come in time.
         """
-        await self._unit_of_work.commit(super().commit)
+        await self.unit_of_work.commit(super().commit)
 
     @property
     def attempt(self) -> int:
@@ -269,7 +136,7 @@ class DBSession(AsyncSession):
     async def rollback(self) -> None:
         """Roll the transaction back, and run the hooks that wait for that."""
         await super().rollback()
-        await self._unit_of_work.run_hooks()
+        await self.unit_of_work.run_hooks()
 
     def on_commit(
         self,
@@ -321,7 +188,7 @@ class DBSession(AsyncSession):
                 f"session.on_{hook.outcome}() takes a function, not {hook.function!r}: leave out"
                 " the brackets behind it, or use functools.partial for its arguments."
             )
-        self._unit_of_work.add_hook(hook)
+        self.unit_of_work.add_hook(hook)
 
     async def release(self) -> None:
         """Give the connection back to the pool now, for instance around a slow outgoing call.
@@ -332,4 +199,4 @@ class DBSession(AsyncSession):
         Raises:
             UncommittedWorkError: the transaction holds writes; commit or roll back first.
         """
-        await self._unit_of_work.release()
+        await self.unit_of_work.release()

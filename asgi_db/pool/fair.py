@@ -1,7 +1,7 @@
-"""A pool in which nobody is passed over.
+"""A pool that serves those who wait for a connection in the order in which they came.
 
 SQLAlchemy's keeps its connections in an `asyncio.Queue`. There a newcomer may take the connection
-for which a waiter has just been woken, who then waits again behind all others: under load some
+for which a waiter has just been woken, which then waits again behind all others: under load some
 requests run into `pool_timeout` while others are served again and again.
 """
 
@@ -13,14 +13,17 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeVar, cast
 
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
+from sqlalchemy.pool.base import _ConnectionRecord  # pyright: ignore[reportPrivateUsage]
 from sqlalchemy.util import await_
 from sqlalchemy.util.queue import Empty, Full, QueueCommon
+
+from asgi_db.logs import logger
 
 T = TypeVar("T")
 
 
 class FairQueue(QueueCommon[T]):
-    """A queue that hands each item to whoever has waited longest."""
+    """A queue that hands each item to the waiter that has waited longest."""
 
     def __init__(self, maxsize: int = 0, use_lifo: bool = False) -> None:
         self.maxsize = maxsize
@@ -30,38 +33,41 @@ class FairQueue(QueueCommon[T]):
         self._waiting: deque[asyncio.Future[T]] = deque()
 
     def empty(self) -> bool:
-        """Whether there is nothing in it."""
+        """Say whether the queue holds no item."""
         return not self._items
 
     def full(self) -> bool:
-        """Whether there is no room in it."""
+        """Say whether the queue has no room for another item."""
         return 0 < self.maxsize <= len(self._items)
 
     def qsize(self) -> int:
-        """How much is in it."""
+        """Return the number of items in the queue."""
         return len(self._items)
 
     def waiting(self) -> int:
-        """How many wait for an item."""
+        """Return the number of waiters."""
         return sum(not waiter.done() for waiter in list(self._waiting))
 
     def put(self, item: T, block: bool = True, timeout: float | None = None) -> None:
-        """Hand an item to who waits, or keep it; the pool never waits for room."""
-        self.put_nowait(item)
+        """Hand an item to the waiter that has waited longest, or keep it.
 
-    def put_nowait(self, item: T) -> None:
-        """Hand an item to who waits, or keep it.
+        The pool never waits for room.
 
         Raises:
-            Full: nobody waits, and there is no room.
+            Full: there is no waiter, and no room.
         """
-        if not self.hand(item):
-            if self.full():
-                raise Full()
-            self._items.append(item)
+        if self._waiting and self.hand(item):
+            return
+        if 0 < self.maxsize <= len(self._items):
+            raise Full()
+        self._items.append(item)
+
+    def put_nowait(self, item: T) -> None:
+        """Hand an item to the waiter that has waited longest, or keep it; see `put`."""
+        self.put(item)
 
     def hand(self, item: T) -> bool:
-        """Hand an item to whoever has waited longest; False if nobody waits."""
+        """Hand an item to the waiter that has waited longest; False if there is none."""
         while self._waiting:
             waiter = self._waiting.popleft()
             if not waiter.done():
@@ -70,51 +76,72 @@ class FairQueue(QueueCommon[T]):
         return False
 
     def keep(self, item: T) -> None:
-        """Hand an item to who waits, or keep it even if there is no room: it may not be lost."""
+        """Hand an item to a waiter, or keep it even if there is no room: it may not be lost."""
         if not self.hand(item):
             self._items.append(item)
 
     def get(self, block: bool = True, timeout: float | None = None) -> T:
-        """Take an item, or wait for one; who waits is served before who comes later.
+        """Take an item, or wait for one; waiters are served in the order in which they came.
 
         Raises:
-            Empty: there is none, or none has come within `timeout` seconds.
+            Empty: there is no item, or none has come within `timeout` seconds.
         """
-        if self._items or not block:
-            return self.get_nowait()
+        if self._items:
+            return self._items.pop() if self.use_lifo else self._items.popleft()
+        if not block:
+            raise Empty()
         return await_(self._wait(timeout))
 
     def get_nowait(self) -> T:
         """Take an item.
 
         Raises:
-            Empty: there is none.
+            Empty: there is no item.
         """
-        if not self._items:
-            raise Empty()
-        return self._items.pop() if self.use_lifo else self._items.popleft()
+        return self.get(block=False)
 
     async def _wait(self, seconds: float | None) -> T:
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[T] = loop.create_future()
         self._waiting.append(waiter)
-        timer = None if seconds is None else loop.call_later(seconds, _give_up, waiter)
+        timer = None if seconds is None else loop.call_later(seconds, _time_out, waiter)
         try:
             return await waiter
         except BaseException:
             if waiter in self._waiting:
                 self._waiting.remove(waiter)
             elif not waiter.cancelled() and waiter.exception() is None:
-                self.take_back(waiter.result())  # it came at the moment of the end
+                self.take_back(waiter.result())  # the item came at the last moment
             raise
         finally:
             if timer is not None:
                 timer.cancel()
 
 
-def _give_up(waiter: asyncio.Future[T]) -> None:
+def _time_out(waiter: asyncio.Future[T]) -> None:
     if not waiter.done():
         waiter.set_exception(Empty())
+
+
+class _Entry(_ConnectionRecord):
+    """A place in the pool that is free again even if a listener of "checkin" raises.
+
+    SQLAlchemy itself would never return the connection then, and the pool would be smaller for
+    good. There is no public way; a test in `test_fair_pool.py` breaks when this changes.
+    """
+
+    def __init__(self, pool: FairPool) -> None:
+        super().__init__(pool)
+        self._pool = pool
+
+    def checkin(self, _fairy_was_created: bool = True) -> None:
+        try:
+            super().checkin(_fairy_was_created)
+        except BaseException as error:
+            self._pool.take_back(self)
+            if not isinstance(error, Exception):
+                raise
+            logger.exception("A listener of the pool's event `checkin` has failed.")
 
 
 class FairPool(AsyncAdaptedQueuePool):
@@ -123,7 +150,7 @@ class FairPool(AsyncAdaptedQueuePool):
     There is no public way to give it one; the tests in `test_fair_pool.py` break when this changes.
     """
 
-    __module__ = "sqlalchemy.pool"  # after which SQLAlchemy names the logger
+    __module__ = "sqlalchemy.pool"  # SQLAlchemy derives the name of its logger from it
 
     _queue_class = FairQueue[ConnectionPoolEntry]
 
@@ -145,8 +172,15 @@ class FairPool(AsyncAdaptedQueuePool):
             self._dec_overflow()
             raise
 
+    def _create_connection(self) -> ConnectionPoolEntry:
+        return _Entry(self)
+
+    def take_back(self, entry: ConnectionPoolEntry) -> None:
+        """Return a connection that SQLAlchemy has not returned."""
+        self._return_conn(entry)
+
     def _dec_overflow(self) -> Literal[True]:
-        """Let who waits open a connection in place of one that has gone, and not who comes next."""
+        """Let a waiter open a connection in place of one that was closed, and not a newcomer."""
         return True if self._queue.hand(_ROOM) else super()._dec_overflow()
 
     def _take_back(self, item: Any) -> None:
@@ -156,9 +190,9 @@ class FairPool(AsyncAdaptedQueuePool):
             self._queue.keep(item)
 
     def waiting(self) -> int:
-        """How many wait for a connection."""
+        """Return the number of tasks that wait for a connection."""
         return self._queue.waiting()
 
 
 _ROOM = object()
-"""What is handed to who waits where a connection may be opened."""
+"""What a waiter is handed when it may open a connection."""

@@ -1,0 +1,85 @@
+"""How long the library waits for something, which a test shortens or lengthens for itself.
+
+The only file of the tests that knows in which modules these constants stand.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Literal, TypedDict, Unpack, cast
+
+import pytest
+
+Limit = Literal[
+    "attempt",
+    "cleanup",
+    "commit",
+    "connect_grace",
+    "delivery",
+    "dispose",
+    "first_delay",
+    "give_up",
+    "hooks",
+    "longest_delay",
+    "ping",
+    "sandbox_close",
+    "sandbox_wait",
+    "sqlite_busy",
+    "verify_after_idle",
+]
+
+_CONSTANTS: dict[Limit, tuple[str, ...]] = {
+    "attempt": ("asgi_db.pool.abandoned.ATTEMPT_TIMEOUT",),
+    "cleanup": (
+        "asgi_db.unit.standing.CLEANUP_TIMEOUT",
+        "asgi_db.unit.ending.CLEANUP_TIMEOUT",
+    ),
+    "commit": ("asgi_db.unit.ending.COMMIT_TIMEOUT",),
+    "connect_grace": ("asgi_db.drivers.connecting.CONNECT_GRACE",),
+    "delivery": ("asgi_db.asgi.late_cancellation.DELIVERY_TIMEOUT",),
+    "dispose": ("asgi_db.pool.life.DISPOSE_TIMEOUT",),
+    "first_delay": ("asgi_db.asgi.retry.FIRST_DELAY",),
+    "give_up": ("asgi_db.pool.abandoned.GIVE_UP_AFTER",),
+    "hooks": ("asgi_db.unit.hooks.HOOKS_TIMEOUT",),
+    "longest_delay": ("asgi_db.asgi.retry.LONGEST_DELAY",),
+    "ping": ("asgi_db.database.PING_TIMEOUT",),
+    "sandbox_close": ("asgi_db.testing.shared.CLOSE_TIMEOUT",),
+    "sandbox_wait": ("asgi_db.testing.shared.WAIT_TIMEOUT",),
+    "sqlite_busy": ("asgi_db.drivers.sqlite.SQLITE_BUSY_TIMEOUT",),
+    "verify_after_idle": ("asgi_db.pool.connections.VERIFY_AFTER_IDLE",),
+}
+"""Where each one stands: more than one place if a module imports it from another."""
+
+
+class Limits(TypedDict, total=False):
+    """The limits that a test sets, in seconds."""
+
+    attempt: float
+    cleanup: float
+    commit: float
+    connect_grace: float
+    delivery: float
+    dispose: float
+    first_delay: float
+    give_up: float
+    hooks: float
+    longest_delay: float
+    ping: float
+    sandbox_close: float
+    sandbox_wait: float
+    sqlite_busy: float
+    verify_after_idle: float
+
+
+def set_limits(monkeypatch: pytest.MonkeyPatch, **limits: Unpack[Limits]) -> None:
+    """Let the library wait this long, until the end of the test."""
+    for name, seconds in cast("dict[Limit, float]", limits).items():
+        for constant in _CONSTANTS[name]:
+            monkeypatch.setattr(constant, seconds)
+
+
+def limit(name: Limit) -> float:
+    """How long the library waits when no test has changed it."""
+    module, _, constant = _CONSTANTS[name][0].rpartition(".")
+    seconds: float = getattr(import_module(module), constant)
+    return seconds
