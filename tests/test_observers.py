@@ -767,26 +767,9 @@ def test_no_error_of_an_observer_reaches_a_request(
 LISTENERS = ("checkin", "checkout", "connect", "reset")
 """Events of SQLAlchemy's pool on which the library itself relies."""
 
-LEAKS_TODAY = {"checkin": "the connection's place in the pool does not come back"}
-
-
-def listeners() -> list[Any]:
-    return [
-        pytest.param(
-            name,
-            marks=[
-                pytest.mark.xfail(strict=True, reason=LEAKS_TODAY[name]),
-                pytest.mark.filterwarnings("ignore:"),
-            ]
-            if name in LEAKS_TODAY
-            else [],
-        )
-        for name in LISTENERS
-    ]
-
 
 @pytest.mark.parametrize("database", ["sqlite", "postgresql", "mysql"])
-@pytest.mark.parametrize("name", listeners())
+@pytest.mark.parametrize("name", LISTENERS)
 def test_a_listener_of_the_pool_that_fails_once_leaves_the_pool_whole(
     request: pytest.FixtureRequest, name: str, database: str
 ) -> None:

@@ -57,7 +57,7 @@ from tests.walking import (
     assert_nothing_held,
     names,
     outcome_of,
-    state_of,
+    standing_of,
 )
 
 MODES: dict[str, Mode] = {
@@ -105,18 +105,27 @@ FIRST = "the first"
 numbers = itertools.count()
 
 
+ENDS = ("commit", "roll_back", "release", "let_go", "end")
+"""The steps which may leave a stream that was not read to its end."""
+
+
 def only_if(condition: Callable[[Walk], bool]) -> Callable[[Rule], Rule]:
-    """Let a step be none where it makes no sense.
+    """Let a step be none where it makes no sense, and open a session where there is none.
 
     Where that is depends on the moment at which a cancellation comes; hypothesis wants its own
     preconditions to depend on nothing else than the steps.
     """
 
-    def decorate(step: Rule) -> Rule:
-        @functools.wraps(step)
+    def decorate(rule: Rule) -> Rule:
+        @functools.wraps(rule)
         def step_or_none(self: Walk, **options: Any) -> None:
+            if not self.host.is_open:
+                self.author = None
+                self._run(self.host.open())
+            if self.streams and rule.__name__ not in ENDS:
+                self.roll_back()
             if condition(self):
-                step(self, **options)
+                rule(self, **options)
 
         return step_or_none
 
@@ -124,6 +133,11 @@ def only_if(condition: Callable[[Walk], bool]) -> Callable[[Rule], Rule]:
 
 
 Rule = Callable[..., None]
+
+
+def step(function: Rule) -> Rule:
+    """A step of the walk, which makes sense wherever there is a session."""
+    return only_if(lambda _: True)(function)
 
 
 class Walk(RuleBasedStateMachine):
@@ -176,7 +190,7 @@ class Walk(RuleBasedStateMachine):
     def session(self) -> DBSession:
         return self.host.session
 
-    def step(self, work: Work) -> Outcome:
+    def take(self, work: Work) -> Outcome:
         """Take a step, in the session's own task or in one of its own."""
         outcome: Outcome = self._run(self._take(work))
         self._check(outcome)
@@ -200,11 +214,6 @@ class Walk(RuleBasedStateMachine):
         error = outcome.error
         if error is not None and (not isinstance(error, EXPECTED) or isinstance(error, NEVER)):
             raise error
-
-    @property
-    def may_go_on(self) -> bool:
-        """Whether there is a session, and its connection is not taken by a stream."""
-        return self.host.is_open and not self.streams
 
     # -- what is known -------------------------------------------------------------------------
 
@@ -251,8 +260,9 @@ class Walk(RuleBasedStateMachine):
         self._run(self._assert_agreement())
 
     async def _assert_agreement(self) -> None:
-        state = state_of(self.session) if self.host.is_open else "IDLE"
+        state, stage = standing_of(self.session) if self.host.is_open else ("IDLE", "NONE")
         assert state in ("IDLE", "ACTIVE"), state
+        assert (state, stage) != ("IDLE", "OPEN"), "idle, and its transaction is open"
         if state == "ACTIVE" and self.mode is not read_only:
             assert self.session.in_transaction(), "active, and nothing is open"
         if state == "IDLE":  # and what was just interrupted is on its way back
@@ -266,30 +276,30 @@ class Walk(RuleBasedStateMachine):
     # -- reading -------------------------------------------------------------------------------
 
     @rule()
-    @only_if(lambda self: self.may_go_on)
+    @step
     def read(self) -> None:
-        self._note_failure(self.step(lambda session: session.scalar(ONE)))
+        self._note_failure(self.take(lambda session: session.scalar(ONE)))
 
     @rule()
-    @only_if(lambda self: self.may_go_on)
+    @step
     def get(self) -> None:
-        outcome = self.step(lambda session: session.get(Author, 1))
+        outcome = self.take(lambda session: session.get(Author, 1))
         if outcome.is_ok:
             self.author = outcome.value
         self._note_failure(outcome)
 
     @rule()
-    @only_if(lambda self: self.may_go_on and self.author is not None)
+    @only_if(lambda self: self.author is not None)
     def refresh(self) -> None:
-        self._note_failure(self.step(lambda session: session.refresh(self.author)))
+        self._note_failure(self.take(lambda session: session.refresh(self.author)))
 
     @rule()
-    @only_if(lambda self: self.may_go_on)
+    @step
     def take_the_connection(self) -> None:
-        self._note_failure(self.step(lambda session: session.connection()))
+        self._note_failure(self.take(lambda session: session.connection()))
 
     @rule(leaves=st.booleans())
-    @only_if(lambda self: self.may_go_on)
+    @step
     def stream(self, leaves: bool) -> None:
         async def work(session: DBSession) -> None:
             result = await session.stream(select(Author.name))
@@ -297,14 +307,14 @@ class Walk(RuleBasedStateMachine):
             if not leaves:
                 await result.close()
 
-        outcome = self.step(work)
+        outcome = self.take(work)
         self.streams = leaves and outcome.is_ok
         self._note_failure(outcome)
 
     @rule()
-    @only_if(lambda self: self.may_go_on)
+    @step
     def fail(self) -> None:
-        outcome = self.step(lambda session: session.execute(text("SELECT * FROM no_such_table")))
+        outcome = self.take(lambda session: session.execute(text("SELECT * FROM no_such_table")))
         assert not outcome.is_ok
         self._note_failure(outcome)
 
@@ -324,13 +334,13 @@ class Walk(RuleBasedStateMachine):
             self.has_failed = True
 
     @rule()
-    @only_if(lambda self: self.may_go_on)
+    @step
     def write(self) -> None:
         name = self._name()
-        self._note_write(name, self.step(lambda s: s.execute(insert(Author).values(name=name))))
+        self._note_write(name, self.take(lambda s: s.execute(insert(Author).values(name=name))))
 
     @rule()
-    @only_if(lambda self: self.may_go_on)
+    @step
     def add_and_flush(self) -> None:
         name = self._name()
 
@@ -338,37 +348,37 @@ class Walk(RuleBasedStateMachine):
             session.add(Author(name=name))
             await session.flush()
 
-        outcome = self.step(work)
+        outcome = self.take(work)
         if outcome.is_ok:
             self._note_flush()
         self._note_write(name, outcome)
 
     @rule()
-    @only_if(lambda self: self.may_go_on)
+    @step
     def add(self) -> None:
         name = self._name()
 
         async def work(session: DBSession) -> None:
             session.add(Author(name=name))
 
-        self.step(work)
+        self.take(work)
         self.added.add(name)
 
     @rule()
-    @only_if(lambda self: self.may_go_on)
+    @step
     def violate_a_constraint(self) -> None:
-        outcome = self.step(lambda s: s.execute(insert(Author).values(name=FIRST)))
+        outcome = self.take(lambda s: s.execute(insert(Author).values(name=FIRST)))
         assert not outcome.is_ok
         self._note_failure(outcome)
 
     @rule()
-    @only_if(lambda self: self.may_go_on)
+    @step
     def write_nothing(self) -> None:
         work: Work = lambda s: s.execute(delete(Author).where(Author.name == "nobody"))  # noqa: E731
-        self._note_failure(self.step(work))
+        self._note_failure(self.take(work))
 
     @rule(raises=st.booleans(), robust=st.booleans())
-    @only_if(lambda self: self.may_go_on)
+    @step
     def write_with_hooks(self, raises: bool, robust: bool) -> None:
         """One of the two is called, as it comes out; none if the savepoint is undone."""
         name = self._name()
@@ -387,7 +397,7 @@ class Walk(RuleBasedStateMachine):
             session.on_rollback(hook("rollback"))
             await session.execute(insert(Author).values(name=name))
 
-        outcome = self.step(work)
+        outcome = self.take(work)
         if outcome.is_ok:
             self.hooks[name] = calls, "pending"
         self._note_write(name, outcome)
@@ -395,9 +405,9 @@ class Walk(RuleBasedStateMachine):
     # -- savepoints ----------------------------------------------------------------------------
 
     @rule()
-    @only_if(lambda self: self.may_go_on)
+    @step
     def begin_a_savepoint(self) -> None:
-        outcome = self.step(lambda session: _begun(session.begin_nested()))
+        outcome = self.take(lambda session: _begun(session.begin_nested()))
         if outcome.is_ok:
             self._note_flush()  # it flushes first
             self.savepoints.append(outcome.value)
@@ -405,10 +415,10 @@ class Walk(RuleBasedStateMachine):
         self._note_failure(outcome)
 
     @rule()
-    @only_if(lambda self: self.may_go_on and bool(self.savepoints))
+    @only_if(lambda self: bool(self.savepoints))
     def release_a_savepoint(self) -> None:
         savepoint = self.savepoints.pop()
-        outcome = self.step(lambda _: savepoint.commit())
+        outcome = self.take(lambda _: savepoint.commit())
         layer = self.layers.pop()
         if outcome.is_ok:
             layer |= self.added  # it flushes first
@@ -417,10 +427,10 @@ class Walk(RuleBasedStateMachine):
         self._note_failure(outcome)
 
     @rule()
-    @only_if(lambda self: self.may_go_on and bool(self.savepoints))
+    @only_if(lambda self: bool(self.savepoints))
     def roll_a_savepoint_back(self) -> None:
         savepoint = self.savepoints.pop()
-        outcome = self.step(lambda _: savepoint.rollback())
+        outcome = self.take(lambda _: savepoint.rollback())
         layer = self.layers.pop()
         if outcome.is_ok:
             self.gone |= layer | self.added
@@ -430,9 +440,9 @@ class Walk(RuleBasedStateMachine):
     # -- ends ----------------------------------------------------------------------------------
 
     @rule()
-    @only_if(lambda self: self.host.is_open)
+    @step
     def commit(self) -> None:
-        self._note_commit(self.step(lambda session: session.commit()))
+        self._note_commit(self.take(lambda session: session.commit()))
 
     def _note_commit(self, outcome: Outcome) -> None:
         done = outcome.is_ok or isinstance(outcome.error, HookError)
@@ -444,16 +454,16 @@ class Walk(RuleBasedStateMachine):
             self._run(self._agree())
 
     @rule()
-    @only_if(lambda self: self.host.is_open)
+    @step
     def roll_back(self) -> None:
-        self.step(lambda session: session.rollback())
+        self.take(lambda session: session.rollback())
         self._note_end(committed=False)
         self._run(self._agree())
 
     @rule()
-    @only_if(lambda self: self.host.is_open)
+    @step
     def release(self) -> None:
-        if self.step(lambda session: session.release()).is_ok:
+        if self.take(lambda session: session.release()).is_ok:
             assert not self.pending or self.mode is read_only
             kept = self.added
             self._forget()
@@ -461,14 +471,14 @@ class Walk(RuleBasedStateMachine):
             self._run(assert_nothing_held(self.database, self.url))
 
     @rule(how=st.sampled_from(["close", "reset", "invalidate"]))
-    @only_if(lambda self: self.host.is_open)
+    @step
     def let_go(self, how: str) -> None:
-        self.step(lambda session: getattr(session, how)())
+        self.take(lambda session: getattr(session, how)())
         self._note_end(committed=False)
         self._run(assert_nothing_held(self.database, self.url))
 
     @rule(success=st.booleans())
-    @only_if(lambda self: self.host.is_open)
+    @step
     def end(self, success: bool) -> None:
         self._run(self._end(success=success))
 
@@ -486,16 +496,10 @@ class Walk(RuleBasedStateMachine):
         await assert_nothing_held(self.database, self.url)
         await self._agree()
 
-    @rule()
-    @only_if(lambda self: not self.host.is_open)
-    def open_another(self) -> None:
-        self.author = None
-        self._run(self.host.open())
-
     # -- interruptions -------------------------------------------------------------------------
 
     @rule(turns=st.integers(0, 12), writes=st.booleans(), twice=st.booleans())
-    @only_if(lambda self: self.may_go_on)
+    @step
     def be_cancelled(self, turns: int, writes: bool, twice: bool) -> None:
         name = self._name()
 
@@ -516,14 +520,14 @@ class Walk(RuleBasedStateMachine):
             await asyncio.wait((task,))
             return Outcome(asyncio.CancelledError()) if task.cancelled() else task.result()
 
-        outcome: Outcome = self.step(work).value
+        outcome: Outcome = self.take(work).value
         self._check(outcome)
         if writes and outcome.is_ok:
             self.layers[-1].add(name)
         self._note_failure(outcome)
 
     @rule(what=st.sampled_from(["read", "commit", "rollback", "release"]))
-    @only_if(lambda self: self.may_go_on)
+    @step
     def be_in_a_cancelled_scope(self, what: str) -> None:
         """Which cancels again at each await."""
 
@@ -538,14 +542,14 @@ class Walk(RuleBasedStateMachine):
                     raise outcome.error
             return outcome
 
-        self.step(work)
+        self.take(work)
         if what == "read":
             self.has_failed = True
         else:
             self._run(self._learn())
 
     @rule(seconds=st.sampled_from([0.0, 0.001, 0.02]))
-    @only_if(lambda self: self.may_go_on)
+    @step
     def run_out_of_time(self, seconds: float) -> None:
         slow = text(SLOW[self.database.url.get_backend_name()])
 
@@ -553,12 +557,12 @@ class Walk(RuleBasedStateMachine):
             async with asyncio.timeout(seconds):
                 await session.execute(slow)
 
-        outcome = self.step(work)
+        outcome = self.take(work)
         assert not outcome.is_ok
         self._note_failure(outcome)
 
     @rule(turns=st.integers(0, 12))
-    @only_if(lambda self: self.may_go_on)
+    @step
     def be_cancelled_in_a_commit(self, turns: int) -> None:
         """It goes on to its end, which the session then knows."""
 
@@ -569,7 +573,7 @@ class Walk(RuleBasedStateMachine):
             task.cancel()
             await asyncio.wait((task,))
 
-        self.step(work)
+        self.take(work)
         self._run(self._learn())
 
     async def _learn(self) -> None:
@@ -584,7 +588,7 @@ class Walk(RuleBasedStateMachine):
         await self._agree()
 
     @rule()
-    @only_if(lambda self: self.may_go_on)
+    @step
     def be_used_by_two_tasks(self) -> None:
         """The second has an error, which is nobody else's."""
         moment = text(A_MOMENT[self.database.url.get_backend_name()])
@@ -595,7 +599,7 @@ class Walk(RuleBasedStateMachine):
             second = await outcome_of(lambda s: s.scalar(ONE), session)
             return await first, second
 
-        outcome = self.step(work)
+        outcome = self.take(work)
         first, second = outcome.value
         self._check(first)
         if not isinstance(second.error, ConcurrentUseError):
@@ -644,6 +648,8 @@ def sqlite_tables(sqlite_url: str) -> str:
     return sqlite_url
 
 
+# What a walk adds to a session whose flush has failed, SQLAlchemy says, will not be kept.
+@pytest.mark.filterwarnings("ignore:Session's state has been changed on a non-active transaction")
 @pytest.mark.parametrize("database", ["sqlite", "postgresql", "mysql"])
 @pytest.mark.parametrize("name", MODES)
 def test_a_session_ends_in_order_whatever_it_is_led_through(
@@ -683,7 +689,6 @@ BEGINNINGS: dict[str, Work] = {
 """What lets a session be in a transaction before it takes a connection."""
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="in a transaction, yet IDLE")
 @pytest.mark.parametrize("beginning", BEGINNINGS)
 @pytest.mark.parametrize("name", ["plain", "transactional", "snapshot"])
 async def test_a_unit_whose_session_is_in_a_transaction_is_not_idle(
@@ -692,6 +697,28 @@ async def test_a_unit_whose_session_is_in_a_transaction_is_not_idle(
     async with Database(sqlite_tables) as database:
         async with database.session(MODES[name]) as session:
             await BEGINNINGS[beginning](session)
-            state, is_in_transaction = state_of(session), session.in_transaction()
+            (state, _), is_in_transaction = standing_of(session), session.in_transaction()
             await session.rollback()
     assert (state != "IDLE") == is_in_transaction
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the hook waits for the next COMMIT")
+@pytest.mark.parametrize("rolls_back_again", [False, True])
+async def test_a_rollback_that_is_cancelled_settles_the_hooks_all_the_same(
+    sqlite_tables: str, rolls_back_again: bool
+) -> None:
+    calls = list[str]()
+    async with Database(sqlite_tables) as database:
+        async with database.session() as session:
+            session.on_commit(lambda: calls.append("commit"))
+            session.on_rollback(lambda: calls.append("rollback"))
+            await session.execute(insert(Author).values(name="undone"))
+            with anyio.CancelScope() as scope:
+                scope.cancel()
+                await session.rollback()
+            if rolls_back_again:
+                await session.rollback()
+            await session.commit()
+        await assert_nothing_held(database, sqlite_tables)
+    assert await names(sqlite_tables) == {FIRST}
+    assert calls == ["rollback"]

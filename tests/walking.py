@@ -2,7 +2,7 @@
 
 A host keeps the session where an application would have it, in a block or behind a WebSocket, and
 does there what it is told. Nothing of the session's inside is looked at but the `repr` of its unit
-of work, in `state_of`.
+of work, in `standing_of`.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class GivenUp(Exception):
     """What the application raises in order that its unit fails."""
 
 
-def state_of(session: DBSession) -> str:
-    """The state of the session's unit of work, as its `repr` says it."""
+def standing_of(session: DBSession) -> tuple[str, str]:
+    """The state of the session's unit of work and the stage of its transaction, by its `repr`."""
     unit: Any = session.unit_of_work
-    found = re.match(r"<UnitOfWork (\w+)", repr(unit))
+    found = re.match(r"<UnitOfWork (\w+) \w+ (\w+) ", repr(unit))
     assert found is not None, repr(unit)
-    return found[1]
+    return found[1], found[2]
 
 
 async def bounded(work: Awaitable[T]) -> T:
