@@ -365,22 +365,20 @@ def _begin(
 def _commit(
     commit: Callable[[PoolProxiedConnection], None], driver: Driver, pooled: PoolProxiedConnection
 ) -> None:
-    _announce_commit(driver, pooled)
+    """Commit, and tell the unit that has this connection that its COMMIT is sent now, if it is."""
+    unit: Unit | None = pooled.info.get(UNIT_INFO)
+    if unit is not None and pooled.is_valid and not driver.is_closed(pooled.driver_connection):
+        unit.transaction.commit_is_sent()
     commit(pooled)
 
 
 def _commit_twophase(
     commit: Callable[..., None], driver: Driver, connection: Connection, *args: Any, **kwargs: Any
 ) -> None:
-    _announce_commit(driver, connection.connection)
-    commit(connection, *args, **kwargs)
+    def commit_second_phase(_: PoolProxiedConnection) -> None:
+        commit(connection, *args, **kwargs)
 
-
-def _announce_commit(driver: Driver, pooled: PoolProxiedConnection) -> None:
-    """Tell the unit that has this connection that its COMMIT is sent now, if it is."""
-    unit: Unit | None = pooled.info.get(UNIT_INFO)
-    if unit is not None and pooled.is_valid and not driver.is_closed(pooled.driver_connection):
-        unit.transaction.commit_is_sent()
+    _commit(commit_second_phase, driver, connection.connection)
 
 
 def _checkin(

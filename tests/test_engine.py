@@ -330,17 +330,15 @@ class DiaryOfTransaction:
     """A transaction that writes down what the engine tells it."""
 
     commit_was_sent = False
+    has_writes: bool = False
 
     def __init__(self) -> None:
         self.entries: list[str] = []
 
-    @property
-    def has_writes(self) -> bool:
-        return "write" in self.entries
-
-    @has_writes.setter
-    def has_writes(self, value: bool) -> None:
-        self.entries.append("write")
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "has_writes":
+            self.entries.append("write")
+        super().__setattr__(name, value)
 
     def commit_is_sent(self) -> None:
         self.entries.append("commit")

@@ -474,7 +474,9 @@ def observed(database: Database, *faulty: str) -> Generator[Prepare]:
     database.statistics.observers += (Observer(*faulty), behind)
     yield nothing
     assert "unit_ended" in behind.told
-    assert behind.told.count("connection_taken") == behind.told.count("connection_returned")
+    # A connection whose BEGIN was cancelled is returned, and was never there for the unit.
+    taken, returned = (behind.told.count(f"connection_{what}") for what in ("taken", "returned"))
+    assert taken <= returned
 
 
 @fault
@@ -711,21 +713,11 @@ WHEN_ERRORS_ARE_LOGGED = {
     "run_again_after_a_conflict",
 }
 
-FAILS_TODAY: dict[str, set[str]] = {
-    **{fault: set(SITUATIONS) for fault in FAULTS if fault.startswith(("observer", "processor"))},
-    "meter": set(SITUATIONS),
-    "log_handler": WHEN_ERRORS_ARE_LOGGED,
-    "log_handler_of_the_root": WHEN_ERRORS_ARE_LOGGED,
-    "log_filter": WHEN_ERRORS_ARE_LOGGED,
-    "robust_hook_that_is_cancelled": set(SITUATIONS) - {"cancelled_in_a_statement"},
-    "robust_hooks_that_cannot_be_logged": set(SITUATIONS) - {"failed_commit"},
-}
+FAILS_TODAY: dict[str, set[str]] = {}
 """To be taken away as the library learns it: a case that passes and stands here fails."""
 
 
 def fails_today(case: Case) -> bool:
-    if case.database == "mysql" and case.situation == "failed_commit" and "log" in case.fault:
-        return True  # there it is a lost connection, and answered with 503
     return case.situation in FAILS_TODAY.get(case.fault, ())
 
 

@@ -38,7 +38,7 @@ class GivenUp(Exception):
 
 def state_of(session: DBSession) -> str:
     """The state of the session's unit of work, as its `repr` says it."""
-    unit: Any = session.origin.unit_of_work(session)
+    unit: Any = session.unit_of_work
     found = re.match(r"<UnitOfWork (\w+)", repr(unit))
     assert found is not None, repr(unit)
     return found[1]

@@ -9,6 +9,7 @@ It waits until the database has answered; then it is due, or forgotten:
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -108,20 +109,26 @@ class Hooks:
             await run_to_completion(_call_each(self._late, describe), grace=HOOKS_TIMEOUT)
 
 
-async def _call_each(hooks: deque[Hook], describe: Callable[[], str]) -> Exception | None:
+async def _call_each(hooks: deque[Hook], describe: Callable[[], str]) -> BaseException | None:
     """Call each hook, and return the first error of one that is not robust."""
-    first: Exception | None = None
+    first: BaseException | None = None
     while hooks:
         hook = hooks.popleft()
         try:
             result = hook.function()
             if inspect.isawaitable(result):
                 await result
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and _is_being_cancelled():
+                logger.error("%s: a hook was cancelled after %s: %r", describe(), *hook.names)
+                raise
             logger.exception("%s: a hook failed after %s: %r", describe(), *hook.names)
             if first is None and not hook.robust:
                 first = error
-        except BaseException:
-            logger.error("%s: a hook was cut off after %s: %r", describe(), *hook.names)
-            raise
     return first
+
+
+def _is_being_cancelled() -> bool:
+    """Whether this task is cancelled; otherwise the hook has cancelled what it waited for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -243,7 +243,8 @@ def _transaction_began(session: UnitSession, _: SessionTransaction, connection: 
         begin_unit(connection, unit, unit.fixed_mode or unit.mode)
         waited = time.monotonic() - unit.tally.asked
         unit.tally.add_wait(waited)
-        unit.life.statistics.connection_taken(waited)
+        if unit.life.statistics.observers:
+            unit.life.statistics.connection_taken(waited)
 
 
 @event.listens_for(UnitSession, "before_flush")

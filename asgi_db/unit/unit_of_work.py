@@ -31,6 +31,7 @@ from asgi_db.unit.ending import (
 from asgi_db.unit.hooks import Hook, HookOutcome, Hooks
 from asgi_db.unit.operation import Operation
 from asgi_db.unit.standing import LeftOver, Standing, State
+from asgi_db.unit.transaction import Stage
 
 
 class UnitOfWork(Standing):
@@ -85,18 +86,24 @@ class UnitOfWork(Standing):
         if self.state is State.ENDING:  # another task commits or releases the session just now
             problem = self._concurrent_use("commit")
             await finish(asyncio.ensure_future(self.wait_for_end()))
-        straggler = self.operation if self.is_used_by_another_task else None
+        straggler = self.operation
         if straggler is not None:
-            problem = self._concurrent_use("commit")
-        mode = self.begin()
+            if straggler.task is asyncio.current_task():
+                straggler = None
+            else:
+                problem = self._concurrent_use("commit")
+        mode = self.fixed_mode or self.begin()
         if self.left_over is LeftOver.DISCARDED and mode.commits:
             problem = problem or UncommittedWorkError(self.describe(), is_lost=True)
         if success and not mode.commits:
             self._warn_of_lost_work()
-        if straggler is not None or self._has_work():
+        session = self.sync_session
+        has_transaction = session is not None and session.in_transaction()
+        if has_transaction or straggler is not None or self.left_over is LeftOver.KEPT:
             if success and problem is None and mode.commits:
                 log_failure = functools.partial(self._log_failed_commit, answer)
-                await self._end_by("commit", self._ending().commit(self._commit, log_failure))
+                commit = functools.partial(AsyncSession.commit, self.session)
+                await self._end_by("commit", self._ending().commit(commit, log_failure))
             else:
                 await self._end_by("rollback", self._ending().roll_back_unit(straggler))
         elif self.state is State.ACTIVE:
@@ -112,11 +119,6 @@ class UnitOfWork(Standing):
                 Session.begin(self.sync_session)  # in which what was kept is flushed, or expired
         return Ending(self.session, self.transaction, self.deadline, self.describe)
 
-    def _has_work(self) -> bool:
-        session = self.sync_session
-        has_transaction = session is not None and session.in_transaction()
-        return has_transaction or self.left_over is LeftOver.KEPT
-
     def _warn_of_lost_work(self) -> None:
         has_new = self.sync_session is not None and self.sync_session.new
         has_writes = self.transaction.has_writes and self.transaction.is_open
@@ -127,9 +129,6 @@ class UnitOfWork(Standing):
                 self.describe(),
                 self.mode.name,
             )
-
-    def _commit(self) -> Coroutine[Any, Any, None]:
-        return AsyncSession.commit(self.session)
 
     def _log_failed_commit(self, answer: str, error: BaseException) -> None:
         unsent = f", and {answer} was not sent" if answer else ""
@@ -190,7 +189,8 @@ class UnitOfWork(Standing):
         try:
             await finish(task)
         finally:
-            self.transaction.end()
+            if self.transaction.stage is Stage.OPEN:  # its connection was terminated
+                self.transaction.end()
             self.end_operation(operation)
             self.become_idle()
 
