@@ -1,28 +1,27 @@
-"""The `Database`: owns the engine, the sessions and their life."""
+"""The `Database`: the one object that a user makes."""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import anyio
-from sqlalchemy import URL, MetaData, text
+from sqlalchemy import URL, MetaData
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
-from asgi_db.drivers.base import lost_connection
 from asgi_db.engine import isolation_options, refuse_autocommit
-from asgi_db.errors import ConfigurationError, DatabaseBusyError, DatabaseDownError
+from asgi_db.errors import ConfigurationError
 from asgi_db.logs import logger
 from asgi_db.modes import Mode, Transactional, plain, transactional
-from asgi_db.pool.abandoned import connection_aside, connection_of
+from asgi_db.pool.abandoned import connection_of
 from asgi_db.pool.engines import Engines, EngineSettings
 from asgi_db.pool.life import EngineLife
+from asgi_db.pool.ping import ping
 from asgi_db.profiles import PoolName, PoolProfile, pool_profile
 from asgi_db.settings import (
     create_database_url,
@@ -38,14 +37,11 @@ if TYPE_CHECKING:
     from asgi_db.testing import Sandbox
 
 DEFAULT_FILE = "app.db"
-"""The SQLite file that serves where nothing else is said."""
-
-PING_TIMEOUT = 2.0
-"""Seconds that `ping` waits for a pooled connection's answer, and then for one beside the pool."""
+"""The SQLite file that is used if no database is configured."""
 
 
 class Database:
-    """Owns the engine, the session factory and their life; the one object that a user makes.
+    """Owns the engines and opens the sessions; the one object that a user makes.
 
         database = Database("postgresql+asyncpg://app@localhost/shop")
 
@@ -68,59 +64,43 @@ class Database:
         """Check the settings; nothing is opened yet.
 
         Args:
-            url: where the database is. Without it `DATABASE_URL` or `DATABASE_TYPE` and its
-                companions say so, and without these an SQLite file in the working directory
-                serves.
-            engine: an engine of your own instead; it is used as it is, and never disposed. What an
-                `async_creator` of its own raises comes as it is.
+            url: where the database is. Without it, `DATABASE_URL` or `DATABASE_TYPE` and its
+                companions name the place; without these, an SQLite file in the working directory
+                is used.
+            engine: an engine of your own instead; it is used as it is, and never disposed. Errors
+                of its `async_creator`, if it has one, are not translated.
             pool: the pool profile, "low", "medium" or "high", or a `PoolProfile` of your own.
             engine_options: for SQLAlchemy's `create_async_engine`; they override the profile.
             session_options: for SQLAlchemy's `AsyncSession`, over `autoflush=False` and
                 `expire_on_commit=False`.
             pooler: "transaction" behind PgBouncer in transaction pooling: asyncpg then keeps no
                 prepared statements.
-            wait_for: seconds in which a database that is not there yet may come up at startup.
-            leak_threshold: seconds after which a connection that is still out of the pool is
-                logged, once, with the stack that took it; off if None.
+            wait_for: how long to wait at startup for a database that does not answer yet, in
+                seconds.
+            leak_threshold: seconds after which a connection that is still checked out is logged,
+                once, with the stack that took it; off if None.
 
         Raises:
-            ConfigurationError: a setting cannot work; the message says which, and the remedy.
+            ConfigurationError: a setting cannot work; the message names it, and the remedy.
         """
-        if engine is not None and (url is not None or engine_options is not None or pooler):
-            raise ConfigurationError(
-                "engine= comes ready made: leave out url=, engine_options= and pooler=, or leave"
-                " out engine=."
-            )
-        if pooler not in (None, "transaction"):
-            raise ConfigurationError(f"pooler={pooler!r} is unknown: use 'transaction', or None.")
-        if not wait_for >= 0:
-            raise ConfigurationError(f"wait_for={wait_for!r} must be seconds, 0 or more.")
-        if leak_threshold is not None and not leak_threshold > 0:
-            raise ConfigurationError(
-                f"leak_threshold={leak_threshold!r} must be seconds, more than 0; leave it out to"
-                " switch it off."
-            )
-        if engine is not None:
-            refuse_autocommit("engine=", isolation_options(engine.sync_engine))
-        refuse_autocommit("engine_options=", engine_options or {})
-        engine_options = dict(engine_options or {})
+        _check_engine(engine, url=url, engine_options=engine_options, pooler=pooler)
+        _check_numbers(wait_for=wait_for, leak_threshold=leak_threshold)
+        options = dict(engine_options or {})
         if engine is not None:
             self.url = engine.url
         elif url is not None:
             self.url = parse_database_url(url)
         else:
             self.url = database_url_from_env(os.environ) or _embedded()
-            engine_options = {**engine_options_from_env(os.environ), **engine_options}
-        self.session_options: dict[str, Any] = {
-            "autoflush": False,
-            "expire_on_commit": False,
-            **(session_options or {}),
-        }
+            options = {**engine_options_from_env(os.environ), **options}
+        defaults = {"autoflush": False, "expire_on_commit": False}
+        self.session_options: dict[str, Any] = {**defaults, **(session_options or {})}
         self.statistics = Statistics()  # `asgi_db.opentelemetry` observes them
         self._wait_for = wait_for
         profile = pool if isinstance(pool, PoolProfile) else pool_profile(pool)
-        settings = EngineSettings(self.url, profile, engine_options, pooler, leak_threshold)
+        settings = EngineSettings(self.url, profile, options, pooler, leak_threshold)
         self._engines = Engines(settings, self.statistics, given=engine)
+        self.life_on = self._engines.on  # without a step in between: each request asks it
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ, **options: Any) -> Self:
@@ -130,8 +110,8 @@ class Database:
         `_SCHEMA` (the name of the database) and `_CHARSET`; and `DATABASE_ECHO`, `_POOL_ECHO`.
 
         Args:
-            environ: where to read.
-            options: for `Database` itself.
+            environ: the variables.
+            options: the other arguments of `Database`.
 
         Raises:
             ConfigurationError: neither is set, or a variable has a value that cannot work.
@@ -162,12 +142,8 @@ class Database:
         """The engine of the running event loop, with its life; made at first use."""
         return self._engines.running
 
-    def life_on(self, loop: asyncio.AbstractEventLoop) -> EngineLife:
-        """Return the engine of an event loop, with its life, also to a thread beside the loop."""
-        return self._engines.on(loop)
-
     async def start(self) -> None:
-        """Make the engine, and wait for the database where `wait_for=` says so.
+        """Make the engine, and wait for the database for up to `wait_for=` seconds.
 
         Raises:
             ConnectionError: the database did not come up within `wait_for` seconds.
@@ -178,7 +154,7 @@ class Database:
         while self._wait_for:
             left = deadline - time.monotonic()
             try:
-                with anyio.fail_after(max(left, 0.1)):  # also where it takes, but never answers
+                with anyio.fail_after(max(left, 0.1)):  # a server may accept, and never answer
                     return await self.ping()
             except (SQLAlchemyError, OSError) as error:
                 left = deadline - time.monotonic()
@@ -199,7 +175,7 @@ class Database:
         )
 
     async def dispose(self) -> None:
-        """Close every connection, also those which are still out after a while.
+        """Close every connection; one that is still in use after 10 seconds is terminated.
 
         The database can be used again afterwards. An engine of your own is left alone.
         """
@@ -222,24 +198,13 @@ class Database:
         await self.dispose()
 
     async def ping(self) -> None:
-        """Ask the database for a sign of life, whether or not the pool has a connection free.
+        """Check that the database answers, whether or not the pool has a connection free.
 
         Raises:
-            DatabaseBusyError: it lives, but no connection was free within 2 seconds.
+            DatabaseBusyError: it answers, but no connection was free within 2 seconds.
             DatabaseDownError: it cannot be reached, or gave no answer within 2 seconds.
         """
-        try:
-            return await _ask(connection_of(self.engine))
-        except DatabaseDownError:
-            raise
-        except (SQLAlchemyError, TimeoutError) as error:
-            busy = DatabaseBusyError("database.ping()", self.holders())
-            cause = error
-        try:
-            await _ask(connection_aside(self.engine))
-        except (SQLAlchemyError, TimeoutError) as error:
-            raise lost_connection(error) from error
-        raise busy from cause
+        await ping(self.life)
 
     async def create_tables(self, metadata: MetaData) -> None:
         """Create the tables which do not exist yet."""
@@ -251,12 +216,12 @@ class Database:
         async with connection_of(self.engine) as connection, connection.begin():
             await connection.run_sync(metadata.drop_all)
 
-    # -- who holds what ------------------------------------------------------------------------
+    # -- statistics ----------------------------------------------------------------------------
 
     def stats(self) -> DatabaseStats:
-        """Say what the routes have done, and who has which connection now.
+        """Return what each route has done, and what has a connection now, in this process.
 
-        Opens nothing, and needs no event loop: a thread may ask, too. Covers this process.
+        It opens nothing and needs no event loop: a thread may call it, too.
         """
         lives = self._engines.all()
         holders = [holder for life in lives for holder in life.connections.holders()]
@@ -268,11 +233,11 @@ class Database:
         )
 
     def holders(self) -> list[str]:
-        """Say which routes have the connections that are out of the pool, and for how long."""
+        """Return the routes that have a connection checked out, and for how long."""
         return self.life.holders()
 
     def engines(self) -> list[AsyncEngine]:
-        """Return the engines that have been made: one in each event loop that uses it."""
+        """Return the engines that have been made: one for each event loop that uses one."""
         return [life.engine for life in self._engines.all()]
 
     # -- sessions outside requests -------------------------------------------------------------
@@ -342,7 +307,7 @@ class Database:
 
 
 class Block(Origin):
-    """An `async with` block, for which a session is."""
+    """An `async with` block that has a session."""
 
     def __init__(self, database: Database, mode: Mode, name: str) -> None:
         self._database = database
@@ -367,10 +332,33 @@ def _cause(error: Exception) -> str:
     return str(error).partition("\n")[0] or "no answer"
 
 
-async def _ask(connecting: AbstractAsyncContextManager[AsyncConnection]) -> None:
-    with anyio.fail_after(PING_TIMEOUT):
-        async with connecting as connection:
-            await connection.execute(text("SELECT 1"))
+def _check_engine(
+    engine: AsyncEngine | None,
+    *,
+    url: str | URL | None,
+    engine_options: Mapping[str, Any] | None,
+    pooler: str | None,
+) -> None:
+    if engine is not None:
+        if url is not None or engine_options is not None or pooler:
+            raise ConfigurationError(
+                "engine= comes ready made: leave out url=, engine_options= and pooler=, or leave"
+                " out engine=."
+            )
+        refuse_autocommit("engine=", isolation_options(engine.sync_engine))
+    refuse_autocommit("engine_options=", engine_options or {})
+    if pooler not in (None, "transaction"):
+        raise ConfigurationError(f"pooler={pooler!r} is unknown: use 'transaction', or None.")
+
+
+def _check_numbers(*, wait_for: float, leak_threshold: float | None) -> None:
+    if not wait_for >= 0:
+        raise ConfigurationError(f"wait_for={wait_for!r} must be seconds, 0 or more.")
+    if leak_threshold is not None and not leak_threshold > 0:
+        raise ConfigurationError(
+            f"leak_threshold={leak_threshold!r} must be seconds, more than 0; leave it out to"
+            " switch it off."
+        )
 
 
 def _embedded() -> URL:

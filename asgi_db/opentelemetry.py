@@ -59,15 +59,15 @@ def instrument(
 ) -> None:
     """Report on these databases, once, before the application serves its first request.
 
-    Metrics have the names of OpenTelemetry's conventions where it has one, and begin with
-    `asgi_db.` where it has none. Each statement is a span by OpenTelemetry's own instrumentation of
-    SQLAlchemy, which this switches on if nobody has: that is for the whole process. Each unit of
-    work is a span too, beside those of its statements, with its outcome.
+    Metrics have the names of OpenTelemetry's conventions where there are any, and begin with
+    `asgi_db.` where there are none. Each statement is a span of OpenTelemetry's own instrumentation
+    of SQLAlchemy. This function switches it on, for the whole process, unless it is on already.
+    Each unit of work is a span too, beside those of its statements, and tells its outcome.
 
     Args:
         databases: all databases of the application.
-        meter_provider: the global one if None.
-        tracer_provider: the global one if None.
+        meter_provider: OpenTelemetry's global one if None.
+        tracer_provider: OpenTelemetry's global one if None.
     """
     meter = get_meter("asgi_db", meter_provider=meter_provider)
     tracer = get_tracer("asgi_db", tracer_provider=tracer_provider)
@@ -80,15 +80,15 @@ def instrument(
         instrumentor.instrument(
             engines=[engine.sync_engine for each in databases for engine in each.engines()],
             tracer_provider=_SafeTracerProvider(tracer_provider or get_tracer_provider()),
-            meter_provider=NoOpMeterProvider(),  # its metric of the pool has a name that is no more
-            # It says of itself that it ends before SQLAlchemy 2.1, and else does nothing; the tests
-            # of spans say that it does not.
+            meter_provider=NoOpMeterProvider(),  # its metric of the pool has an outdated name
+            # It declares that it supports SQLAlchemy below 2.1 only, and would do nothing; the
+            # tests of spans show that it works.
             skip_dep_check=True,
         )
 
 
 class _Recorder:
-    """Records what one database tells as it happens."""
+    """Records each event of one database as it happens."""
 
     def __init__(self, database: Database, meter: Meter, tracer: Tracer) -> None:
         self._attributes = {POOL_NAME: database.stats().name}
@@ -113,7 +113,7 @@ class _Recorder:
         self._use_time.record(held, self._attributes)
 
     def unit_ended(self, route: str, mode: str, tally: Tally) -> None:
-        """Make the span of the unit when it is over: until then it is nobody's current span."""
+        """Make the span of a unit after its end: it is never the current span of anything."""
         end = time.time_ns()
         lasted = 0.0 if tally.began is None else time.monotonic() - tally.began
         span = self._tracer.start_span(
@@ -135,7 +135,7 @@ class _Recorder:
 
 
 Read = Callable[[DatabaseStats], Iterable[tuple[float | None, dict[str, str]]]]
-"""Reads the values of one instrument, with their attributes; None where there is no value."""
+"""Reads the values of one instrument, with their attributes; None if there is no value."""
 
 
 def _callback(databases: Sequence[Database], read: Read) -> list[Any]:
@@ -192,7 +192,7 @@ def _observe_pools(meter: Meter, databases: Sequence[Database]) -> None:
 _ROUTE_COUNTERS = {
     "statements": ("{statement}", "Statements sent."),
     "retries": ("{request}", "Requests that were run again."),
-    "held": ("s", "Time in which connections were out of the pool."),
+    "held": ("s", "Time in which connections were checked out of the pool."),
     "waited": ("s", "Time until a connection was there."),
     "busy": ("s", "Time within calls of the session."),
 }
@@ -203,7 +203,7 @@ def _observe_routes(meter: Meter, databases: Sequence[Database]) -> None:
         "asgi_db.units",
         _callback(databases, _read_outcomes),
         "{unit}",
-        "Units of work that have ended, by how.",
+        "Units of work that have ended, by outcome.",
     )
     for name, (unit, description) in _ROUTE_COUNTERS.items():
         meter.create_observable_counter(
@@ -226,14 +226,14 @@ def _reader(field: str) -> Read:
     ]
 
 
-# -- spans of statements that harm none --------------------------------------------------------
+# -- spans that never fail ---------------------------------------------------------------------
 #
 # OpenTelemetry's instrumentation of SQLAlchemy begins and ends its spans in the middle of a
-# statement, where an error of a span processor would be one of the statement.
+# statement, which would fail with every error of a span processor.
 
 
 class _SafeTracerProvider(TracerProvider):
-    """Gives out tracers whose spans raise nothing when they begin or end."""
+    """Provides tracers whose spans raise nothing when they begin or end."""
 
     def __init__(self, provider: TracerProvider) -> None:
         self._provider = provider

@@ -1,4 +1,4 @@
-"""The pool profiles: how many connections an engine keeps, and for how long."""
+"""Pool profiles: how many connections an engine keeps, and for how long."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PoolName: TypeAlias = Literal["low", "medium", "high"]
 
 @dataclass(frozen=True)
 class PoolProfile:
-    """How many connections one process keeps, how long it waits for one, how far it trusts them.
+    """How many connections one process keeps, how long it waits for one, and whether it pings them.
 
     The names are SQLAlchemy's, except `verify`. The defaults are those of the profile "medium".
 
@@ -32,11 +32,11 @@ class PoolProfile:
         pool_recycle: age at which a connection is replaced, when it is taken next. Seconds, default
             3600; -1 for never. Keep it below the idle timeout of server and firewall (MySQL:
             `wait_timeout`).
-        verify: ping a connection that has been idle for longer than a second before it is used.
-            Default True. Switch it off where a request that meets a connection which the server has
-            closed may fail.
-        pool_use_lifo: take the connection which came back last, so that the others can grow idle
-            and be closed by the server. Default False. Switch it on, together with `verify`, for a
+        verify: ping a connection before it is used, if it has been idle for longer than a second.
+            Default True. Switch it off if a request may fail when the server has closed its
+            connection.
+        pool_use_lifo: take the connection that came back last, so that the server can close the
+            others, which stay idle. Default False. Switch it on, together with `verify`, for a
             large pool whose load comes in waves.
     """
 
@@ -50,8 +50,8 @@ class PoolProfile:
     def engine_options(self) -> dict[str, Any]:
         """Return the profile as keyword arguments of `create_async_engine`.
 
-        `verify` is not one of them: `pool_pre_ping` would ping at every checkout, so `Database`
-        does it.
+        `verify` is not one of them: `pool_pre_ping` would ping at every checkout, so the library
+        pings by itself.
         """
         return {
             "pool_size": self.pool_size,
@@ -76,7 +76,7 @@ def pool_profile(name: PoolName) -> PoolProfile:
     """Return the ready-made pool profile of that name.
 
     Raises:
-        ConfigurationError: there is none.
+        ConfigurationError: no profile has this name.
     """
     if name not in POOL_PROFILES:
         names = ", ".join(f'"{known}"' for known in POOL_PROFILES)

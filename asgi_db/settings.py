@@ -1,4 +1,4 @@
-"""Settings: database URLs, environment variables and pool profiles.
+"""Settings: database URLs and environment variables.
 
 Everything here is decided before a connection exists, and every mistake is a `ConfigurationError`.
 Its message never repeats a value that could hold a password: a URL with an unescaped character puts
@@ -38,7 +38,7 @@ _INSTALL = {
     "aiosqlite": "aiosqlite",
 }
 _accepted: set[str] = set()
-"""Drivers that were registered beyond those above, for any database."""
+"""Drivers that were registered besides those above, for any database."""
 _MYSQL = ("mysql", "mariadb")
 _MEMORY = ":memory:"
 _TYPES = ", ".join(f'"{name}"' for name in _DRIVERS)
@@ -100,7 +100,10 @@ def create_database_url(
 
 @dataclass(frozen=True, repr=False)
 class _Parts:
-    """The parts of a URL, and what a message calls them: parameters, or environment variables."""
+    """The parts of a URL.
+
+    A message calls them by `names`, which are environment variables, or else as parameters.
+    """
 
     type: str
     user: str | None
@@ -156,8 +159,8 @@ class _Parts:
         return name
 
     def check_length(self, name: str) -> None:
-        # PostgreSQL cuts a longer name off, without an error: "<63 bytes>_test" is no test database
-        # but the real one.
+        # PostgreSQL truncates a longer name without an error: "<63 bytes>_test" would be the real
+        # database, and not one for tests.
         size, limit = (
             (len(name), "64 characters")
             if self.type in _MYSQL
@@ -200,23 +203,23 @@ def _is_charset(name: object) -> bool:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_]+", name):
         return False
     if find_spec("asyncmy") is None:
-        return True  # as far as can be said without the driver
+        return True  # without the driver there is no list of character sets
     return import_module("asyncmy.charset").charset_by_name(name) is not None
 
 
 def accept_driver(name: str) -> None:
-    """Let URLs name this driver, too, as in `sqlite+name://`; they are taken as they are."""
+    """Let URLs name this driver too, as in `sqlite+name://`; such URLs are used as they are."""
     if name not in _DRIVERS.values():
         _accepted.add(name)
 
 
 def parse_database_url(url: str | URL) -> URL:
-    """Read a database URL, and fill in the asynchronous driver where it names none.
+    """Read a database URL, and add the asynchronous driver if the URL names none.
 
     `postgres://`, `postgresql://`, `mysql://`, `mariadb://` and `sqlite://` are enough. MySQL and
     MariaDB get `charset=utf8mb4` unless the URL names another character set; libpq's `sslmode=`
-    becomes `ssl=`, as asyncpg calls it; a password in the query moves to the place where SQLAlchemy
-    hides it.
+    becomes `ssl=`, as asyncpg calls it; a password in the query is moved to the part of the URL
+    that SQLAlchemy hides.
 
     Raises:
         ConfigurationError: the URL cannot be parsed, its database, driver or character set is not
@@ -281,8 +284,8 @@ def _make_url(url: str) -> URL | None:
 
 
 def _check_escapes(url: str, parsed: URL, label: str) -> None:
-    # SQLAlchemy ends the password at the first "@". With a second one the rest of the password
-    # would be the host, and be shown in every log line that names the database.
+    # SQLAlchemy ends the password at the first "@". With a second "@" the rest of the password
+    # would be taken for the host, and stand in every log line that names the database.
     expected = 0 if parsed.username is None else 1
     if not parsed.drivername.startswith("sqlite") and url.count("@") > expected:
         raise ConfigurationError(
@@ -291,7 +294,7 @@ def _check_escapes(url: str, parsed: URL, label: str) -> None:
 
 
 def _hide_credentials(url: URL) -> URL:
-    # Both drivers take `?user=…&password=…`, but SQLAlchemy's repr shows the query as it is.
+    # Both drivers accept `?user=…&password=…`, but SQLAlchemy's repr shows the query as it is.
     query = url.normalized_query
     return url.set(
         username=query["user"][-1] if "user" in query else None,
@@ -318,13 +321,13 @@ def _with_defaults(url: URL, backend: str) -> URL:
         return url if "charset" in url.query else url.update_query_dict({"charset": "utf8mb4"})
     if "sslmode" not in url.query:
         return url
-    # Hosting services hand out libpq's name; asyncpg knows the same modes under its own.
+    # Hosting services use libpq's name of this option; asyncpg has the same modes under another.
     mode = url.query["sslmode"]
     return url.difference_update_query(["sslmode"]).update_query_dict({"ssl": mode})
 
 
 def with_database_for_tests(url: URL, worker: str | None) -> URL:
-    """Return the URL of the tests' database beside this one: `shop_test`, or `shop_test_gw0`.
+    """Return the URL of the database for tests: `shop_test` for `shop`, or `shop_test_gw0`.
 
     Raises:
         ConfigurationError: the name is too long.
@@ -344,11 +347,11 @@ def with_database_for_tests(url: URL, worker: str | None) -> URL:
 
 
 def database_url_from_env(environ: Mapping[str, str]) -> URL | None:
-    """Read the database URL from environment variables; None where there are none.
+    """Read the database URL from environment variables; None if none of them is set.
 
     `DATABASE_URL` wins. Without it the URL is built from `DATABASE_TYPE`, `DATABASE_USER`,
     `DATABASE_PASSWORD`, `DATABASE_HOST`, `DATABASE_PORT`, `DATABASE_SCHEMA` (the name of the
-    database) and `DATABASE_CHARSET`. An empty variable counts as one that is not set.
+    database) and `DATABASE_CHARSET`. An empty variable counts as not set.
 
     Raises:
         ConfigurationError: a variable is wrong or missing; the message names it.
@@ -379,15 +382,15 @@ def database_url_from_env(environ: Mapping[str, str]) -> URL | None:
 def _env_port(port: str | None) -> int | None:
     if port is None:
         return None
-    # A number that is none becomes 0, which is out of range, and is reported as such.
+    # What is not a number becomes 0, which is reported as out of range.
     return int(port) if re.fullmatch(r"[0-9]{1,5}", port.strip()) else 0
 
 
 def engine_options_from_env(environ: Mapping[str, str]) -> dict[str, Any]:
     """Read `DATABASE_ECHO` and `DATABASE_POOL_ECHO` as the engine options `echo` and `echo_pool`.
 
-    Both take true, false, 1, 0, yes, no, on, off or debug, in any case. Only what is set is in the
-    result.
+    Both take true, false, 1, 0, yes, no, on, off or debug, in upper or lower case. The result has
+    only the options whose variables are set.
 
     Raises:
         ConfigurationError: a variable has another value; the message names it.

@@ -30,23 +30,22 @@ class RouteStats:
     """What one route has done since the process began; all times are seconds.
 
     Attributes:
-        units: units of work that have ended, each from its first statement on; those of all four
-            outcomes.
-        committed: those which ended with COMMIT.
-        rolled_back: those which ended with ROLLBACK; in `plain` also those that only read.
-        failed: those whose COMMIT failed, or has an outcome that is not known.
-        none: those which ended with neither: `read_only` has no transaction.
+        units: units of work that have ended and had run a statement: the sum of the next four.
+        committed: units which ended with COMMIT.
+        rolled_back: units which ended with ROLLBACK; in `plain` also those that only read.
+        failed: units whose COMMIT failed, or has an unknown outcome.
+        none: units which ended with neither: `read_only` has no transaction.
         statements: statements sent, without those that begin and end transactions.
         retries: requests that were run again.
         connections: how often a connection was taken from the pool.
-        timeouts: how often none became free in time.
-        held: time in which connections were out of the pool.
-        held_max: the longest of it in one piece.
+        timeouts: how often no connection became free in time.
+        held: time in which connections were checked out of the pool.
+        held_max: the longest time for which one connection was checked out.
         waited: time until a connection was there, be it from the pool or new.
-        waited_max: the longest of it in one piece.
+        waited_max: the longest of these times.
         busy: time within calls of the session: waiting for a connection and for the database, and
-            making objects of rows. A route which holds for much longer than it is busy does
-            something else meanwhile: `await session.release()` is for that.
+            making objects of rows. A route whose `held` is much greater does something else
+            meanwhile: `await session.release()` is for that.
     """
 
     units: int = 0
@@ -65,7 +64,7 @@ class RouteStats:
     busy: float = 0.0
 
     def outcomes(self) -> dict[str, int]:
-        """Return how many units ended how; "none": there was no transaction to end."""
+        """Return the number of units by their outcome; "none": there was no transaction to end."""
         return {outcome: getattr(self, outcome) for outcome in _OUTCOMES}
 
 
@@ -74,11 +73,13 @@ class PoolStats:
     """The connections of a pool, at one moment.
 
     Attributes:
-        size: how many it keeps; None where it has no bound.
-        limit: how many there may be at most, `max_overflow` included; None where there is no bound.
-        checked_out: how many are out.
-        idle: how many are open and free.
-        waiting: how many wait for one; None for a pool of the user's own, which does not say so.
+        size: the number of connections that it keeps; None if it has no bound.
+        limit: the greatest number that there may be, `max_overflow` included; None if there is no
+            bound.
+        checked_out: the number of connections in use.
+        idle: the number of connections that are open and free.
+        waiting: the number of tasks that wait for a connection; None for a pool of the user's own,
+            which does not tell.
     """
 
     size: int | None = None
@@ -90,11 +91,11 @@ class PoolStats:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who has a connection that is out of the pool.
+    """What has a connection that is checked out of the pool.
 
     Attributes:
         route: the request or block, as in the log: `POST /orders (create_order)`.
-        age: seconds since it was taken.
+        age: seconds since the connection was checked out.
     """
 
     route: str
@@ -106,12 +107,12 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class DatabaseStats:
-    """What `database.stats()` says: one moment of this process.
+    """What `database.stats()` returns: the state of this process at one moment.
 
     Attributes:
         name: the database, without user and password: `db.example.org:5432/shop`.
         pool: its connections.
-        holders: who has those which are out, the longest first.
+        holders: what has the connections that are checked out, the oldest first.
         routes: the counters of each route that has used the database.
     """
 
@@ -209,6 +210,11 @@ class Statistics:
         """What has been counted for each route until now."""
         return {route: tally.stats() for route, tally in list(self._tallies.items())}
 
+    @property
+    def without_session(self) -> Tally:
+        """The tally of the connections that are taken without a session."""
+        return self._tallies[WITHOUT_SESSION]
+
     def unit_ended(self, route: str, mode: str, tally: Tally) -> None:
         """Count a unit of work that has ended."""
         self._tallies[route].add_unit(tally)
@@ -221,19 +227,11 @@ class Statistics:
 
     def connection_taken(self, waited: float) -> None:
         """Tell the observers of a connection that is there."""
-        if self.observers:
-            self._tell("connection_taken", waited)
+        self._tell("connection_taken", waited)
 
-    def connection_returned(self, held: float, tally: Tally | None) -> None:
-        """Count a connection that is back, and tell the observers.
-
-        Args:
-            held: seconds for which it was out.
-            tally: that of the unit which had it; None if it was taken without a session.
-        """
-        (self._tallies[WITHOUT_SESSION] if tally is None else tally).add_hold(held)
-        if self.observers:
-            self._tell("connection_returned", held)
+    def connection_returned(self, held: float) -> None:
+        """Tell the observers of a connection that is back."""
+        self._tell("connection_returned", held)
 
     def _tell(self, event: _Event, *what: object) -> None:
         """Tell every observer; the only place where one is called."""
@@ -246,7 +244,7 @@ class Statistics:
 
 
 def total(pools: Iterable[PoolStats]) -> PoolStats:
-    """Add up the pools of a database: it has one in each event loop that uses it."""
+    """Add up the pools of a database, which has one in each event loop that uses it."""
     return functools.reduce(_plus, pools, None) or PoolStats()
 
 

@@ -42,7 +42,7 @@ _CONSTANTS: dict[Limit, tuple[str, ...]] = {
     "give_up": ("asgi_db.pool.abandoned.GIVE_UP_AFTER",),
     "hooks": ("asgi_db.unit.hooks.HOOKS_TIMEOUT",),
     "longest_delay": ("asgi_db.asgi.retry.LONGEST_DELAY",),
-    "ping": ("asgi_db.database.PING_TIMEOUT",),
+    "ping": ("asgi_db.pool.ping.PING_TIMEOUT",),
     "sandbox_close": ("asgi_db.testing.shared.CLOSE_TIMEOUT",),
     "sandbox_wait": ("asgi_db.testing.shared.WAIT_TIMEOUT",),
     "sqlite_busy": ("asgi_db.drivers.sqlite.SQLITE_BUSY_TIMEOUT",),

@@ -32,10 +32,13 @@ _RETURNED = "asgi_db_returned"
 
 
 class Held(NamedTuple):
-    """A connection that is out of the pool: since when, and who took it where that is watched.
+    """A connection that is checked out.
 
-    The proxy is held weakly: a connection that was forgotten frees its place in the pool when its
-    proxy is collected.
+    Attributes:
+        proxy: what its user has. It is held weakly: a connection that was forgotten frees its place
+            in the pool when its proxy is collected.
+        since: when it was checked out, by `time.monotonic()`.
+        stack: where it was checked out, if leaks are looked for.
     """
 
     proxy: weakref.ref[PoolProxiedConnection]
@@ -44,7 +47,7 @@ class Held(NamedTuple):
 
 
 class Connections:
-    """The open connections of an engine, and those of them which are out of the pool."""
+    """The open connections of an engine, and which of them are checked out."""
 
     def __init__(
         self,
@@ -58,8 +61,8 @@ class Connections:
         """Watch an engine.
 
         Args:
-            statistics: counts what those do who use no session.
-            pooler: there is one in between.
+            statistics: counts the connections that are taken without a session.
+            pooler: a pooler stands between the engine and its server.
             verify: ping a connection before it is used, if it has been idle for a while.
                 SQLAlchemy's `pool_pre_ping` pings each time, which triples the round trips of a
                 short read.
@@ -74,7 +77,7 @@ class Connections:
         self._open: dict[ConnectionPoolEntry, DBAPIConnection] = {}
         self._out: dict[ConnectionPoolEntry, Held] = {}
         self._leaks = None if leak_threshold is None else LeakWatch(leak_threshold, self._suspects)
-        self._returned: anyio.Event | None = None  # while somebody waits for it
+        self._returned: anyio.Event | None = None  # while `all_returned` waits
         target = engine.sync_engine
         event.listen(target, "connect", self._connect)
         event.listen(target, "close", self._close)
@@ -88,7 +91,7 @@ class Connections:
         self._open[entry] = connection
 
     def _still_open(self) -> dict[ConnectionPoolEntry, DBAPIConnection]:
-        """Leave out what SQLAlchemy has closed without an event, as setting it up had failed."""
+        """Leave out what SQLAlchemy closed without an event because setting it up had failed."""
         return {
             entry: connection
             for entry, connection in self._open.copy().items()
@@ -106,7 +109,7 @@ class Connections:
         if self._driver.is_closed(self._dialect.get_driver_connection(connection)):
             closed = "the server has closed this connection"
             if returned is not None:
-                raise DisconnectionError(closed)  # the pool makes another, but not for ever
+                raise DisconnectionError(closed)  # the pool tries another one, a few times
             raise lost_connection(ConnectionError(closed))
         if self._verify and returned is not None and now - returned > VERIFY_AFTER_IDLE:
             self._ping(connection)
@@ -116,7 +119,7 @@ class Connections:
     def _ping(self, connection: DBAPIConnection) -> None:
         try:
             self._dialect.do_ping(connection)
-        except Exception as error:  # whatever it is: the pool replaces this and all older ones
+        except Exception as error:  # of any kind: the pool replaces this and all older ones
             raise InvalidatePoolError(str(error)) from error
 
     def _checkin(self, _: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
@@ -126,23 +129,26 @@ class Connections:
         if self._returned is not None:
             self._returned.set()
         if held is not None:
-            tally = None if unit is None else unit.tally
-            self._statistics.connection_returned(now - held.since, tally)
+            seconds = now - held.since
+            tally = self._statistics.without_session if unit is None else unit.tally
+            tally.add_hold(seconds)
+            if self._statistics.observers:
+                self._statistics.connection_returned(seconds)
 
     def _detach(self, connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
-        """Take leave of a connection which its user keeps, or has forgotten."""
+        """Forget a connection that leaves the pool: its user keeps it, or has lost it."""
         self._open.pop(entry, None)
         self._checkin(connection, entry)
 
     def holders(self) -> list[Holder]:
-        """Say who has the connections that are out, the longest first."""
+        """Return the holders of the connections that are checked out, the oldest first."""
         now = time.monotonic()
         return [
             Holder(_holder_of(entry), now - held.since) for entry, held in self._out.copy().items()
         ]
 
     def _suspects(self) -> Iterator[Suspect]:
-        for entry, held in self._out.copy().items():  # one may be collected meanwhile
+        for entry, held in self._out.copy().items():  # an entry may be collected meanwhile
             yield Suspect(held.since, functools.partial(_holder_of, entry), held.stack)
 
     def stats(self) -> PoolStats:
@@ -151,8 +157,8 @@ class Connections:
         size = limit = None
         if isinstance(pool, QueuePool):
             size = pool.size() or None
-            # There is no public way to it; the test of pools in `test_statistics.py` breaks when
-            # this changes.
+            # There is no public way to read it; the test of pools in `test_statistics.py` breaks
+            # when this changes.
             overflow = pool._max_overflow  # pyright: ignore[reportPrivateUsage]
             limit = None if size is None or overflow < 0 else size + overflow
         checked_out = len(self._out)
@@ -172,7 +178,7 @@ class Connections:
             await self._returned.wait()
 
     def terminate(self) -> int:
-        """Close what is open without a word to the server; return how many."""
+        """Close every open connection without a word to the server; return their number."""
         if self._leaks is not None:
             self._leaks.stop()
         connections = self._still_open()
@@ -181,7 +187,7 @@ class Connections:
             proxy = None if held is None else held.proxy()
             if self._behind_pooler:
                 self._driver.terminate(self._dialect.get_driver_connection(connection))
-            elif proxy is not None:  # whoever still has it gets an error, also at COMMIT
+            elif proxy is not None:  # so that its user gets an error, also at COMMIT
                 proxy.invalidate()
             else:
                 self._dialect.do_terminate(connection)
@@ -190,13 +196,13 @@ class Connections:
         return len(connections)
 
     def forget(self, kind: type[object]) -> None:
-        """Take the connections of a kind for closed: there is nothing of them to be closed."""
+        """Count the connections of a kind as closed: there is nothing of them to be closed."""
         self._open = {
             entry: c for entry, c in self._still_open().items() if not isinstance(c, kind)
         }
 
     def leave_to_parent(self) -> None:
-        """Take each connection for closed, without a move."""
+        """After a fork: leave the connections to the parent process, which still uses them."""
         for connection in self._open.values():
             self._driver.leave_to_parent(self._dialect.get_driver_connection(connection))
 

@@ -1,4 +1,4 @@
-"""The engines of one database: how each is made, and which event loop has which."""
+"""The engines of one database: how each is made, and one for each event loop."""
 
 from __future__ import annotations
 

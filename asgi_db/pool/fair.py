@@ -23,11 +23,17 @@ T = TypeVar("T")
 
 
 class FairQueue(QueueCommon[T]):
-    """A queue that hands each item to the waiter that has waited longest."""
+    """A queue that hands each item to the waiter that has waited longest.
+
+    Attributes:
+        receive: makes an item of what a waiter was handed.
+        take_back: takes what a waiter was handed that has ended meanwhile.
+    """
 
     def __init__(self, maxsize: int = 0, use_lifo: bool = False) -> None:
         self.maxsize = maxsize
         self.use_lifo = use_lifo
+        self.receive: Callable[[T], T] = _unchanged
         self.take_back: Callable[[T], None] = self.keep
         self._items: deque[T] = deque()
         self._waiting: deque[asyncio.Future[T]] = deque()
@@ -90,7 +96,7 @@ class FairQueue(QueueCommon[T]):
             return self._items.pop() if self.use_lifo else self._items.popleft()
         if not block:
             raise Empty()
-        return await_(self._wait(timeout))
+        return self.receive(await_(self._wait(timeout)))
 
     def get_nowait(self) -> T:
         """Take an item.
@@ -118,6 +124,10 @@ class FairQueue(QueueCommon[T]):
                 timer.cancel()
 
 
+def _unchanged(item: T) -> T:
+    return item
+
+
 def _time_out(waiter: asyncio.Future[T]) -> None:
     if not waiter.done():
         waiter.set_exception(Empty())
@@ -138,7 +148,7 @@ class _Entry(_ConnectionRecord):
         try:
             super().checkin(_fairy_was_created)
         except BaseException as error:
-            self._pool.take_back(self)
+            self._pool.return_after_error(self)
             if not isinstance(error, Exception):
                 raise
             logger.exception("A listener of the pool's event `checkin` has failed.")
@@ -156,32 +166,32 @@ class FairPool(AsyncAdaptedQueuePool):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._queue.receive = self._receive
         self._queue.take_back = self._take_back
 
     @property
     def _queue(self) -> FairQueue[Any]:
         return cast(FairQueue[Any], self._pool)
 
-    def _do_get(self) -> ConnectionPoolEntry:
-        connection = super()._do_get()
-        if connection is not _ROOM:
-            return connection
-        try:
-            return self._create_connection()
-        except BaseException:
-            self._dec_overflow()
-            raise
-
     def _create_connection(self) -> ConnectionPoolEntry:
         return _Entry(self)
 
-    def take_back(self, entry: ConnectionPoolEntry) -> None:
-        """Return a connection that SQLAlchemy has not returned."""
+    def return_after_error(self, entry: ConnectionPoolEntry) -> None:
+        """Return a connection that SQLAlchemy itself has not returned because of an error."""
         self._return_conn(entry)
 
     def _dec_overflow(self) -> Literal[True]:
         """Let a waiter open a connection in place of one that was closed, and not a newcomer."""
         return True if self._queue.hand(_ROOM) else super()._dec_overflow()
+
+    def _receive(self, item: Any) -> Any:
+        if item is not _ROOM:
+            return item
+        try:
+            return self._create_connection()
+        except BaseException:
+            self._dec_overflow()
+            raise
 
     def _take_back(self, item: Any) -> None:
         if item is _ROOM:

@@ -1,4 +1,4 @@
-"""The pool's care: who is checked out, what is verified before use, how the engine ends."""
+"""One engine with all that belongs to it, from when it is made until it is disposed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,17 @@ from asgi_db.pool.connections import Connections
 from asgi_db.statistics import Statistics
 
 DISPOSE_TIMEOUT = 10.0
-"""Seconds that `dispose` waits for connections which are out, before it terminates them."""
+"""Seconds that `dispose` waits for connections that are in use, before it terminates them."""
 
 
 class EngineLife:
-    """An engine in the event loop that uses it, with its connections, until it is disposed."""
+    """An engine in the event loop that uses it, with its connections and variants.
+
+    Attributes:
+        engine: the engine.
+        statistics: where its connections are counted.
+        connections: its open connections.
+    """
 
     def __init__(
         self,
@@ -32,12 +38,12 @@ class EngineLife:
         verify: bool = False,
         leak_threshold: float | None = None,
     ) -> None:
-        """Look after an engine.
+        """Watch an engine.
 
         Args:
             statistics: where its connections are counted.
-            given: it belongs to the user: it is not disposed.
-            pooler: there is a pooler between it and its server.
+            given: the engine belongs to the user, and is not disposed.
+            pooler: a pooler stands between the engine and its server.
             verify: ping its connections before use; see `Connections`.
             leak_threshold: see `Connections`.
         """
@@ -69,17 +75,17 @@ class EngineLife:
         return found
 
     def holders(self) -> list[str]:
-        """Say which routes have the connections that are out of the pool, and for how long."""
+        """Return the routes that have a connection checked out, and for how long."""
         return [str(holder) for holder in self.connections.holders()]
 
     def leave_to_parent(self) -> None:
-        """Let this process, which was forked, not touch the sockets that it shares."""
+        """After a fork: leave the sockets, which are shared, to the parent process."""
         self._lock = threading.Lock()  # a thread of the parent may hold the other one for ever
         if not self._given:
             self.connections.leave_to_parent()
 
     async def dispose(self) -> None:
-        """Close every connection; those that are out get `DISPOSE_TIMEOUT` to come back."""
+        """Close every connection; those in use have `DISPOSE_TIMEOUT` seconds to come back."""
         if not self._given:
             with anyio.move_on_after(DISPOSE_TIMEOUT):
                 await self.connections.all_returned()
@@ -90,7 +96,7 @@ class EngineLife:
         await self._abandoned.all_ended()
 
     def terminate(self) -> None:
-        """Cut off whatever is still open."""
+        """Terminate the connections that are still open."""
         if self._given:
             return
         terminated = self.connections.terminate()

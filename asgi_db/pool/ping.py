@@ -1,0 +1,45 @@
+"""Asking a database whether it answers, even if every connection of the pool is in use."""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+
+import anyio
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from asgi_db.drivers.base import lost_connection
+from asgi_db.errors import DatabaseBusyError, DatabaseDownError
+from asgi_db.pool.abandoned import connection_aside, connection_of
+from asgi_db.pool.life import EngineLife
+
+PING_TIMEOUT = 2.0
+"""Seconds for the answer over a pooled connection, and then again over a side connection."""
+
+
+async def ping(life: EngineLife) -> None:
+    """Check that the database of an engine answers.
+
+    Raises:
+        DatabaseBusyError: it answers, but the pool had no connection free in time.
+        DatabaseDownError: it cannot be reached, or did not answer in time.
+    """
+    try:
+        return await _ask(connection_of(life.engine))
+    except DatabaseDownError:
+        raise
+    except (SQLAlchemyError, TimeoutError) as error:
+        busy = DatabaseBusyError("database.ping()", life.holders())
+        cause = error
+    try:
+        await _ask(connection_aside(life.engine))
+    except (SQLAlchemyError, TimeoutError) as error:
+        raise lost_connection(error) from error
+    raise busy from cause
+
+
+async def _ask(connecting: AbstractAsyncContextManager[AsyncConnection]) -> None:
+    with anyio.fail_after(PING_TIMEOUT):
+        async with connecting as connection:
+            await connection.execute(text("SELECT 1"))
