@@ -5,6 +5,9 @@ from asgi_db import Database, DBSessionMiddleware, transactional
 
 from __future__ import annotations
 
+from asgi_db.asgi.call import session_of
+from asgi_db.asgi.middleware import DBSessionMiddleware
+from asgi_db.asgi.readiness import Readiness
 from asgi_db.database import Database
 from asgi_db.errors import (
     ConcurrentUseError,
@@ -22,11 +25,10 @@ from asgi_db.errors import (
     UnavailableError,
     UncommittedWorkError,
 )
-from asgi_db.middleware import DBSessionMiddleware, session_of
 from asgi_db.modes import Mode, by_method, plain, read_only, transactional
-from asgi_db.readiness import Readiness
-from asgi_db.session import DBSession
-from asgi_db.settings import PoolProfile, create_database_url, uuid4_str
+from asgi_db.profiles import PoolProfile
+from asgi_db.settings import create_database_url, uuid4_str
+from asgi_db.unit.session import DBSession
 
 __all__ = [
     "ConcurrentUseError",

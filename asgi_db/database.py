@@ -3,71 +3,45 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
-import shutil
-import tempfile
-import threading
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from importlib import import_module
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
-from weakref import WeakSet, finalize
 
 import anyio
-from sqlalchemy import URL, Connection, Engine, MetaData, StaticPool, text
+from sqlalchemy import URL, MetaData, text
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext import asyncio as sqlalchemy_asyncio
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from asgi_db.abandoned import connection_aside, connection_of, patient_connection_class
-from asgi_db.cancellation import background_is_over, run_to_completion
-from asgi_db.engine import (
-    Connector,
-    base_options,
-    isolation_options,
-    lost_connection,
-    refuse_autocommit,
-    variant,
-)
-from asgi_db.errors import ConfigurationError, DatabaseBusyError, DatabaseDownError, SandboxError
-from asgi_db.fair_pool import FairPool
+from asgi_db.drivers.base import lost_connection
+from asgi_db.engine import isolation_options, refuse_autocommit
+from asgi_db.errors import ConfigurationError, DatabaseBusyError, DatabaseDownError
+from asgi_db.logs import logger
 from asgi_db.modes import Mode, Transactional, plain, transactional
-from asgi_db.origin import Origin
-from asgi_db.pool import (
-    DISPOSE_TIMEOUT,
-    EngineLife,
-    prepare_postgresql,
-    prepare_sqlite,
-    reset_mysql,
-)
-from asgi_db.session import DBSession
+from asgi_db.pool.abandoned import connection_aside, connection_of
+from asgi_db.pool.engines import Engines, EngineSettings
+from asgi_db.pool.life import EngineLife
+from asgi_db.profiles import PoolName, PoolProfile, pool_profile
 from asgi_db.settings import (
-    PoolName,
-    PoolProfile,
     create_database_url,
     database_url_from_env,
     engine_options_from_env,
     parse_database_url,
-    pool_profile,
 )
 from asgi_db.statistics import DatabaseStats, Statistics, name_of, total
+from asgi_db.unit.origin import Origin
+from asgi_db.unit.session import DBSession
 
 if TYPE_CHECKING:
     from asgi_db.testing import Sandbox
-
-logger = logging.getLogger("asgi_db")
 
 DEFAULT_FILE = "app.db"
 """The SQLite file that serves where nothing else is said."""
 
 PING_TIMEOUT = 2.0
 """Seconds that `ping` waits for a pooled connection's answer, and then for one beside the pool."""
-
-
-_databases: WeakSet[Database] = WeakSet()
 
 
 class Database:
@@ -129,36 +103,24 @@ class Database:
         if engine is not None:
             refuse_autocommit("engine=", isolation_options(engine.sync_engine))
         refuse_autocommit("engine_options=", engine_options or {})
-        self.statistics = Statistics()  # which `asgi_db.opentelemetry` observes
-        self._leak_threshold = leak_threshold
-        self._given = (
-            None
-            if engine is None
-            else EngineLife(engine, self.statistics, given=True, leak_threshold=leak_threshold)
-        )
-        self._profile = pool if isinstance(pool, PoolProfile) else pool_profile(pool)
-        self._engine_options = dict(engine_options or {})
+        engine_options = dict(engine_options or {})
         if engine is not None:
             self.url = engine.url
         elif url is not None:
             self.url = parse_database_url(url)
         else:
             self.url = database_url_from_env(os.environ) or _embedded()
-            self._engine_options = {**engine_options_from_env(os.environ), **self._engine_options}
+            engine_options = {**engine_options_from_env(os.environ), **engine_options}
         self.session_options: dict[str, Any] = {
             "autoflush": False,
             "expire_on_commit": False,
             **(session_options or {}),
         }
-        self._pooler = pooler
+        self.statistics = Statistics()  # `asgi_db.opentelemetry` observes them
         self._wait_for = wait_for
-        self._lives: dict[asyncio.AbstractEventLoop, EngineLife] = {}
-        self._lock = threading.RLock()  # for whoever adds to the engines, or takes one away
-        self._folder: _Folder | None = None
-        _databases.add(self)
-        self._of_parent: list[EngineLife] = []
-        self._variants: dict[tuple[Engine, tuple[object, ...]], Engine] = {}
-        self.active_sandbox: Sandbox | None = None
+        profile = pool if isinstance(pool, PoolProfile) else pool_profile(pool)
+        settings = EngineSettings(self.url, profile, engine_options, pooler, leak_threshold)
+        self._engines = Engines(settings, self.statistics, given=engine)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ, **options: Any) -> Self:
@@ -193,51 +155,16 @@ class Database:
         Raises:
             RuntimeError: there is no running event loop.
         """
-        return self._life.engine
+        return self._engines.running.engine
 
     @property
-    def _life(self) -> EngineLife:
-        return self._given or self._life_on(asyncio.get_running_loop())
+    def life(self) -> EngineLife:
+        """The engine of the running event loop, with its life; made at first use."""
+        return self._engines.running
 
-    def _life_on(self, loop: asyncio.AbstractEventLoop) -> EngineLife:
-        if self._given is not None:
-            return self._given
-        return self._lives.get(loop) or self._begin_life(loop)
-
-    def _begin_life(self, loop: asyncio.AbstractEventLoop) -> EngineLife:
-        with self._lock:  # a loop's first requests may be those of synchronous handlers, in threads
-            life = self._lives.get(loop)
-            if life is None:
-                self._forget_closed_loops()
-                life = self._lives[loop] = self._make_life()
-                if self.active_sandbox is not None:
-                    self.active_sandbox.cover(life)
-            return life
-
-    def _make_life(self, *, is_aside: bool = False) -> EngineLife:
-        url = self.url
-        in_memory = url.get_backend_name() == "sqlite" and url.database == ":memory:"
-        if in_memory:
-            # Each connection to SQLite's own `:memory:` is a database of its own. A private file
-            # is one database for all of them, with transactions that do not see each other.
-            self._folder = self._folder or _Folder()
-            url = url.set(database=os.path.join(self._folder.path, "memory.db"))
-        engine = self._make_engine(url)
-        backend = url.get_backend_name()
-        if backend in ("mysql", "mariadb"):
-            reset_mysql(engine.sync_engine)
-        elif backend == "sqlite":
-            prepare_sqlite(engine.sync_engine, durable=not in_memory)
-        elif self._pooler is None:
-            prepare_postgresql(engine.sync_engine)
-        verify = self._profile.verify and not self._engine_options.get("pool_pre_ping")
-        return EngineLife(
-            engine,
-            Statistics() if is_aside else self.statistics,
-            pooler=self._pooler is not None,
-            verify=verify,
-            leak_threshold=None if is_aside else self._leak_threshold,
-        )
+    def life_on(self, loop: asyncio.AbstractEventLoop) -> EngineLife:
+        """Return the engine of an event loop, with its life, also to a thread beside the loop."""
+        return self._engines.on(loop)
 
     async def start(self) -> None:
         """Make the engine, and wait for the database where `wait_for=` says so.
@@ -276,17 +203,7 @@ class Database:
 
         The database can be used again afterwards. An engine of your own is left alone.
         """
-        if self._given is not None:
-            await run_to_completion(self._given.dispose())
-        with self._lock:
-            self._forget_closed_loops()
-            life = self._forget(asyncio.get_running_loop())
-        try:
-            if life is not None:
-                await run_to_completion(life.dispose())
-            await background_is_over(DISPOSE_TIMEOUT)  # SQLite's connections close in threads
-        finally:
-            self._remove_unused_folder()
+        await self._engines.dispose()
 
     async def __aenter__(self) -> Self:
         try:
@@ -341,7 +258,7 @@ class Database:
 
         Opens nothing, and needs no event loop: a thread may ask, too. Covers this process.
         """
-        lives = self._all_lives()
+        lives = self._engines.all()
         holders = [holder for life in lives for holder in life.connections.holders()]
         return DatabaseStats(
             name=name_of(self.url),
@@ -350,12 +267,13 @@ class Database:
             routes=self.statistics.routes,
         )
 
+    def holders(self) -> list[str]:
+        """Say which routes have the connections that are out of the pool, and for how long."""
+        return self.life.holders()
+
     def engines(self) -> list[AsyncEngine]:
         """Return the engines that have been made: one in each event loop that uses it."""
-        return [life.engine for life in self._all_lives()]
-
-    def _all_lives(self) -> list[EngineLife]:
-        return list(self._lives.values()) if self._given is None else [self._given]
+        return [life.engine for life in self._engines.all()]
 
     # -- sessions outside requests -------------------------------------------------------------
 
@@ -379,7 +297,7 @@ class Database:
         kind = "transaction" if mode.commits else "session"
         block = Block(self, mode, f"`async with database.{kind}()`")
         session = DBSession(block)
-        unit = block.unit_of_work(session)
+        unit = session.unit_of_work
         try:
             yield session
         except BaseException:
@@ -391,7 +309,8 @@ class Database:
             try:
                 await unit.run_late_hooks()
             finally:
-                block.close()
+                block.is_over = True
+                unit.close()
 
     @asynccontextmanager
     async def transaction(self, mode: Transactional = transactional) -> AsyncGenerator[DBSession]:
@@ -419,138 +338,23 @@ class Database:
         """
         from asgi_db.testing import Sandbox
 
-        return Sandbox(self)
-
-    # -- for the sandbox -----------------------------------------------------------------------
-
-    @property
-    def lives(self) -> list[EngineLife]:
-        """The engines of all event loops, each with its life."""
-        return [self._given] if self._given is not None else list(self._lives.values())
-
-    def make_life_aside(self) -> EngineLife:
-        """Make an engine that is made as the others are, and is not among them.
-
-        Raises:
-            SandboxError: the engine's only connection cannot be replaced.
-        """
-        if self._given is not None:
-            engine = self._given.engine
-            if isinstance(engine.pool, StaticPool):
-                raise SandboxError(
-                    "The pool of this engine is a StaticPool, so there is no second connection for"
-                    " a sandbox, and a database in memory ends with the first. Let"
-                    ' Database("sqlite://") make the engine, or use a file.'
-                )
-            aside = create_async_engine(engine.url, pool=engine.pool.recreate())
-            return EngineLife(aside, Statistics())
-        with self._lock:
-            return self._make_life(is_aside=True)
-
-    # -- for the unit of work ------------------------------------------------------------------
-
-    def engine_on(self, loop: asyncio.AbstractEventLoop) -> AsyncEngine:
-        """Return the engine of an event loop, also to a thread beside it; made at first use."""
-        return self._life_on(loop).engine
-
-    def bind_for(self, bind: Engine | Connection, mode: Mode) -> Engine | Connection:
-        """Return the variant of an engine on which transactions begin as the mode says."""
-        if isinstance(bind, Connection):
-            return bind
-        key = bind, mode.characteristics
-        found = self._variants.get(key)
-        if found is None:
-            with self._lock:
-                found = self._variants[key] = variant(bind, mode)
-        return found
-
-    def _make_engine(self, url: URL) -> AsyncEngine:
-        # A pool class of the user's own, such as NullPool, need not take the profile's values.
-        has_own_pool = "poolclass" in self._engine_options
-        options: dict[str, Any] = {}
-        if not has_own_pool:
-            options.update(self._profile.engine_options(), poolclass=FairPool)
-        options.update(base_options(url))
-        if url.get_backend_name() == "postgresql" and self._pooler == "transaction":
-            options["connect_args"] = {
-                "statement_cache_size": 0,
-                "prepared_statement_cache_size": 0,
-                "connection_class": patient_connection_class(),
-            }
-        for name, value in self._engine_options.items():
-            both = isinstance(value, Mapping) and isinstance(options.get(name), Mapping)
-            options[name] = {**options[name], **value} if both else value
-        if creator := options.get("async_creator"):  # which SQLAlchemy calls without `do_connect`
-            driver = import_module(url.get_driver_name())
-            options["async_creator"] = Connector(creator, driver)
-        # OpenTelemetry puts its own in the place of this function, whenever it is called upon.
-        return sqlalchemy_asyncio.create_async_engine(url, **options)
-
-    def holders(self) -> list[str]:
-        """Say which routes have the connections that are out of the pool, and for how long."""
-        return [str(holder) for holder in self._life.connections.holders()]
-
-    def _forget(self, loop: asyncio.AbstractEventLoop) -> EngineLife | None:
-        life = self._lives.pop(loop, None)
-        if life is not None:
-            base = life.engine.sync_engine
-            self._variants = {key: v for key, v in self._variants.items() if key[0] is not base}
-        return life
-
-    def _forget_closed_loops(self) -> None:
-        """Drop the engines of loops that ended without `dispose`: their connections are dead."""
-        for loop in [loop for loop in self._lives if loop.is_closed()]:
-            life = self._forget(loop)
-            if life is not None:
-                life.terminate()
-
-    def _remove_unused_folder(self) -> None:
-        """Let a database in memory go when its last engine has gone, the sandbox's included."""
-        with self._lock:
-            if self._folder is not None and not self._lives and self.active_sandbox is None:
-                self._folder.remove()
-                self._folder = None
-
-    def _leave_to_parent(self) -> None:
-        """After a fork: leave the parent's connections alone, whose sockets this process shares."""
-        self._lock = threading.RLock()  # a thread that has not come along may hold the other
-        self._folder = None
-        for life in self._lives.values():
-            life.leave_to_parent()
-        self._of_parent.extend(self._lives.values())  # to collect them would close something
-        self._lives.clear()
-        self._variants.clear()
-
-
-def _leave_all_to_parent() -> None:
-    for database in _databases:
-        database._leave_to_parent()  # pyright: ignore[reportPrivateUsage]
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave_all_to_parent)
-
-
-class _Folder:
-    """A folder for a database in memory; it is gone when the program ends, at the latest."""
-
-    def __init__(self) -> None:
-        self.path = tempfile.mkdtemp(prefix="asgi-db-")
-        self.remove = finalize(self, _remove_folder, self.path, os.getpid())
-
-
-def _remove_folder(path: str, owner: int) -> None:
-    if os.getpid() == owner:  # not in a process that was forked
-        shutil.rmtree(path, ignore_errors=True)
+        return Sandbox(self._engines)
 
 
 class Block(Origin):
     """An `async with` block, for which a session is."""
 
     def __init__(self, database: Database, mode: Mode, name: str) -> None:
-        self.database = database
+        self._database = database
         self._mode = mode
         self._name = name
+
+    @property
+    def session_options(self) -> Mapping[str, Any]:
+        return self._database.session_options
+
+    def life(self) -> EngineLife:
+        return self._database.life
 
     def default_mode(self) -> Mode:
         return self._mode

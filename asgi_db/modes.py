@@ -17,7 +17,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self, TypeAlias, TypeVar, cast, get_args, overload
 
 from asgi_db.types import Scope
@@ -48,10 +48,15 @@ class Mode:
         commit_on: replaces the rule "any status below 400 commits".
         timeout: seconds from the first statement to the end of the unit; no limit if None.
         retries: how often a request is run again that has lost against another transaction.
+        autocommit: whether each statement stands alone, outside any transaction.
+        characteristics: what its transactions look like to the database: equal for modes that
+            begin alike.
     """
 
     name: ClassVar[str] = "mode"
     strength: ClassVar[int] = 0
+    commits: ClassVar[bool] = False
+    """Whether the unit is committed when the request succeeds."""
     options: ClassVar[tuple[str, ...]] = ("timeout",)
 
     isolation: Isolation | None = None
@@ -61,6 +66,8 @@ class Mode:
     commit_on: CommitRule | None = None
     timeout: float | None = None
     retries: int = 0
+    autocommit: bool = field(init=False, repr=False, compare=False)
+    characteristics: tuple[object, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not (isinstance(self.retries, int) and self.retries >= 0):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -77,24 +84,16 @@ class Mode:
                 "deferrable=True has an effect only together with isolation='SERIALIZABLE' and"
                 " read_only=True (see PostgreSQL's SET TRANSACTION): add both, or leave it out."
             )
+        # Every request reads these two, so they are worked out once.
+        like = self.name, self.isolation, self.read_only, self.deferrable, self.snapshot
+        object.__setattr__(self, "characteristics", like)
+        object.__setattr__(self, "autocommit", self._stands_alone())
 
-    @property
-    def commits(self) -> bool:
-        """Whether the unit is committed when the request succeeds."""
+    def _stands_alone(self) -> bool:
         return False
-
-    @property
-    def autocommit(self) -> bool:
-        """Whether each statement stands alone, outside any transaction."""
-        return False
-
-    @property
-    def characteristics(self) -> tuple[object, ...]:
-        """What its transactions look like to the database: equal for modes that begin alike."""
-        return self.name, self.isolation, self.read_only, self.deferrable, self.snapshot
 
     def covers(self, other: Mode) -> bool:
-        """Whether who asks for the other mode gets with this one what he asks for."""
+        """Whether this mode satisfies a request for `other`."""
         if self.strength != other.strength:
             return self.strength > other.strength
         return other in (self, type(self)())
@@ -156,6 +155,7 @@ class Transactional(Mode):
 
     name: ClassVar[str] = "transactional"
     strength: ClassVar[int] = 2
+    commits: ClassVar[bool] = True
     options: ClassVar[tuple[str, ...]] = (
         "isolation",
         "read_only",
@@ -164,10 +164,6 @@ class Transactional(Mode):
         "timeout",
         "retries",
     )
-
-    @property
-    def commits(self) -> bool:
-        return True
 
     @overload
     def __call__(self, target: Target, /) -> Target: ...
@@ -217,8 +213,7 @@ class ReadOnly(Mode):
 
     read_only: bool = True
 
-    @property
-    def autocommit(self) -> bool:
+    def _stands_alone(self) -> bool:
         return not self.snapshot
 
     @overload

@@ -6,10 +6,12 @@ instrument(database)
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from asgi_db.database import Database
+from asgi_db.logs import ErrorsOnce
 from asgi_db.statistics import DatabaseStats, RouteStats, Tally
 
 try:
@@ -24,7 +26,18 @@ try:
         Observation,
         get_meter,
     )
-    from opentelemetry.trace import Status, StatusCode, Tracer, TracerProvider, get_tracer
+    from opentelemetry.trace import (
+        INVALID_SPAN,
+        Span,
+        SpanContext,
+        Status,
+        StatusCode,
+        Tracer,
+        TracerProvider,
+        get_tracer,
+        get_tracer_provider,
+        use_span,
+    )
 except ModuleNotFoundError as error:
     raise ImportError(
         "asgi_db.opentelemetry needs OpenTelemetry's API and its instrumentation of SQLAlchemy:"
@@ -66,7 +79,7 @@ def instrument(
     if not instrumentor.is_instrumented_by_opentelemetry:
         instrumentor.instrument(
             engines=[engine.sync_engine for each in databases for engine in each.engines()],
-            tracer_provider=tracer_provider,
+            tracer_provider=_SafeTracerProvider(tracer_provider or get_tracer_provider()),
             meter_provider=NoOpMeterProvider(),  # its metric of the pool has a name that is no more
             # It says of itself that it ends before SQLAlchemy 2.1, and else does nothing; the tests
             # of spans say that it does not.
@@ -211,3 +224,78 @@ def _reader(field: str) -> Read:
     return lambda stats: [
         (value(counters), {"asgi_db.route": route}) for route, counters in stats.routes.items()
     ]
+
+
+# -- spans of statements that harm none --------------------------------------------------------
+#
+# OpenTelemetry's instrumentation of SQLAlchemy begins and ends its spans in the middle of a
+# statement, where an error of a span processor would be one of the statement.
+
+
+class _SafeTracerProvider(TracerProvider):
+    """Gives out tracers whose spans raise nothing when they begin or end."""
+
+    def __init__(self, provider: TracerProvider) -> None:
+        self._provider = provider
+
+    def get_tracer(self, *args: Any, **kwargs: Any) -> Tracer:
+        return _SafeTracer(self._provider.get_tracer(*args, **kwargs))
+
+
+class _SafeTracer(Tracer):
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = tracer
+        self._errors = ErrorsOnce()
+
+    def start_span(self, *args: Any, **kwargs: Any) -> Span:
+        try:
+            return _SafeSpan(self._tracer.start_span(*args, **kwargs), self._errors)
+        except Exception as error:
+            self._errors.log("begin", "The beginning of a statement's span", error)
+            return INVALID_SPAN
+
+    @contextmanager
+    def start_as_current_span(  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, *args: Any, end_on_exit: bool = True, **kwargs: Any
+    ) -> Generator[Span]:
+        with use_span(self.start_span(*args, **kwargs), end_on_exit=end_on_exit) as span:
+            yield span
+
+
+class _SafeSpan(Span):
+    def __init__(self, span: Span, errors: ErrorsOnce) -> None:
+        self._span = span
+        self._errors = errors
+
+    def end(self, end_time: int | None = None) -> None:
+        try:
+            self._span.end(end_time)
+        except Exception as error:
+            self._errors.log("end", "The end of a statement's span", error)
+
+    def get_span_context(self) -> SpanContext:
+        return self._span.get_span_context()
+
+    def is_recording(self) -> bool:
+        return self._span.is_recording()
+
+    def set_attributes(self, *args: Any, **kwargs: Any) -> None:
+        self._span.set_attributes(*args, **kwargs)
+
+    def set_attribute(self, *args: Any, **kwargs: Any) -> None:
+        self._span.set_attribute(*args, **kwargs)
+
+    def add_event(self, *args: Any, **kwargs: Any) -> None:
+        self._span.add_event(*args, **kwargs)
+
+    def add_link(self, *args: Any, **kwargs: Any) -> None:
+        self._span.add_link(*args, **kwargs)
+
+    def update_name(self, name: str) -> None:
+        self._span.update_name(name)
+
+    def set_status(self, *args: Any, **kwargs: Any) -> None:
+        self._span.set_status(*args, **kwargs)
+
+    def record_exception(self, *args: Any, **kwargs: Any) -> None:
+        self._span.record_exception(*args, **kwargs)

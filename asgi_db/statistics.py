@@ -1,8 +1,8 @@
-"""Who holds what: what each route has done to the database, and who has a connection now.
+"""What each route has done to the database, and which of them have a connection now.
 
-A unit of work keeps a `Tally` of its own, and adds it to its route when it ends: only then is it
-certain which route it was. A route is named by its template, never by the path of a request, so
-there are as many counters as the application has routes.
+A unit of work counts in a `Tally` of its own, which is added to that of its route when the unit
+ends: only then is it certain which route it was. A route is named by its template, never by the
+path of a request, so there are as many tallies as the application has routes.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, Protocol, TypeAlias
 
 from sqlalchemy import URL
+
+from asgi_db.logs import ErrorsOnce
 
 Outcome: TypeAlias = Literal["committed", "rolled_back", "failed"]
 
 _OUTCOMES = ("committed", "rolled_back", "failed", "none")
 
 WITHOUT_SESSION = "the engine, without a session"
-"""The name of whoever takes a connection from `database.engine` itself."""
+"""The name under which connections are counted that come from `database.engine` itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,83 +122,62 @@ class DatabaseStats:
 
 
 class Tally:
-    """What a unit of work has done so far; times are seconds.
+    """What has been counted: of one unit of work, or of all units of a route; see `RouteStats`.
+
+    Each value is written at once, because another thread may read between two of them. The number
+    of units is the sum of their outcomes, so that the two agree at every moment.
 
     Attributes:
-        began: when its first statement asked for a connection, by `time.monotonic()`.
-        outcome: how it ended.
+        asked: when a unit last asked for a connection, by `time.monotonic()`.
+        began: when a unit's first statement asked for a connection, by `time.monotonic()`.
+        outcome: how a unit ended.
     """
 
-    __slots__ = (
-        "began",
-        "busy",
-        "connections",
-        "held",
-        "held_max",
-        "outcome",
-        "statements",
-        "timeouts",
-        "waited",
-        "waited_max",
-    )
-
-    def __init__(self) -> None:
-        self.began: float | None = None
-        self.outcome: Outcome | None = None
-        self.statements = self.connections = self.timeouts = 0
-        self.held = self.held_max = self.waited = self.waited_max = self.busy = 0.0
+    asked = 0.0
+    began: float | None = None
+    outcome: Outcome | None = None
+    committed = rolled_back = failed = none = 0
+    statements = retries = connections = timeouts = 0
+    held = held_max = waited = waited_max = busy = 0.0
 
     def add_wait(self, seconds: float) -> None:
-        """Note how long a connection was waited for."""
+        """Count the time in which a connection was waited for."""
         self.waited += seconds
         self.waited_max = max(self.waited_max, seconds)
 
     def add_hold(self, seconds: float) -> None:
-        """Note how long a connection was out, which is back now."""
+        """Count a connection that has come back, and the time for which it was out."""
         self.connections += 1
         self.held += seconds
         self.held_max = max(self.held_max, seconds)
 
-
-class Counters:
-    """The counters of one route, which go on; see `RouteStats`.
-
-    Each is written at once, because another thread may read between two of them. The units are
-    the sum of their outcomes, so that they agree at every moment.
-    """
-
-    __slots__ = tuple(name for name in RouteStats.__slots__ if name != "units")
-
-    def __init__(self) -> None:
-        self.committed = self.rolled_back = self.failed = self.none = 0
-        self.statements = self.retries = self.connections = self.timeouts = 0
-        self.held = self.held_max = self.waited = self.waited_max = self.busy = 0.0
-
-    def add(self, tally: Tally) -> None:
-        """Add a unit of work that has ended."""
-        outcome = tally.outcome or "none"
+    def add_unit(self, unit: Tally) -> None:
+        """Add a unit of work that has ended to the tally of its route."""
+        outcome = unit.outcome or "none"
         setattr(self, outcome, getattr(self, outcome) + 1)
-        self.statements += tally.statements
-        self.timeouts += tally.timeouts
-        self.waited += tally.waited
-        self.waited_max = max(self.waited_max, tally.waited_max)
-        self.busy += tally.busy
-        self.add_held(tally)
-
-    def add_held(self, tally: Tally) -> None:
-        """Add the connections alone."""
-        self.connections += tally.connections
-        self.held += tally.held
-        self.held_max = max(self.held_max, tally.held_max)
+        self.statements += unit.statements
+        self.timeouts += unit.timeouts
+        self.connections += unit.connections
+        self.held += unit.held
+        self.held_max = max(self.held_max, unit.held_max)
+        self.waited += unit.waited
+        self.waited_max = max(self.waited_max, unit.waited_max)
+        self.busy += unit.busy
 
     def stats(self) -> RouteStats:
-        """Say how they stand."""
-        values = {name: getattr(self, name) for name in Counters.__slots__}
+        """Return the values as they are now."""
+        values = {name: getattr(self, name) for name in _COUNTED}
         return RouteStats(units=sum(values[outcome] for outcome in _OUTCOMES), **values)
 
 
+_COUNTED = tuple(field.name for field in fields(RouteStats) if field.name != "units")
+
+
 class Observer(Protocol):
-    """Who is told of each event as it happens, such as OpenTelemetry."""
+    """What is told of each event as it happens, such as OpenTelemetry.
+
+    An error that it raises is logged, and reaches nothing else.
+    """
 
     def connection_taken(self, waited: float) -> None:
         """A connection is there, after so many seconds."""
@@ -208,45 +189,60 @@ class Observer(Protocol):
         """A unit of work has ended."""
 
 
+_Event: TypeAlias = Literal["connection_taken", "connection_returned", "unit_ended"]
+
+
 class Statistics:
-    """The counters of one `Database`.
+    """The tallies of one `Database`.
 
     Attributes:
-        observers: who is told of each event.
+        observers: what is told of each event.
     """
 
     def __init__(self) -> None:
         self.observers: tuple[Observer, ...] = ()
-        self._counters: defaultdict[str, Counters] = defaultdict(Counters)
+        self._tallies: defaultdict[str, Tally] = defaultdict(Tally)
+        self._errors = ErrorsOnce()
 
     @property
     def routes(self) -> Mapping[str, RouteStats]:
-        """The counters of each route, which do not change any more."""
-        return {route: counters.stats() for route, counters in list(self._counters.items())}
+        """What has been counted for each route until now."""
+        return {route: tally.stats() for route, tally in list(self._tallies.items())}
 
     def unit_ended(self, route: str, mode: str, tally: Tally) -> None:
         """Count a unit of work that has ended."""
-        self._counters[route].add(tally)
-        for observer in self.observers:
-            observer.unit_ended(route, mode, tally)
+        self._tallies[route].add_unit(tally)
+        if self.observers:
+            self._tell("unit_ended", route, mode, tally)
 
     def retried(self, route: str) -> None:
         """Count a request that is run again."""
-        self._counters[route].retries += 1
-
-    def connection_held(self, tally: Tally) -> None:
-        """Count the connections of somebody who uses no session."""
-        self._counters[WITHOUT_SESSION].add_held(tally)
+        self._tallies[route].retries += 1
 
     def connection_taken(self, waited: float) -> None:
         """Tell the observers of a connection that is there."""
-        for observer in self.observers:
-            observer.connection_taken(waited)
+        if self.observers:
+            self._tell("connection_taken", waited)
 
-    def connection_returned(self, held: float) -> None:
-        """Tell the observers of a connection that is back."""
+    def connection_returned(self, held: float, tally: Tally | None) -> None:
+        """Count a connection that is back, and tell the observers.
+
+        Args:
+            held: seconds for which it was out.
+            tally: that of the unit which had it; None if it was taken without a session.
+        """
+        (self._tallies[WITHOUT_SESSION] if tally is None else tally).add_hold(held)
+        if self.observers:
+            self._tell("connection_returned", held)
+
+    def _tell(self, event: _Event, *what: object) -> None:
+        """Tell every observer; the only place where one is called."""
         for observer in self.observers:
-            observer.connection_returned(held)
+            try:
+                getattr(observer, event)(*what)
+            except Exception as error:
+                name = f"{type(observer).__qualname__}.{event}()"
+                self._errors.log((id(observer), event), name, error)
 
 
 def total(pools: Iterable[PoolStats]) -> PoolStats:

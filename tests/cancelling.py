@@ -16,7 +16,7 @@ from asgi_db import Database, DBSession, DBSessionMiddleware, Mode, transactiona
 from asgi_db.types import ASGIApp, Message, Receive, Scope, Send
 from tests.chaos.cancellation import cancellable
 from tests.contract.client import Exchange, call
-from tests.internals import has_gone
+from tests.internals import driver_of
 from tests.servers import DatabaseServer, assert_idle, outside, run, server_connections
 from tests.tables import Author, Base, authors
 
@@ -198,8 +198,11 @@ class Site:
             driver = (await (await session.connection()).get_raw_connection()).driver_connection
         async with outside(self.url) as connection:
             await connection.execute(kill[backend].format(id))
-        while not has_gone(driver):  # noqa: ASYNC110 - the driver gives no event for it
+        while not self._is_closed(driver):  # noqa: ASYNC110 - the driver gives no event for it
             await asyncio.sleep(0.001)
+
+    def _is_closed(self, driver: object) -> bool:
+        return driver_of(self.database.engine.dialect).is_closed(driver)
 
     async def assert_returned(self) -> None:
         pool = self.database.engine.pool

@@ -4,32 +4,38 @@ The only file of the tests that knows in which modules these names stand; `limit
 for the limits of time. (`test_cli.py` also runs a program which cannot import the tests.)
 """
 
-from asgi_db.cancellation import background_is_over, run_to_completion
+from asgi_db.asgi.call import session_key
+from asgi_db.asgi.retry import BODY_LIMIT
 from asgi_db.cli.check import PINGS
 from asgi_db.cli.commands import cli
 from asgi_db.cli.sqlite import file_system
 from asgi_db.database import Block
-from asgi_db.engine import BEGIN_OPTION, has_gone, variant_options, writes
-from asgi_db.fair_pool import FairPool, FairQueue
-from asgi_db.middleware import session_key
+from asgi_db.drivers import driver_of, register
+from asgi_db.drivers.base import BEGIN_OPTION, Beginning
+from asgi_db.drivers.connecting import background_is_over
+from asgi_db.drivers.sqlite import Aiosqlite
+from asgi_db.engine import begin_unit, variant_options, writes
+from asgi_db.logs import logger
 from asgi_db.modes import ModeDefault, ReadOnly, Transactional, should_commit
-from asgi_db.retry import BODY_LIMIT
-from asgi_db.session import OPERATIONS
+from asgi_db.pool.fair import FairPool, FairQueue
+from asgi_db.profiles import POOL_PROFILES, PoolName, pool_profile
 from asgi_db.settings import (
-    POOL_PROFILES,
     DatabaseType,
-    PoolName,
     database_url_from_env,
     engine_options_from_env,
     parse_database_url,
-    pool_profile,
 )
 from asgi_db.statistics import WITHOUT_SESSION, Outcome, PoolStats, RouteStats, Statistics, Tally
-from asgi_db.unit_of_work import TRANSITIONS, State, UnitOfWork
+from asgi_db.tasks import run_to_completion
+from asgi_db.unit.standing import TRANSITIONS, State
+from asgi_db.unit.sync_session import OPERATIONS
+from asgi_db.unit.unit_of_work import UnitOfWork
 
 __all__ = [
+    "Aiosqlite",
     "BEGIN_OPTION",
     "BODY_LIMIT",
+    "Beginning",
     "Block",
     "DatabaseType",
     "FairPool",
@@ -51,13 +57,16 @@ __all__ = [
     "UnitOfWork",
     "WITHOUT_SESSION",
     "background_is_over",
+    "begin_unit",
     "database_url_from_env",
+    "driver_of",
     "engine_options_from_env",
     "cli",
     "file_system",
-    "has_gone",
+    "logger",
     "parse_database_url",
     "pool_profile",
+    "register",
     "run_to_completion",
     "session_key",
     "should_commit",

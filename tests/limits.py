@@ -29,21 +29,24 @@ Limit = Literal[
 ]
 
 _CONSTANTS: dict[Limit, tuple[str, ...]] = {
-    "attempt": ("asgi_db.abandoned.ATTEMPT_TIMEOUT",),
-    "cleanup": ("asgi_db.unit_of_work.CLEANUP_TIMEOUT",),
-    "commit": ("asgi_db.unit_of_work.COMMIT_TIMEOUT",),
-    "connect_grace": ("asgi_db.cancellation.CONNECT_GRACE",),
-    "delivery": ("asgi_db.middleware.DELIVERY_TIMEOUT",),
-    "dispose": ("asgi_db.pool.DISPOSE_TIMEOUT",),
-    "first_delay": ("asgi_db.retry.FIRST_DELAY",),
-    "give_up": ("asgi_db.abandoned.GIVE_UP_AFTER",),
-    "hooks": ("asgi_db.hooks.HOOKS_TIMEOUT",),
-    "longest_delay": ("asgi_db.retry.LONGEST_DELAY",),
+    "attempt": ("asgi_db.pool.abandoned.ATTEMPT_TIMEOUT",),
+    "cleanup": (
+        "asgi_db.unit.standing.CLEANUP_TIMEOUT",
+        "asgi_db.unit.ending.CLEANUP_TIMEOUT",
+    ),
+    "commit": ("asgi_db.unit.ending.COMMIT_TIMEOUT",),
+    "connect_grace": ("asgi_db.drivers.connecting.CONNECT_GRACE",),
+    "delivery": ("asgi_db.asgi.late_cancellation.DELIVERY_TIMEOUT",),
+    "dispose": ("asgi_db.pool.life.DISPOSE_TIMEOUT",),
+    "first_delay": ("asgi_db.asgi.retry.FIRST_DELAY",),
+    "give_up": ("asgi_db.pool.abandoned.GIVE_UP_AFTER",),
+    "hooks": ("asgi_db.unit.hooks.HOOKS_TIMEOUT",),
+    "longest_delay": ("asgi_db.asgi.retry.LONGEST_DELAY",),
     "ping": ("asgi_db.database.PING_TIMEOUT",),
-    "sandbox_close": ("asgi_db.shared_connection.CLOSE_TIMEOUT",),
-    "sandbox_wait": ("asgi_db.shared_connection.WAIT_TIMEOUT",),
-    "sqlite_busy": ("asgi_db.engine.SQLITE_BUSY_TIMEOUT",),
-    "verify_after_idle": ("asgi_db.pool.VERIFY_AFTER_IDLE",),
+    "sandbox_close": ("asgi_db.testing.shared.CLOSE_TIMEOUT",),
+    "sandbox_wait": ("asgi_db.testing.shared.WAIT_TIMEOUT",),
+    "sqlite_busy": ("asgi_db.drivers.sqlite.SQLITE_BUSY_TIMEOUT",),
+    "verify_after_idle": ("asgi_db.pool.connections.VERIFY_AFTER_IDLE",),
 }
 """Where each one stands: more than one place if a module imports it from another."""
 

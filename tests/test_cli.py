@@ -348,7 +348,7 @@ from sqlalchemy import make_url
 from asgi_db.cli.report import Plan, Report
 from asgi_db.cli.check import PINGS
 from asgi_db.cli.sqlite import check_file
-from asgi_db.settings import PoolProfile
+from asgi_db.profiles import PoolProfile
 if os.geteuid() == 0:  # who may write everywhere
     os.setuid(65534)
 report = Report()

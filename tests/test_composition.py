@@ -265,7 +265,7 @@ def app_asking_for(database: Database, *modes: Mode) -> tuple[ASGIApp, list[Mode
     async def endpoint(connection: HTTPConnection) -> None:
         session: DBSession = connection.state.db
         await session.execute(text("SELECT 1"))
-        seen.append(session.origin.unit_of_work(session).mode)
+        seen.append(session.unit_of_work.mode)
 
     app.add_middleware(DBSessionMiddleware, database=database)
     return app, seen

@@ -403,7 +403,7 @@ async def test_modes_that_begin_alike_share_one_variant_of_the_engine(sqlite_url
     rules: list[Callable[[int], bool] | None] = [lambda _: True, lambda _: False, None]
     async with Database(sqlite_url) as database:
         binds = {
-            id(database.bind_for(database.engine.sync_engine, transactional(commit_on=rule)))
+            id(database.life.bind_for(database.engine.sync_engine, transactional(commit_on=rule)))
             for rule in rules
         }
         assert len(binds) == 1
@@ -502,9 +502,9 @@ async def test_threads_that_are_first_to_use_a_database_make_one_engine(sqlite_u
     database = Database(sqlite_url, engine_options={"poolclass": Meeting})
     loop = asyncio.get_running_loop()
     first, second = await asyncio.gather(
-        asyncio.to_thread(database.engine_on, loop), asyncio.to_thread(database.engine_on, loop)
+        asyncio.to_thread(database.life_on, loop), asyncio.to_thread(database.life_on, loop)
     )
-    assert first is second is database.engine
+    assert first is second is database.life
     assert both_make_one.broken
     await database.dispose()
 

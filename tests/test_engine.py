@@ -10,13 +10,21 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import Engine, select, text
+from sqlalchemy import Connection, Engine, insert, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_db import Database, DBSession, Mode, plain, read_only, transactional
-from asgi_db.errors import ConfigurationError
-from tests.internals import BEGIN_OPTION, has_gone, variant_options, writes
+from asgi_db.errors import ConfigurationError, DatabaseDownError
+from tests.internals import (
+    BEGIN_OPTION,
+    Beginning,
+    Tally,
+    begin_unit,
+    driver_of,
+    variant_options,
+    writes,
+)
 from tests.limits import limit, set_limits
 from tests.relay import Relay
 from tests.servers import assert_disconnected, assert_idle, outside
@@ -106,7 +114,7 @@ def test_a_statement_that_only_reads_or_locks_does_not_write(statement: str) -> 
 
 def test_a_number_sign_begins_a_comment_in_mysql_alone() -> None:
     statement = "WITH x AS (SELECT 1) # the target\nINSERT INTO t SELECT * FROM x"
-    assert writes(statement, is_for_mysql=True)
+    assert writes(statement, has_hash_comments=True)
     assert not writes(statement)
 
 
@@ -191,16 +199,20 @@ def engine_on(url: str) -> Engine:
         (
             "mysql+asyncmy://db/shop",
             SERIALIZABLE,
-            {BEGIN_OPTION: ["SET TRANSACTION ISOLATION LEVEL SERIALIZABLE"]},
+            {BEGIN_OPTION: Beginning(("SET TRANSACTION ISOLATION LEVEL SERIALIZABLE",))},
         ),
-        ("mysql+asyncmy://db/shop", READING, {BEGIN_OPTION: ["SET TRANSACTION READ ONLY"]}),
+        (
+            "mysql+asyncmy://db/shop",
+            READING,
+            {BEGIN_OPTION: Beginning(("SET TRANSACTION READ ONLY",))},
+        ),
         ("mariadb+asyncmy://db/shop", read_only, {"isolation_level": "AUTOCOMMIT"}),
-        ("sqlite+aiosqlite://", plain, {BEGIN_OPTION: ("BEGIN",)}),
-        ("sqlite+aiosqlite://", transactional, {BEGIN_OPTION: ("BEGIN IMMEDIATE",)}),
-        ("sqlite+aiosqlite://", SERIALIZABLE, {BEGIN_OPTION: ("BEGIN IMMEDIATE",)}),
-        ("sqlite+aiosqlite://", READING, {BEGIN_OPTION: ("BEGIN",)}),
-        ("sqlite+aiosqlite://", read_only, {BEGIN_OPTION: ()}),
-        ("sqlite+aiosqlite://", SNAPSHOT, {BEGIN_OPTION: ("BEGIN",)}),
+        ("sqlite+aiosqlite://", plain, {BEGIN_OPTION: Beginning(("BEGIN",))}),
+        ("sqlite+aiosqlite://", transactional, {BEGIN_OPTION: Beginning(("BEGIN IMMEDIATE",))}),
+        ("sqlite+aiosqlite://", SERIALIZABLE, {BEGIN_OPTION: Beginning(("BEGIN IMMEDIATE",))}),
+        ("sqlite+aiosqlite://", READING, {BEGIN_OPTION: Beginning(("BEGIN",))}),
+        ("sqlite+aiosqlite://", read_only, {BEGIN_OPTION: Beginning()}),
+        ("sqlite+aiosqlite://", SNAPSHOT, {BEGIN_OPTION: Beginning(("BEGIN",))}),
     ],
 )
 def test_each_mode_begins_as_its_database_needs_it(
@@ -311,6 +323,104 @@ async def innodb_transaction(session: DBSession) -> tuple[str, int]:
     return isolation, reads_only
 
 
+# The moment of COMMIT
+
+
+class DiaryOfTransaction:
+    """A transaction that writes down what the engine tells it."""
+
+    commit_was_sent = False
+
+    def __init__(self) -> None:
+        self.entries: list[str] = []
+
+    @property
+    def has_writes(self) -> bool:
+        return "write" in self.entries
+
+    @has_writes.setter
+    def has_writes(self, value: bool) -> None:
+        self.entries.append("write")
+
+    def commit_is_sent(self) -> None:
+        self.entries.append("commit")
+
+    def note_failure(self, error: BaseException) -> None:
+        self.entries.append("failure")
+
+
+class Diary:
+    """A unit of work whose transaction writes down what the engine tells it."""
+
+    mode: Mode = plain
+    fixed_mode: Mode | None = plain
+    conflict: BaseException | None = None
+
+    def __init__(self) -> None:
+        self.transaction = DiaryOfTransaction()
+        self.tally = Tally()
+
+    @property
+    def entries(self) -> list[str]:
+        return self.transaction.entries
+
+    def describe(self) -> str:
+        return "a test"
+
+    def overdue_stream(self) -> None:
+        return None
+
+
+async def test_the_unit_learns_of_commit_when_it_is_sent_and_not_before(database_url: str) -> None:
+    async with Database(database_url, engine_options=ONE_CONNECTION) as database:
+        await database.create_tables(Base.metadata)
+        diary = Diary()
+        async with database.engine.connect() as connection:
+            await connection.run_sync(begin_unit, diary, plain)
+            await connection.execute(select(Author))
+            async with connection.begin_nested():
+                await connection.execute(insert(Author).values(name="Ada"))
+            assert "commit" not in diary.entries
+            await connection.commit()
+            assert diary.entries[-1] == "commit"
+            await connection.rollback()
+        assert diary.entries == ["write", "commit"]
+        assert diary.tally.connections == 1
+
+
+async def test_the_unit_learns_of_the_commit_of_both_phases(mysql_url: str) -> None:
+    async with Database(mysql_url, engine_options=ONE_CONNECTION) as database:
+        await database.create_tables(Base.metadata)
+        diary = Diary()
+        async with database.engine.connect() as connection:
+            await connection.run_sync(begin_unit, diary, plain)
+
+            def commit_in_two_phases(connection: Connection) -> None:
+                transaction = connection.begin_twophase()
+                connection.execute(insert(Author).values(name="Ada"))
+                transaction.prepare()
+                assert "commit" not in diary.entries
+                transaction.commit()
+
+            await connection.run_sync(commit_in_two_phases)
+        assert "commit" in diary.entries
+        assert await rows(mysql_url, "author") == 1
+
+
+async def test_a_commit_over_a_connection_that_is_closed_is_not_sent(server_url: str) -> None:
+    async with Database(server_url, engine_options=ONE_CONNECTION) as database:
+        diary = Diary()
+        async with database.engine.connect() as connection:
+            await connection.run_sync(begin_unit, diary, plain)
+            await connection.execute(text("SELECT 1"))
+            driver = (await connection.get_raw_connection()).driver_connection
+            driver_of(connection.dialect).terminate(driver)
+            assert driver_of(connection.dialect).is_closed(driver)
+            with pytest.raises(DatabaseDownError):
+                await connection.commit()
+        assert "commit" not in diary.entries
+
+
 # Connections that died in the pool
 
 
@@ -383,8 +493,9 @@ async def test_the_low_profile_does_not_verify_but_notices_what_the_server_has_c
             id = await own_id(session)
             driver = (await (await session.connection()).get_raw_connection()).driver_connection
         await kill(server_url, id)
+        knows = driver_of(database.engine.dialect)
         async with asyncio.timeout(30):
-            while not has_gone(driver):  # noqa: ASYNC110 - the driver gives no event for it
+            while not knows.is_closed(driver):  # noqa: ASYNC110 - the driver gives no event for it
                 await asyncio.sleep(0.01)
         await database.ping()
 

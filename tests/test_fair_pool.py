@@ -5,7 +5,7 @@ import logging
 from collections import Counter
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import QueuePool
 from sqlalchemy.util import greenlet_spawn
@@ -105,6 +105,36 @@ async def test_what_comes_back_from_who_was_cancelled_is_kept_though_there_is_no
     with pytest.raises(asyncio.CancelledError):
         await waiter
     assert {queue.get_nowait(), queue.get_nowait()} == {1, 2}
+
+
+async def test_a_listener_that_fails_at_the_check_in_keeps_no_connection(
+    sqlite_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With SQLAlchemy's own pool it does, and the pool is smaller for good."""
+
+    def fail(*_: object) -> None:
+        raise LookupError("a listener's own fault")
+
+    async with Database(sqlite_url, engine_options={**ONE, "pool_timeout": 1}) as database:
+        event.listen(database.engine.sync_engine, "checkin", fail)
+        for _ in range(2):
+            async with database.engine.connect() as connection:
+                assert await connection.scalar(text("SELECT 1")) == 1
+        assert (database.stats().pool.checked_out, database.stats().pool.idle) == (0, 1)
+    assert [line.exc_text is not None for line in caplog.records] == [True, True]
+
+
+async def test_a_listener_that_cancels_at_the_check_in_keeps_no_connection(sqlite_url: str) -> None:
+    def cancel(*_: object) -> None:
+        raise asyncio.CancelledError
+
+    async with Database(sqlite_url, engine_options={**ONE, "pool_timeout": 1}) as database:
+        event.listen(database.engine.sync_engine, "checkin", cancel, once=True)
+        with pytest.raises(asyncio.CancelledError):
+            async with database.engine.connect() as connection:
+                await connection.execute(text("SELECT 1"))
+        async with database.engine.connect() as connection:
+            assert await connection.scalar(text("SELECT 1")) == 1
 
 
 TWO = {"pool_size": 1, "max_overflow": 1, "pool_timeout": 60}

@@ -118,7 +118,7 @@ async def test_a_hook_that_does_not_end_is_cut_off_some_time_after_the_cancellat
     task.cancel()
     await asyncio.wait((task,))
     assert task.cancelled()
-    assert "a hook was cut off after COMMIT" in caplog.text
+    assert "a hook was cancelled after COMMIT" in caplog.text
 
 
 async def test_hooks_of_a_commit_by_hand_run_also_if_it_is_cancelled(database: Database) -> None:

@@ -74,7 +74,7 @@ def app_without_plugin(database: Database, *handlers: Any, **options: Any) -> Li
 def mode_in_force(connection: AnyRequest | AnySocket) -> str:
     scope: Scope = connection.scope
     session: DBSession = scope[session_key("db")]
-    return session.origin.unit_of_work(session).mode.name
+    return session.unit_of_work.mode.name
 
 
 @post("/")

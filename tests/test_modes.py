@@ -34,8 +34,8 @@ from asgi_db import (
 )
 from asgi_db.types import ASGIApp, Receive, Scope, Send
 from tests.contract.client import call
-from tests.internals import ModeDefault, UnitOfWork, session_key, should_commit
-from tests.units import new_unit
+from tests.internals import ModeDefault, session_key, should_commit
+from tests.units import NewUnit, new_unit
 
 MODES: list[Any] = [plain, transactional, read_only]
 STATUSES = st.integers(min_value=100, max_value=599)
@@ -234,7 +234,7 @@ def test_by_method_is_transactional_on_a_websocket() -> None:
 
 def mode_in_force(scope: Scope) -> Mode:
     session: DBSession = scope[session_key("db")]
-    return session.origin.unit_of_work(session).mode
+    return session.unit_of_work.mode
 
 
 def bare(
@@ -334,7 +334,7 @@ async def test_of_two_dependencies_the_stronger_wins(
 # -- a stronger mode too late ------------------------------------------------------------------
 
 
-def unit_in(database: Database, default: Mode, *, route: Mode | None = None) -> UnitOfWork:
+def unit_in(database: Database, default: Mode, *, route: Mode | None = None) -> NewUnit:
     return new_unit(database, default, "GET /late", route=route)
 
 

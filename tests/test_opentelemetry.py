@@ -11,11 +11,11 @@ from opentelemetry.instrumentation.sqlalchemy import (  # pyright: ignore[report
 )
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import HistogramDataPoint, InMemoryMetricReader
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.trace import StatusCode
-from sqlalchemy import insert, select, text
+from opentelemetry.trace import StatusCode, get_current_span
+from sqlalchemy import event, insert, select, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_db import Database, DBSession, DBSessionMiddleware, Mode, plain, read_only, transactional
@@ -215,6 +215,64 @@ async def test_no_password_is_in_a_span(telemetry: Telemetry, postgresql_url: st
         await session.execute(text("SELECT 1"))
     assert telemetry.units() and telemetry.statements()
     assert "s3cret" not in "".join(span.to_json() for span in telemetry.spans())
+
+
+class Faulty(SpanProcessor):
+    """A span processor that fails."""
+
+    def __init__(self, at: str) -> None:
+        self._at = at
+
+    def on_start(self, span: Span, parent_context: object = None) -> None:
+        if self._at == "start":
+            raise LookupError("a processor's own fault")
+
+    def on_end(self, span: ReadableSpan) -> None:
+        if self._at == "end":
+            raise LookupError("a processor's own fault")
+
+
+@pytest.mark.parametrize("at", ["start", "end"])
+async def test_a_span_processor_that_fails_harms_no_statement(
+    telemetry: Telemetry, database_url: str, at: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    telemetry.tracer_provider.add_span_processor(Faulty(at))
+    database = Database(database_url)
+    telemetry.instrument(database)
+    async with database:
+        await database.create_tables(Base.metadata)
+        for name in "Ada", "Grace":
+            async with database.transaction() as session:
+                await session.execute(insert(Author).values(name=name))
+        async with database.session(read_only) as session:
+            assert set(await session.scalars(QUERY)) == {"Ada", "Grace"}
+    lines = [record for record in caplog.records if record.name == "asgi_db"]
+    assert len(lines) == 2  # a statement's span, and a unit's
+    assert all(line.levelname == "ERROR" and line.exc_info for line in lines)
+
+
+async def test_the_span_of_a_connect_can_be_added_to(telemetry: Telemetry, sqlite_url: str) -> None:
+    def add(*_: object) -> None:
+        span = get_current_span()
+        span.set_attribute("one", 1)
+        span.set_attributes({"two": 2})
+        span.add_event("event")
+        span.add_link(span.get_span_context())
+        span.record_exception(LookupError("an error"))
+        span.set_status(StatusCode.ERROR)
+        span.update_name("renamed")
+
+    async with Database(sqlite_url) as database:
+        telemetry.instrument(database)
+        event.listen(database.engine.sync_engine, "checkout", add)
+        async with database.session() as session:
+            await session.execute(text("SELECT 1"))
+    (span,) = [span for span in telemetry.spans() if span.name == "renamed"]
+    attributes = span.attributes or {}
+    assert (attributes["one"], attributes["two"]) == (1, 2)
+    assert [event.name for event in span.events] == ["event", "exception"]
+    assert len(span.links) == 1
+    assert span.status.status_code is StatusCode.ERROR
 
 
 # -- metrics -----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Generator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import httpx
@@ -16,7 +17,7 @@ from litestar.di import NamedDependency
 from litestar.params import FromQuery
 from litestar.testing import AsyncTestClient
 from litestar.testing import TestClient as LitestarClient
-from sqlalchemy import delete, func, insert, select, text, update
+from sqlalchemy import NullPool, delete, event, func, insert, make_url, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
 from starlette.testclient import TestClient
@@ -275,6 +276,71 @@ async def test_a_database_in_memory() -> None:
                 await session.execute(add("Ben"))
             assert await names(database) == ["Ben"]
         assert await names(database) == []
+
+
+@pytest.mark.parametrize("is_given", [False, True], ids=["made", "given"])
+async def test_a_creator_of_ones_own_is_replaced_while_the_sandbox_lasts(
+    database_url: str, is_given: bool
+) -> None:
+    parameters = make_url(database_url)
+    connects = 0
+
+    async def connect() -> Any:
+        nonlocal connects
+        connects += 1
+        arguments = parameters.get_dialect()().create_connect_args(parameters)
+        driver = import_module(parameters.get_driver_name())
+        return await driver.connect(*arguments[0], **arguments[1])
+
+    engine = create_async_engine(parameters, async_creator=connect) if is_given else None
+    if engine is not None:
+        database = Database(engine=engine)
+    else:
+        database = Database(database_url, engine_options={"async_creator": connect})
+    async with database:
+        await database.create_tables(Base.metadata)
+        for _ in range(2):
+            connects = 0
+            async with database.sandbox():
+                async with database.transaction() as session:
+                    await session.execute(add("Ben"))
+                await database.engine.dispose()
+                assert await names(database) == ["Ben"]
+            assert connects == 1  # the sandbox's own
+            assert await names(database) == []
+            assert connects == 2
+    if engine is not None:
+        await engine.dispose()
+    await assert_disconnected(database_url)
+
+
+@pytest.mark.parametrize("is_given", [False, True], ids=["made", "given"])
+async def test_a_listener_sets_up_the_one_connection_once(
+    database_url: str, is_given: bool
+) -> None:
+    engine = create_async_engine(database_url, poolclass=NullPool)
+    async with Database(engine=engine) if is_given else Database(database_url) as database:
+
+        @event.listens_for(database.engine.sync_engine, "connect")
+        def connect(connection: Any, _: Any) -> None:
+            cursor = connection.cursor()
+            cursor.execute("CREATE TEMPORARY TABLE settings (name VARCHAR(9))")
+            cursor.execute("INSERT INTO settings VALUES ('Ada')")
+            cursor.close()
+            connection.commit()
+
+        for _ in range(2):
+            async with database.sandbox():
+                for _ in range(2):
+                    async with database.transaction() as session:
+                        assert list(await session.scalars(text("SELECT name FROM settings"))) == [
+                            "Ada"
+                        ]
+                    await database.engine.dispose()
+        async with database.session() as session:
+            assert list(await session.scalars(text("SELECT name FROM settings"))) == ["Ada"]
+    await engine.dispose()
+    await assert_disconnected(database_url)
 
 
 # -- as in production --------------------------------------------------------------------------

@@ -28,11 +28,11 @@ from asgi_db import (
     transactional,
     uuid4_str,
 )
-from tests.internals import OPERATIONS, UnitOfWork
+from tests.internals import OPERATIONS
 from tests.pools import checked_out
 from tests.servers import assert_idle
 from tests.tables import Author, Base, Book, authors
-from tests.units import new_unit
+from tests.units import NewUnit, new_unit
 
 POOL = {"pool_size": 2, "max_overflow": 0, "pool_timeout": 5}
 BLOCK = "GET /books (list_books)"
@@ -61,7 +61,7 @@ async def database(database_url: str) -> AsyncIterator[Database]:
 @asynccontextmanager
 async def unit_of(
     database: Database, mode: Mode = transactional, *, success: bool = True
-) -> AsyncGenerator[UnitOfWork, None]:
+) -> AsyncGenerator[NewUnit, None]:
     """A unit of work, which is ended and closed with the block."""
     unit = new_unit(database, mode, BLOCK)
     try:

@@ -260,6 +260,80 @@ def test_who_reads_while_a_unit_is_counted_sees_its_outcome_or_nothing() -> None
     assert seen[-1].outcomes() == {"committed": 1, "rolled_back": 0, "failed": 1, "none": 1}
 
 
+# -- observers -----------------------------------------------------------------------------------
+
+
+class Faulty:
+    """An observer that fails whatever it is told."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def connection_taken(self, waited: float) -> None:
+        raise self._error
+
+    def connection_returned(self, held: float) -> None:
+        raise self._error
+
+    def unit_ended(self, route: str, mode: str, tally: Tally) -> None:
+        raise self._error
+
+
+class Watchful(Faulty):
+    """An observer that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def connection_taken(self, waited: float) -> None:
+        self.told.append("taken")
+
+    def connection_returned(self, held: float) -> None:
+        self.told.append("returned")
+
+    def unit_ended(self, route: str, mode: str, tally: Tally) -> None:
+        self.told.append("ended")
+
+
+async def test_an_error_of_an_observer_is_logged_once_and_reaches_nothing_else(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    watchful = Watchful()
+    database.statistics.observers = (Faulty(LookupError("its own fault")), watchful)
+    for _ in range(2):
+        async with database.transaction() as session:
+            await session.execute(QUERY)
+    assert sorted(watchful.told) == ["ended", "ended", "returned", "returned", "taken", "taken"]
+    found = database.stats().routes["`async with database.transaction()`"]
+    assert (found.committed, found.connections) == (2, 2)
+    assert database.stats().holders == ()
+    lines = [record for record in caplog.records if record.name == "asgi_db"]
+    events = ["connection_taken", "connection_returned", "unit_ended"]
+    assert {line.getMessage().partition("()")[0] for line in lines} == {
+        f"Faulty.{event}" for event in events
+    }
+    assert len(lines) == len(events)
+    assert all(line.levelname == "ERROR" and line.exc_info for line in lines)
+
+
+def test_another_kind_of_error_of_an_observer_is_logged_too(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    statistics = Statistics()
+    for error in LookupError(), ValueError(), ValueError():
+        statistics.observers = statistics.observers or (Faulty(error),)
+        vars(statistics.observers[0]).update(_error=error)
+        statistics.connection_taken(0.0)
+    assert len(caplog.records) == 2
+
+
+def test_a_cancellation_out_of_an_observer_is_none_of_its_errors() -> None:
+    statistics = Statistics()
+    statistics.observers = (Faulty(asyncio.CancelledError()),)
+    with pytest.raises(asyncio.CancelledError):
+        statistics.connection_taken(0.0)
+
+
 # -- the names of routes -----------------------------------------------------------------------
 
 

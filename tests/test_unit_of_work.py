@@ -43,7 +43,7 @@ from tests.pools import checked_out
 from tests.relay import Fate, Relay, once
 from tests.servers import assert_idle, outside, server_connections
 from tests.tables import Author, Base, Child, Deferred, authors
-from tests.units import new_unit
+from tests.units import NewUnit, new_unit
 
 POOL = {"pool_size": 2, "max_overflow": 0, "pool_timeout": 5}
 ROUTE = "POST /orders (create_order)"
@@ -80,10 +80,10 @@ async def opened_database(url: str, **options: Any) -> AsyncGenerator[Database, 
                     await unit.end(success=False)
 
 
-made: list[UnitOfWork] = []
+made: list[NewUnit] = []
 
 
-def unit_of(database: Database, mode: Mode = transactional) -> UnitOfWork:
+def unit_of(database: Database, mode: Mode = transactional) -> NewUnit:
     unit = new_unit(database, mode, ROUTE)
     made.append(unit)
     return unit
@@ -108,11 +108,11 @@ def add(name: str) -> Any:
 
 
 def put(unit: UnitOfWork, state: State) -> None:
-    unit._state = state  # pyright: ignore[reportPrivateUsage]
+    unit.state = state
 
 
 def move(unit: UnitOfWork, state: State) -> None:
-    unit._move(state)  # pyright: ignore[reportPrivateUsage]
+    unit.move(state)
 
 
 def state_of(unit: UnitOfWork) -> str:
@@ -165,8 +165,14 @@ async def test_the_repr_shows_state_mode_and_route(database: Database) -> None:
     unit.close()
     seen.append(repr(unit))
     assert seen == [
-        f"<UnitOfWork {state} transactional {ROUTE}>"
-        for state in ("IDLE", "ACTIVE", "ENDING", "IDLE", "CLOSED")
+        f"<UnitOfWork {state} transactional {stage} {ROUTE}>"
+        for state, stage in (
+            ("IDLE", "NONE"),
+            ("ACTIVE", "OPEN"),
+            ("ENDING", "COMMITTING"),
+            ("IDLE", "COMMITTED"),
+            ("CLOSED", "COMMITTED"),
+        )
     ]
 
 

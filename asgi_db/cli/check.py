@@ -16,11 +16,11 @@ from sqlalchemy import URL
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from asgi_db.abandoned import connection_of
 from asgi_db.cli import mysql, postgresql, sqlite
 from asgi_db.cli.report import Plan, Report
 from asgi_db.database import Database
 from asgi_db.errors import ConfigurationError
+from asgi_db.pool.abandoned import connection_of
 
 TIMEOUT = 10.0
 """Seconds that the whole check may take."""

@@ -12,13 +12,13 @@ import click
 from sqlalchemy import MetaData, Table
 from sqlalchemy.exc import SQLAlchemyError
 
-from asgi_db.abandoned import connection_of
 from asgi_db.cli.check import check, describe
 from asgi_db.cli.report import Plan, Report, Severity
 from asgi_db.cli.tables import existing, load_metadata
 from asgi_db.database import Database
 from asgi_db.errors import ConfigurationError
-from asgi_db.settings import POOL_PROFILES, PoolName, pool_profile
+from asgi_db.pool.abandoned import connection_of
+from asgi_db.profiles import POOL_PROFILES, PoolName, pool_profile
 
 T = TypeVar("T")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from asgi_db.abandoned import id_at_server
 from asgi_db.cli.report import Plan, Report
+from asgi_db.drivers.postgresql import asyncpg
 
 _CHECK_INTERVAL = "client_connection_check_interval"
 _SHOWN = (
@@ -53,7 +53,7 @@ async def check(report: Report, plan: Plan, connection: AsyncConnection) -> None
     report.settings.update({name: shown[name] for name in _SHOWN if name in shown})
 
     driver = (await connection.get_raw_connection()).driver_connection
-    if about.pid != id_at_server(driver):
+    if about.pid != asyncpg.id_at_server(driver):
         report.facts["pooler"] = "yes"
         _warn_of_pooler(report, values)
     else:

@@ -9,7 +9,7 @@ from ipaddress import ip_address
 
 from sqlalchemy import URL
 
-from asgi_db.settings import PoolProfile
+from asgi_db.profiles import PoolProfile
 
 
 class Severity(Enum):

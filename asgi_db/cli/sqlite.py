@@ -12,7 +12,7 @@ from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from asgi_db.cli.report import Plan, Report
-from asgi_db.engine import SQLITE_BUSY_TIMEOUT
+from asgi_db.drivers.sqlite import SQLITE_BUSY_TIMEOUT
 
 _OVER_A_NETWORK = ("9p", "afs", "ceph", "cifs", "fuse.sshfs", "glusterfs", "nfs", "nfs4", "smb3")
 

@@ -173,7 +173,7 @@ async def test_the_time_of_a_request_counts_for_all_its_attempts_together(
 
     async def order(session: DBSession) -> Answer:
         await session.execute(text("SELECT 1"))
-        ends.append(session.origin.unit_of_work(session).ends_at)
+        ends.append(None if (deadline := session.unit_of_work.deadline) is None else deadline.at)
         if session.attempt == 2:
             set_limits(monkeypatch, first_delay=100, longest_delay=100)
         await rival.win(session)

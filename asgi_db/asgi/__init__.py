@@ -1,0 +1,1 @@
+"""A scope comes in, the right call goes out: HTTP, WebSocket, lifespan."""

@@ -1,0 +1,116 @@
+"""The middleware: from the ASGI scope to COMMIT, top to bottom.
+
+A request's unit of work ends when its response begins, and before the status line leaves:
+
+    await send({"type": "http.response.start", …})    the application has its answer
+        COMMIT or ROLLBACK, and the connection is back in the pool
+        the status line leaves only now; a failed COMMIT is raised here instead
+
+What the session does after that, in a stream or a background task, is a new unit, which ends
+before the next piece of the body, or with the ASGI call.
+"""
+
+from __future__ import annotations
+
+from asgi_db.asgi.call import Call, session_key
+from asgi_db.asgi.http import Exchange
+from asgi_db.asgi.lifespan import serve_lifespan
+from asgi_db.asgi.retry import Attempts
+from asgi_db.asgi.websocket import Socket
+from asgi_db.database import Database
+from asgi_db.modes import ModeDefault, plain, retrying
+from asgi_db.types import ASGIApp, Receive, Scope, Send
+from asgi_db.unit.session import DBSession
+
+
+class DBSessionMiddleware:
+    """Places a session in `request.state.db`, and ends its work before the response begins.
+
+        app.add_middleware(DBSessionMiddleware, database=database)
+
+    Works as Starlette, FastAPI or Litestar middleware and around any ASGI application. Makes
+    the engine at the application's startup and disposes it at its shutdown.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        database: Database | None = None,
+        *,
+        mode: ModeDefault = plain,
+        key: str = "db",
+        server_timing: bool = False,
+    ) -> None:
+        """Wrap an application.
+
+        Args:
+            app: the ASGI application.
+            database: where the sessions come from; `Database()` if None.
+            mode: the mode of routes that set none: a mode, or a callable of the scope such as
+                `by_method`.
+            key: the name in `request.state`. A second database is a second middleware with a
+                key of its own.
+            server_timing: tell the client in a `Server-Timing` header how many statements its
+                request took (with `retries=`, its last attempt), and how long. Browsers show it;
+                do not tell everybody.
+
+        Raises:
+            ConfigurationError: no database was given, and the environment's settings cannot work.
+        """
+        self.app = app
+        self.database = database if database is not None else Database()
+        self.mode = mode
+        self.key = key
+        self.server_timing = server_timing
+        self.session_key = session_key(key)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI connection."""
+        make_call = _CALLS.get(scope["type"])
+        if make_call is None:
+            await self._pass_through(scope, receive, send)
+            return
+        placed: DBSession | None = scope.get(self.session_key)
+        if (
+            placed is not None
+            and isinstance(placed.origin, Call)
+            and placed.origin.serves(self.database)
+        ):
+            # Installed twice, as in a mounted application too, it acts once.
+            if self.mode is not plain:
+                placed.origin.adopt(self.mode)
+            await self.app(scope, receive, send)
+            return
+        if retrying and make_call is Exchange:
+            await self._run_attempts(scope, receive, send)
+            return
+        call = make_call(self, scope, receive, send)
+        try:
+            await call.run()
+        finally:
+            call.close()
+
+    async def _run_attempts(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application until an attempt has not lost against another transaction."""
+        attempts = Attempts(scope, receive)
+        while True:
+            exchange = Exchange(self, scope, attempts.receive, send)
+            exchange.join(attempts)
+            try:
+                await exchange.run()
+            finally:
+                exchange.close()
+                exchange.leave()
+            if not exchange.is_lost:
+                return
+            scope = await attempts.next()
+            self.database.statistics.retried(exchange.route())
+
+    async def _pass_through(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await serve_lifespan(self.app, self.database, self.key, scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+
+_CALLS: dict[str, type[Exchange] | type[Socket]] = {"http": Exchange, "websocket": Socket}

@@ -1,0 +1,98 @@
+"""What it takes to run a request again whose transaction has lost against another one.
+
+A server that cannot let two transactions succeed ends one of them, and means: try again. That is
+done here for `transactional(retries=…)`, as long as nothing has been sent: with the scope and the
+body as they came, and a session of its own for each attempt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+
+from asgi_db.asgi.frameworks import copy_scope
+from asgi_db.types import Message, Receive, Scope
+
+BODY_LIMIT = 1024 * 1024
+"""Bytes of a body that are kept for another attempt; a request with more is not run again."""
+
+FIRST_DELAY = 0.01
+"""Seconds before the second attempt, at most; doubled for each further one."""
+
+LONGEST_DELAY = 1.0
+"""Seconds before a further attempt, at most."""
+
+
+class Attempts:
+    """The attempts at one request.
+
+    Attributes:
+        number: that of the running attempt, from 1.
+        ends_at: when the `timeout=` of the request is over, in the event loop's time; None if it
+            has none, or no statement has run yet.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        self.number = 1
+        self.ends_at: float | None = None
+        self._scope = copy_scope(scope)
+        self._receive = receive
+        self._messages: list[Message] = []
+        self._size = 0
+        self._position = 0
+        self._are_wanted: Callable[[], bool] = lambda: True
+        self._keeps_body: bool | None = None  # not decided before the first piece of it comes
+
+    def keep_body_if(self, wanted: Callable[[], bool]) -> None:
+        """Keep the body only if this says so: when it comes, the route is known."""
+        self._are_wanted = wanted
+
+    async def receive(self) -> Message:
+        """Receive for the application: first what an earlier attempt has received."""
+        if self._position < len(self._messages):
+            message = self._messages[self._position]
+        else:
+            message = await self._receive()
+            self._keep(message)
+        self._position += 1
+        return message
+
+    def _keep(self, message: Message) -> None:
+        if self._keeps_body is None:
+            self._keeps_body = self._are_wanted()
+        if not self._keeps_body:
+            return
+        self._messages.append(message)
+        self._size += len(message.get("body") or b"")
+        if self._size > BODY_LIMIT:
+            self._keeps_body = False
+            self._messages.clear()
+
+    def obstacle(self, retries: int) -> str:
+        """Say why there will be no further attempt; an empty string if there will be one."""
+        if self.number > retries:
+            return f"{self.number} attempts have lost, and retries={retries}"
+        if self._keeps_body is False:
+            return (
+                f"its body was not kept: it has more than {BODY_LIMIT} bytes, or was read before"
+                " the route was known"
+            )
+        if self.ends_at is not None and self._longest_delay + _now() > self.ends_at:
+            return "its timeout= is nearly over"
+        return ""
+
+    @property
+    def _longest_delay(self) -> float:
+        return min(FIRST_DELAY * 2.0 ** (self.number - 1), LONGEST_DELAY)
+
+    async def next(self) -> Scope:
+        """Wait for a moment left to chance, and return the scope of the next attempt."""
+        await asyncio.sleep(random.uniform(0, self._longest_delay))
+        self.number += 1
+        self._position = 0
+        return copy_scope(self._scope)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -1,0 +1,55 @@
+"""One WebSocket: a unit of work ends before each event, so that waiting holds nothing."""
+
+from __future__ import annotations
+
+import asyncio
+
+from asgi_db.asgi.call import Call
+from asgi_db.modes import should_commit
+from asgi_db.types import Message
+
+
+class Socket(Call):
+    """One WebSocket: a unit ends before each event, so that waiting holds nothing."""
+
+    async def run(self) -> None:
+        """Run the application, then end what its last event has left open."""
+        self.task = asyncio.current_task()
+        try:
+            await self._site.app(self._scope, self._receive_between_units, self._send_after_commit)
+        except BaseException as error:
+            await self._end(success=False)
+            if not isinstance(error, Exception):
+                self._log_unanswered()
+            raise
+        else:
+            unit = self._session.unit
+            await self._end(success=unit is None or not unit.was_cancelled)
+        finally:
+            if (unit := self._session.unit) is not None:
+                await unit.run_late_hooks()
+
+    async def _receive_between_units(self) -> Message:
+        unit = self._session.unit
+        if unit is not None and not unit.is_work_of_another_task:
+            await unit.end(success=self._exception_being_handled() is None)
+            unit.unanswered = None  # the application has chosen to say nothing
+        return await self._receive()
+
+    async def _send_after_commit(self, message: Message) -> None:
+        unit = self._session.unit
+        if unit is None:
+            await self._send(message)
+        elif unit.is_work_of_another_task:  # this is not the answer to it: a broadcast, say
+            await unit.wait_for_end()
+            await self._send(message)
+        else:
+            error = self._exception_being_handled()
+            success = error is None
+            if message["type"] == "websocket.http.response.start" and unit.in_use:
+                success = should_commit(unit.mode, message["status"], error)
+            await self._end_before_answer(unit, success=success)
+            await self._send_answer(unit, message)
+            if self._late is not None:
+                await self._late.raise_now()
+            await unit.run_late_hooks()

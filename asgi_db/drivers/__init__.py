@@ -1,0 +1,62 @@
+"""One file for each database: what asgi-db has to know of it, and of its driver.
+
+To add one, write a class that derives from `AnyDriver`, or from the driver that comes nearest, and
+`register` an instance of it.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import URL
+from sqlalchemy.engine import Dialect
+from sqlalchemy.exc import DBAPIError
+
+from asgi_db.drivers.base import AnyDriver, Driver
+from asgi_db.drivers.mysql import MySQL, asyncmy
+from asgi_db.drivers.postgresql import PostgreSQL, asyncpg
+from asgi_db.drivers.sqlite import SQLite, aiosqlite
+from asgi_db.settings import accept_driver
+
+_drivers: dict[str, Driver] = {driver.name: driver for driver in (asyncpg, asyncmy, aiosqlite)}
+
+_other_drivers: dict[str, Driver] = {
+    "postgresql": PostgreSQL(),
+    "mysql": MySQL(),
+    "mariadb": MySQL(),
+    "sqlite": SQLite(),
+}
+"""What is known of a database where an engine of the user's own has another driver."""
+
+_unknown = AnyDriver()
+
+
+def register(driver: Driver) -> None:
+    """Let a driver be used, by its name in the URL; it replaces the one of that name."""
+    _drivers[driver.name] = driver
+    accept_driver(driver.name)
+
+
+def driver_of(dialect: Dialect) -> Driver:
+    """Return what is known of the driver of an engine, also of an engine of the user's own."""
+    return _drivers.get(dialect.driver) or _other_drivers.get(dialect.name, _unknown)
+
+
+def driver_of_url(url: URL) -> Driver:
+    """Return the driver that a URL names, after `parse_database_url` has accepted it."""
+    return _drivers[url.get_driver_name()]
+
+
+def drivers_with_sandbox() -> list[str]:
+    """Return the names of the drivers that have a sandbox for tests."""
+    return [name for name, driver in _drivers.items() if driver.sandbox is not None]
+
+
+def is_conflict(error: BaseException) -> bool:
+    """Say whether the database has ended a transaction in favor of another one."""
+    original = error.orig if isinstance(error, DBAPIError) else error
+    return original is not None and any(d.is_conflict(original) for d in _drivers.values())
+
+
+def error_code(error: BaseException) -> str | None:
+    """Return the database's code for an error; unlike its text it repeats no value."""
+    codes = (driver.code(error) for driver in _drivers.values())
+    return next((code for code in codes if code), None)

@@ -1,0 +1,341 @@
+"""What asgi-db asks of a database and of its driver.
+
+`Driver` says what each one answers. `AnyDriver` answers for all of them, as well as that can be
+done without knowing the driver: the others derive from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakSet
+
+from sqlalchemy import URL, Engine
+from sqlalchemy.engine import Dialect
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.pool import PoolProxiedConnection
+
+from asgi_db.drivers.sandbox import SandboxRules
+from asgi_db.errors import DatabaseDownError
+from asgi_db.modes import Mode
+
+BEGIN_OPTION = "asgi_db_begin"
+"""The execution option of an engine which says how its transactions begin: a `Beginning`."""
+
+GIVE_UP_AFTER = 60.0
+"""Seconds for which asgi-db tries to end a statement at a server that does not answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """How a transaction begins, beyond what SQLAlchemy does.
+
+    Attributes:
+        statements: what is sent first.
+        autocommit: whether the connection has to be in autocommit, or must not be; None leaves it
+            as it is.
+    """
+
+    statements: tuple[str, ...] = ()
+    autocommit: bool | None = None
+
+
+class Abandoned(NamedTuple):
+    """A connection that was discarded while its server may still run its statement.
+
+    Attributes:
+        connected: when the connection was made, by `time.monotonic()`.
+        since: when it was discarded.
+    """
+
+    connected: float
+    since: float
+
+
+class StandIn:
+    """Stands for a driver's connection where there is none of its own, as in a sandbox."""
+
+    def is_closed(self) -> bool:
+        """Whether it cannot be used any more."""
+        raise NotImplementedError
+
+    def terminate(self) -> None:
+        """Close it at once."""
+        raise NotImplementedError
+
+
+class Driver(Protocol):
+    """What asgi-db has to know of a database and of the driver that talks to it.
+
+    A connection is the driver's own, not as SQLAlchemy adapts it, unless the type says otherwise.
+
+    Attributes:
+        name: SQLAlchemy's name of the driver, which stands behind the plus sign in a URL.
+        is_supported: whether asgi-db itself connects, and closes, with this driver; else
+            SQLAlchemy does.
+        has_deferrable: whether a transaction can wait for a snapshot that needs no locks.
+        has_hash_comments: whether `#` begins a comment in this SQL.
+        sandbox: the rules of a sandbox for tests; None if there is none.
+    """
+
+    name: str
+    is_supported: bool
+    has_deferrable: bool
+    has_hash_comments: bool
+    sandbox: type[SandboxRules] | None
+
+    # -- the engine
+
+    def options(self, url: URL, *, pooler: bool) -> dict[str, Any]:
+        """Return the arguments of `create_async_engine` with which the modes work.
+
+        Args:
+            pooler: there is one in between, which pools transactions.
+        """
+        ...
+
+    def is_in_memory(self, url: URL) -> bool:
+        """Say whether each connection to this URL would have a database of its own in memory."""
+        ...
+
+    def prepare(self, engine: Engine, *, pooler: bool, durable: bool) -> None:
+        """Prepare an engine that was made with `options`, before it connects.
+
+        Args:
+            pooler: there is one in between, which pools transactions.
+            durable: whether what is committed has to outlast a crash of the machine.
+        """
+
+    # -- a connection
+
+    @property
+    def connect_errors(self) -> tuple[type[Exception], ...]:
+        """The errors of `connect` which mean that the database cannot be reached."""
+        ...
+
+    def connect(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
+        """Connect; takes what the driver's own function takes."""
+        ...
+
+    def is_closed(self, connection: Any) -> bool:
+        """Say whether the driver knows that this connection is closed; costs no round trip."""
+        ...
+
+    def terminate(self, connection: Any) -> None:
+        """Close a connection at once, without a word to the server, in any event loop or none."""
+
+    def leave_to_parent(self, connection: Any) -> None:
+        """Let this process, which was forked, not touch a connection of its parent."""
+
+    # -- a transaction
+
+    def begin_options(self, mode: Mode, *, is_prepared: bool) -> dict[str, Any]:
+        """Return the execution options of an engine whose transactions begin as the mode says.
+
+        Args:
+            is_prepared: whether the engine is one that `prepare` has prepared.
+        """
+        ...
+
+    def begin(self, pooled: PoolProxiedConnection, beginning: Beginning) -> None:
+        """Begin a transaction as an engine's `BEGIN_OPTION` says; SQLAlchemy does the rest."""
+
+    def stand_alone(self, connection: DBAPIConnection) -> None:
+        """Let each statement stand alone, where `begin` has not seen to that."""
+
+    def returned(self, connection: DBAPIConnection) -> None:
+        """Undo `stand_alone`, when the connection is back in the pool; costs no round trip."""
+
+    # -- an error
+
+    def is_own_error(self, error: BaseException) -> bool:
+        """Say whether this is an error of the driver that SQLAlchemy leaves as it is."""
+        ...
+
+    def is_conflict(self, error: BaseException) -> bool:
+        """Say whether the database has ended a transaction in favor of another one."""
+        ...
+
+    def is_outage(self, error: BaseException) -> bool:
+        """Say whether the server shuts down, starts, or takes no more connections."""
+        ...
+
+    def code(self, error: BaseException) -> str | None:
+        """Return the database's code for an error; unlike its text it repeats no value."""
+        ...
+
+    def advice(self, error: BaseException) -> str | None:
+        """Return a sentence that helps with an error whose cause is seldom what it says."""
+        ...
+
+    # -- a statement that was abandoned
+
+    def id_at_server(self, connection: Any) -> int | None:
+        """Return the number by which the server knows this connection, if it has one."""
+        ...
+
+    def interrupt(self, connection: Any) -> Coroutine[Any, Any, None] | None:
+        """Return what ends the connection's statement, where the driver itself can do that."""
+        ...
+
+    async def end_statements(
+        self, connection: AsyncConnection, abandoned: dict[int, Abandoned]
+    ) -> None:
+        """End the statements of abandoned connections, and remove each that has been ended.
+
+        Args:
+            connection: one to the same server, in autocommit.
+            abandoned: the connections by their numbers at the server.
+        """
+
+
+class AnyDriver:
+    """What holds for a database and a driver of which nothing is known."""
+
+    name = ""
+    is_supported = False
+    has_deferrable = False
+    has_hash_comments = False
+    sandbox: type[SandboxRules] | None = None
+
+    def options(self, url: URL, *, pooler: bool) -> dict[str, Any]:
+        return {}
+
+    def is_in_memory(self, url: URL) -> bool:
+        return False
+
+    def prepare(self, engine: Engine, *, pooler: bool, durable: bool) -> None:
+        pass
+
+    @property
+    def connect_errors(self) -> tuple[type[Exception], ...]:
+        return (OSError,)
+
+    def connect(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
+        raise NotImplementedError
+
+    def is_closed(self, connection: Any) -> bool:
+        return isinstance(connection, StandIn) and connection.is_closed()
+
+    def terminate(self, connection: Any) -> None:
+        if isinstance(connection, StandIn):
+            return connection.terminate()
+        try:
+            self._terminate(connection)
+        except RuntimeError:  # its event loop is closed
+            shut_socket(connection)
+
+    def _terminate(self, connection: Any) -> None:
+        raise NotImplementedError
+
+    def leave_to_parent(self, connection: Any) -> None:
+        pass
+
+    def begin_options(self, mode: Mode, *, is_prepared: bool) -> dict[str, Any]:
+        if mode.autocommit:
+            return {"isolation_level": "AUTOCOMMIT"}
+        isolation = "REPEATABLE READ" if mode.snapshot else mode.isolation
+        return {} if isolation is None else {"isolation_level": isolation}
+
+    def begin(self, pooled: PoolProxiedConnection, beginning: Beginning) -> None:
+        for statement in beginning.statements:
+            cursor = pooled.cursor()
+            try:
+                cursor.execute(statement)
+            finally:
+                cursor.close()
+
+    def stand_alone(self, connection: DBAPIConnection) -> None:
+        pass
+
+    def returned(self, connection: DBAPIConnection) -> None:
+        pass
+
+    def is_own_error(self, error: BaseException) -> bool:
+        return False
+
+    def is_conflict(self, error: BaseException) -> bool:
+        return False
+
+    def is_outage(self, error: BaseException) -> bool:
+        return False
+
+    def code(self, error: BaseException) -> str | None:
+        return None
+
+    def advice(self, error: BaseException) -> str | None:
+        return None
+
+    def id_at_server(self, connection: Any) -> int | None:
+        return None
+
+    def interrupt(self, connection: Any) -> Coroutine[Any, Any, None] | None:
+        return None
+
+    async def end_statements(
+        self, connection: AsyncConnection, abandoned: dict[int, Abandoned]
+    ) -> None:
+        abandoned.clear()
+
+
+def shut_socket(connection: Any) -> None:
+    """Shut a connection's socket without its event loop, so that at least the server notices.
+
+    There is no public way to the transport; the test of applications that start again without
+    having been shut down, in `test_lifespan.py`, breaks when this changes.
+    """
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # closed, or left to uvloop
+        connection._transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+
+
+class AutocommitRequests:
+    """The connections for which a user of the engine itself has asked for AUTOCOMMIT.
+
+    SQLAlchemy does not pass that on to `do_begin`, and a connection of ours does not show it:
+    whether it is in autocommit is decided at each begin.
+    """
+
+    def __init__(self) -> None:
+        self._connections = WeakSet[Any]()
+
+    def watch(self, dialect: Dialect, after: Callable[[Any], None] | None = None) -> None:
+        """Notice what is asked of a dialect.
+
+        Args:
+            after: called with the adapted connection after another level than AUTOCOMMIT was set.
+        """
+        set_isolation_level = dialect.set_isolation_level
+
+        def noticing(connection: DBAPIConnection, level: Any) -> None:
+            set_isolation_level(connection, level)
+            driver_connection = dialect.get_driver_connection(connection)
+            if level == "AUTOCOMMIT":
+                self._connections.add(driver_connection)
+                return
+            self._connections.discard(driver_connection)
+            if after is not None:
+                after(connection)
+
+        dialect.set_isolation_level = noticing  # type: ignore[method-assign, assignment]
+
+    def __contains__(self, connection: Any) -> bool:
+        return bool(self._connections) and connection in self._connections
+
+
+def cause_of(error: BaseException) -> str:
+    """Name an error of the driver, for a message."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def lost_connection(error: BaseException, where: str = "") -> DatabaseDownError:
+    """Make the error for a connection which is closed, or could not be made.
+
+    Args:
+        error: what the driver or the network says.
+        where: the request or block, as the beginning of the message.
+    """
+    return DatabaseDownError(f"{where}the database cannot be reached ({cause_of(error)})", error)

@@ -1,0 +1,172 @@
+"""How a driver connects: uninterrupted, and with one error for all that can go wrong."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from sqlalchemy.engine import Dialect
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from asgi_db.drivers import driver_of
+from asgi_db.drivers.base import Driver, lost_connection
+from asgi_db.errors import ConfigurationError, DatabaseDownError
+from asgi_db.tasks import current_task, of_this_loop, wait_for_background
+
+
+def let_driver_connect(
+    dialect: Dialect, _: ConnectionPoolEntry | None, __: list[Any], parameters: dict[str, Any]
+) -> None:
+    """Let the driver connect in its own way, but uninterrupted; SQLAlchemy keeps the parameters."""
+    driver = driver_of(dialect)
+    if driver.is_supported and not isinstance(parameters.get(_CREATOR), Connector):
+        parameters[_CREATOR] = Connector(driver, parameters.get(_CREATOR))
+
+
+_CREATOR = "async_creator_fn"
+
+
+class Connector:
+    """Connects, undisturbed by cancellation, and with one error for all that can go wrong."""
+
+    def __init__(self, driver: Driver, connect: Callable[..., Awaitable[Any]] | None) -> None:
+        """Prepare to connect.
+
+        Args:
+            driver: the driver whose connection it is.
+            connect: the user's own function; the driver's if None.
+        """
+        self._driver = driver
+        self._connect = connect or driver.connect
+        self._errors = driver.connect_errors
+
+    async def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the driver's connection.
+
+        Raises:
+            DatabaseDownError: there is none.
+            ConfigurationError: the driver does not take what the URL asks for.
+        """
+        try:
+            return await _connect_uninterrupted(self._driver, self._connect, *args, **kwargs)
+        except self._errors as error:
+            raise lost_connection(error) from error
+        except UnicodeEncodeError as error:
+            encoding = error.encoding
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(
+                "The driver does not take the options in the URL, in connect_args or of"
+                f" async_creator: {error}."
+            ) from error
+        # Outside the `except`: Python's error has the whole password in it, and would stay
+        # reachable as the `__context__` of ours even with `from None`.
+        raise ConfigurationError(
+            "The user name, the password or another part of the URL has a character that the"
+            f" driver, which sends it as {encoding}, cannot send: change it."
+        )
+
+
+def raise_if_connect_failed(error: BaseException) -> None:
+    """Look after the connection that was being set up when this error came, if one was.
+
+    SQLAlchemy leaves what the driver says there as it is.
+
+    Raises:
+        DatabaseDownError: the server had closed it.
+    """
+    made = _being_set_up_here()
+    was_closed = made is not None and made.driver.is_closed(made.connection)
+    abandon_connect()
+    if was_closed and isinstance(error, Exception) and not isinstance(error, DatabaseDownError):
+        raise lost_connection(error) from error
+
+
+class _Made(NamedTuple):
+    """A connection that a driver has made."""
+
+    driver: Driver
+    connection: Any
+
+
+_being_set_up: WeakKeyDictionary[asyncio.Task[Any], _Made] = WeakKeyDictionary()
+
+
+async def _connect_uninterrupted(
+    driver: Driver, connect: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any
+) -> Any:
+    """Connect, without being interrupted in the handshake.
+
+    Interrupted there, asyncpg leaves an exception behind that nobody retrieves, and aiosqlite a
+    connection that nobody closes. A request that is cancelled does not wait; the connection is
+    terminated as soon as it is there.
+    """
+
+    async def make() -> _Made:
+        return _Made(driver, await connect(*args, **kwargs))
+
+    task = asyncio.ensure_future(make())
+    try:
+        made = await asyncio.shield(task)
+    except asyncio.CancelledError:
+        _abandoned.add(task)
+        task.add_done_callback(_terminate_abandoned)
+        raise
+    if (caller := asyncio.current_task()) is not None:
+        _being_set_up[caller] = made
+    return made.connection
+
+
+def connect_is_complete() -> None:
+    """Say that the connection which this task has made is set up, and in the care of the pool."""
+    if (task := current_task()) is not None:
+        _being_set_up.pop(task, None)
+
+
+def _being_set_up_here() -> _Made | None:
+    """Return the connection which this task has made and is setting up, if it is."""
+    task = current_task()
+    return None if task is None else _being_set_up.get(task)
+
+
+def abandon_connect() -> None:
+    """Terminate the connection which this task has made, if it was interrupted in setting it up.
+
+    SQLAlchemy sends statements to set up a new connection, and forgets it if it is interrupted
+    there.
+    """
+    if not _being_set_up:
+        return
+    made = _being_set_up_here()
+    connect_is_complete()
+    if made is not None:
+        made.driver.terminate(made.connection)
+
+
+_abandoned: set[asyncio.Task[_Made]] = set()
+
+
+def _terminate_abandoned(task: asyncio.Task[_Made]) -> None:
+    _abandoned.discard(task)
+    if not task.cancelled() and task.exception() is None:
+        made = task.result()
+        made.driver.terminate(made.connection)
+
+
+CONNECT_GRACE = 1.0
+"""Seconds that a connect which was abandoned gets to end, before it is cancelled after all."""
+
+
+async def background_is_over(within: float) -> None:
+    """Wait for what runs in the background of this event loop, up to so many seconds.
+
+    Connects that were abandoned come first: they may leave something to the background.
+    """
+    if connects := of_this_loop(_abandoned):
+        _, late = await asyncio.wait(connects, timeout=CONNECT_GRACE)
+        for task in late:
+            task.cancel()
+        if late:
+            await asyncio.wait(late, timeout=within)
+    await wait_for_background(within)

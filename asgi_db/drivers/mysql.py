@@ -1,0 +1,241 @@
+"""MySQL and MariaDB, by asyncmy."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import time
+from collections.abc import Awaitable
+from importlib import import_module
+from typing import Any
+
+from sqlalchemy import URL, Engine, event, text
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, PoolResetState
+
+from asgi_db.drivers.base import (
+    BEGIN_OPTION,
+    Abandoned,
+    AnyDriver,
+    AutocommitRequests,
+    Beginning,
+    StandIn,
+    lost_connection,
+)
+from asgi_db.drivers.sandbox import INTERRUPT_AGAIN, SandboxControl, SandboxRules, SandboxStandIn
+from asgi_db.errors import SandboxError
+from asgi_db.modes import Mode
+
+
+def _number(error: BaseException | None) -> object:
+    return next(iter(error.args), None) if error is not None else None
+
+
+class MySQL(AnyDriver):
+    """What holds for MySQL and MariaDB with any driver."""
+
+    has_hash_comments = True
+
+    def begin_options(self, mode: Mode, *, is_prepared: bool) -> dict[str, Any]:
+        if mode.autocommit and not is_prepared:
+            return super().begin_options(mode, is_prepared=is_prepared)
+        beginning = Beginning(_statements(mode), mode.autocommit if is_prepared else None)
+        return {BEGIN_OPTION: beginning} if is_prepared or beginning.statements else {}
+
+    def is_conflict(self, error: BaseException) -> bool:
+        return _number(error) in _CONFLICTS
+
+    def is_outage(self, error: BaseException) -> bool:
+        return _number(error) in _OUTAGES
+
+    def code(self, error: BaseException) -> str | None:
+        number = _number(error)
+        return str(number) if isinstance(number, int) else None
+
+    def id_at_server(self, connection: Any) -> int | None:
+        with contextlib.suppress(AttributeError, TypeError):  # it is closed already
+            return int(connection.thread_id())
+        return None
+
+    async def end_statements(
+        self, connection: AsyncConnection, abandoned: dict[int, Abandoned]
+    ) -> None:
+        started = await _latest_start(connection)
+        while abandoned:
+            id, (connected, since) = next(iter(abandoned.items()))
+            # A server that was started again gives the same numbers to other connections.
+            if connected >= started or await _runs(connection, id, time.monotonic() - since):
+                await _kill(connection, id)
+            abandoned.pop(id, None)
+
+
+def _statements(mode: Mode) -> tuple[str, ...]:
+    """`SET TRANSACTION` holds for the next transaction alone, so nothing has to be set back."""
+    if mode.autocommit:
+        return ()
+    isolation = "REPEATABLE READ" if mode.snapshot else mode.isolation
+    characteristics = [f"ISOLATION LEVEL {isolation}"] if isolation is not None else []
+    if mode.read_only:
+        characteristics.append("READ ONLY")
+    begin = [f"SET TRANSACTION {', '.join(characteristics)}"] if characteristics else []
+    if mode.snapshot:
+        begin.append("START TRANSACTION WITH CONSISTENT SNAPSHOT")
+    return tuple(begin)
+
+
+_CONFLICTS = (1213, 1205)
+"""A deadlock, and a lock that was not to be had in time."""
+
+_OUTAGES = (1040, 1053)
+"""The server takes no more connections, or shuts down."""
+
+_UNKNOWN_THREAD = 1094
+"""A connection has ended already."""
+
+
+class AsyncmySandbox(SandboxRules):
+    """MySQL and MariaDB have no deferred constraints, but commit before DDL."""
+
+    def control(self, stand_in: SandboxStandIn) -> SandboxControl:
+        return _SandboxControl(stand_in)
+
+    def begin_nothing(self) -> None:
+        # Should the server end the transaction, no statement is committed by itself.
+        self.connection.adapted.autocommit(False)
+
+    def is_in_transaction(self) -> bool:
+        return bool(self.connection.driver.get_transaction_status())
+
+    async def interrupt(self, running: asyncio.Future[Any], *, only_reads: bool) -> None:
+        id = self.connection.driver.thread_id()
+        async with self.connection.side_connection() as side:
+            while not running.done():  # the first KILL may come before the statement
+                await side.exec_driver_sql(f"KILL QUERY {id}")
+                await asyncio.wait((running,), timeout=INTERRUPT_AGAIN)
+
+    def check(self, sql: str) -> None:
+        if found := _COMMITS.match(sql):
+            raise SandboxError(
+                f"MySQL and MariaDB commit by themselves at {found[1].upper()}, so a sandbox could"
+                " not undo it. Create the tables before the sandbox, once for all tests."
+            )
+
+
+class _SandboxControl:
+    """The methods of a connection by which SQLAlchemy's asyncmy dialect asks for autocommit."""
+
+    def __init__(self, stand_in: SandboxStandIn) -> None:
+        self._stand_in = stand_in
+        self.is_autocommit = False
+
+    def autocommit(self, value: object) -> None:
+        if value and not self.is_autocommit:
+            self._stand_in.commit()  # as the server does
+        self.is_autocommit = bool(value)
+
+    def get_autocommit(self) -> bool:
+        return self.is_autocommit
+
+
+_COMMITS = re.compile(
+    r"\s*((?:CREATE|ALTER|DROP|RENAME|TRUNCATE|GRANT|REVOKE|LOCK|UNLOCK|ANALYZE|OPTIMIZE|REPAIR)\b"
+    r"(?!\s+TEMPORARY))",
+    re.IGNORECASE,
+)
+
+
+class Asyncmy(MySQL):
+    """MySQL and MariaDB by asyncmy."""
+
+    name = "asyncmy"
+    is_supported = True
+    sandbox: type[SandboxRules] | None = AsyncmySandbox
+
+    def __init__(self) -> None:
+        self._autocommit_requests = AutocommitRequests()
+
+    def options(self, url: URL, *, pooler: bool) -> dict[str, Any]:
+        # It costs a round trip to change autocommit, so a connection stays as it was last used,
+        # and each begin makes sure. SQLAlchemy's own `isolation_level="AUTOCOMMIT"` changes it
+        # twice per request, and listens to an event of the engine.
+        return {
+            "execution_options": {BEGIN_OPTION: Beginning(autocommit=False)},
+            "skip_autocommit_rollback": True,
+            "pool_reset_on_return": None,  # `prepare` does it
+        }
+
+    def prepare(self, engine: Engine, *, pooler: bool, durable: bool) -> None:
+        """Roll back on return to the pool only what is open.
+
+        SQLAlchemy does so after each COMMIT too. The server says in each answer whether a
+        transaction is open.
+        """
+        dialect = engine.dialect
+
+        def reset(
+            connection: DBAPIConnection, _: ConnectionPoolEntry, state: PoolResetState
+        ) -> None:
+            driver_connection: Any = dialect.get_driver_connection(connection)
+            if state.asyncio_safe and not state.terminate_only:
+                if driver_connection.get_transaction_status():
+                    connection.rollback()
+
+        event.listen(engine, "reset", reset)
+        self._autocommit_requests.watch(dialect)
+
+    def connect(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
+        connecting: Awaitable[Any] = import_module("asyncmy").connect(*args, **kwargs)
+        return connecting
+
+    def is_closed(self, connection: Any) -> bool:
+        if isinstance(connection, StandIn):
+            return connection.is_closed()
+        # asyncmy has no public word for what the server has closed; the test of closed connections
+        # in `test_engine.py` breaks when this changes.
+        return bool(connection._stream_broken)
+
+    def _terminate(self, connection: Any) -> None:
+        connection.close()
+
+    def begin(self, pooled: PoolProxiedConnection, beginning: Beginning) -> None:
+        if beginning.autocommit is not None:
+            connection: Any = pooled.dbapi_connection
+            was_asked_for = pooled.driver_connection in self._autocommit_requests
+            try:
+                connection.autocommit(was_asked_for or beginning.autocommit)  # often costs nothing
+            except Exception as error:  # asyncmy has many, and some are not the driver's own
+                raise lost_connection(error) from error
+        super().begin(pooled, beginning)
+
+
+async def _latest_start(connection: AsyncConnection) -> float:
+    """The time at which a MySQL server was running for sure; it says so in whole seconds."""
+    uptime = (await connection.execute(text("SHOW GLOBAL STATUS LIKE 'Uptime'"))).one()[1]
+    return time.monotonic() - float(uptime) + 1
+
+
+async def _runs(connection: AsyncConnection, id: int, age: float) -> bool:
+    """Say whether a connection's statement has run for so many seconds.
+
+    That of another connection with the same number has begun after ours was abandoned.
+    """
+    is_mariadb = getattr(connection.dialect, "is_mariadb", False)
+    seconds = "time_ms / 1000" if is_mariadb else "time + 1"  # MySQL counts whole ones
+    statement = (
+        f"SELECT 1 FROM information_schema.processlist WHERE id = {id} AND {seconds} >= {age}"
+    )
+    return bool(await connection.scalar(text(f"{statement} AND command <> 'Sleep'")))
+
+
+async def _kill(connection: AsyncConnection, id: int) -> None:
+    try:
+        await connection.execute(text(f"KILL {id}"))
+    except SQLAlchemyError as error:
+        if _number(error.__cause__) != _UNKNOWN_THREAD:
+            raise
+
+
+asyncmy = Asyncmy()

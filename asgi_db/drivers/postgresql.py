@@ -1,0 +1,320 @@
+"""PostgreSQL, by asyncpg."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import time
+from collections.abc import Awaitable, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+from sqlalchemy import URL, Engine, event, text
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from asgi_db.drivers.base import Abandoned, AnyDriver
+from asgi_db.drivers.sandbox import SandboxControl, SandboxRules, SandboxStandIn
+from asgi_db.logs import logger
+from asgi_db.modes import Mode
+from asgi_db.tasks import in_background, running_loop
+
+
+def _sqlstate(error: BaseException) -> str | None:
+    return getattr(error, "sqlstate", None)
+
+
+class PostgreSQL(AnyDriver):
+    """What holds for PostgreSQL with any driver."""
+
+    has_deferrable = True
+
+    def begin_options(self, mode: Mode, *, is_prepared: bool) -> dict[str, Any]:
+        options = super().begin_options(mode, is_prepared=is_prepared)
+        if mode.isolation == "READ UNCOMMITTED":  # PostgreSQL treats it as READ COMMITTED
+            options["isolation_level"] = "READ COMMITTED"
+        if mode.read_only and not mode.autocommit:
+            options["postgresql_readonly"] = True
+        if mode.deferrable:
+            options["postgresql_deferrable"] = True
+        return options
+
+    def is_own_error(self, error: BaseException) -> bool:
+        return hasattr(error, "sqlstate")  # out of a server-side cursor
+
+    def is_conflict(self, error: BaseException) -> bool:
+        return _sqlstate(error) in _CONFLICTS
+
+    def is_outage(self, error: BaseException) -> bool:
+        return _sqlstate(error) in _OUTAGES
+
+    def code(self, error: BaseException) -> str | None:
+        return _sqlstate(error)
+
+    def advice(self, error: BaseException) -> str | None:
+        state = _sqlstate(error)
+        if state in _NO_STATEMENT or (state == "08P01" and "prepared stat" in str(error)):
+            return (
+                "If there is a PgBouncer in between, in transaction pooling, say so:"
+                ' Database(..., pooler="transaction").'
+            )
+        return None
+
+    def id_at_server(self, connection: Any) -> int | None:
+        with contextlib.suppress(AttributeError, TypeError):  # it is closed already
+            return int(connection.get_server_pid())
+        return None
+
+    async def end_statements(
+        self, connection: AsyncConnection, abandoned: dict[int, Abandoned]
+    ) -> None:
+        while abandoned:
+            id, (connected, _) = next(iter(abandoned.items()))
+            age = time.monotonic() - connected
+            await connection.execute(text(_TERMINATE), {"id": id, "age": age})
+            abandoned.pop(id, None)
+
+
+_CONFLICTS = frozenset({"40001", "40P01"})
+"""A serialization failure, and a deadlock."""
+
+_OUTAGES = frozenset(
+    {"08000", "08001", "08003", "08004", "08006", "57P01", "57P02", "57P03", "53300"}
+)
+"""The connection failed, or the server shuts down, starts, or takes no more connections."""
+
+_NO_STATEMENT = frozenset({"26000", "42P05"})
+"""A prepared statement is not there, or one of its name is there already."""
+
+# The server gives the number of a connection that has ended to another one at any time.
+_TERMINATE = """
+    SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = :id
+    AND backend_start <= clock_timestamp() - make_interval(secs => :age)
+"""
+
+
+class AsyncpgSandbox(SandboxRules):
+    """PostgreSQL checks deferred constraints at COMMIT, not at the end of a savepoint."""
+
+    def control(self, stand_in: SandboxStandIn) -> SandboxControl:
+        return _SandboxControl(stand_in)
+
+    def begin_nothing(self) -> None:
+        self.connection.adapted.autocommit = True
+
+    def is_in_transaction(self) -> bool:
+        return bool(self.connection.driver.is_in_transaction())
+
+    async def interrupt(self, running: asyncio.Future[Any], *, only_reads: bool) -> None:
+        running.cancel()  # asyncpg tells the server
+
+    async def begun(self, control: Any) -> None:
+        if control.readonly:
+            await self.connection.fetch("SET TRANSACTION READ ONLY")  # until the savepoint ends
+
+    def local_settings(self, sql: str, parameters: Any) -> Sequence[str]:
+        if found := _SET_LOCAL.match(sql):
+            return ["timezone" if found[1].upper().startswith("TIME") else found[1]]
+        if "set_config" not in sql:
+            return ()
+        return [name or str(parameters[int(n) - 1]) for name, n in _SET_CONFIG.findall(sql)]
+
+    async def read_setting(self, name: str) -> str:
+        rows = await self.connection.fetch("SELECT current_setting($1, true)", (name,))
+        return rows[0][0] or ""
+
+    async def check_deferred(self) -> None:
+        ((has_any, deferred),) = await self.connection.fetch(_DEFERRABLE)
+        if has_any:
+            await self.connection.fetch("SET CONSTRAINTS ALL IMMEDIATE")
+        if deferred:
+            await self.connection.fetch(f"SET CONSTRAINTS {deferred} DEFERRED")
+
+    def is_rolled_back(self, error: Exception) -> bool:
+        return _sqlstate(error) == _FAILED_TRANSACTION
+
+    async def committed(self, settings: Mapping[str, str]) -> None:
+        for name, value in settings.items():
+            await self.connection.fetch("SELECT set_config($1, $2, true)", (name, value))
+
+
+class _SandboxControl:
+    """The attributes of a connection by which SQLAlchemy's asyncpg dialect begins transactions."""
+
+    def __init__(self, stand_in: SandboxStandIn) -> None:
+        self._stand_in = stand_in
+        self.isolation_level: str | None = None
+        self.readonly = False
+        self.deferrable = False
+
+    @property
+    def is_autocommit(self) -> bool:
+        return self.isolation_level == "autocommit"
+
+    @property
+    def autocommit(self) -> bool:
+        return self.is_autocommit
+
+    @autocommit.setter
+    def autocommit(self, value: bool) -> None:
+        self.isolation_level = "autocommit" if value else None
+
+    def set_isolation_level(self, level: str) -> None:
+        self._stand_in.rollback()
+        self.isolation_level = level  # no other than autocommit has an effect in a sandbox
+
+
+_FAILED_TRANSACTION = "25P02"
+_DEFERRABLE = """
+    SELECT count(*) > 0, string_agg(DISTINCT format('%I.%I', nspname, conname), ', ')
+    FILTER (WHERE condeferred) FROM pg_constraint JOIN pg_namespace n ON n.oid = connamespace
+    WHERE condeferrable
+"""
+_SET_LOCAL = re.compile(r"\s*SET\s+LOCAL\s+(TIME\s+ZONE|[\w.]+)", re.IGNORECASE)
+_SET_CONFIG = re.compile(
+    r"\bset_config\s*\(\s*(?:'([^']+)'|\$(\d+))[^,]*,[^,]*,\s*(?!false)", re.IGNORECASE
+)
+
+
+class Asyncpg(PostgreSQL):
+    """PostgreSQL by asyncpg."""
+
+    name = "asyncpg"
+    is_supported = True
+    sandbox: type[SandboxRules] | None = AsyncpgSandbox
+
+    def options(self, url: URL, *, pooler: bool) -> dict[str, Any]:
+        if not pooler:
+            return {}
+        return {
+            "connect_args": {
+                "statement_cache_size": 0,
+                "prepared_statement_cache_size": 0,
+                "connection_class": patient_connection_class(),
+            }
+        }
+
+    def prepare(self, engine: Engine, *, pooler: bool, durable: bool) -> None:
+        if not pooler:
+            self._watch_connections(engine)
+
+    def _watch_connections(self, engine: Engine) -> None:
+        """Let the server watch its clients, and notice a pooler that the settings do not name.
+
+        A statement runs on at the server when its client's process is killed, unless the server
+        checks from time to time whether the client is still there (PostgreSQL 14 and later; a value
+        that the user has set is kept).
+
+        In transaction pooling asyncpg's prepared statements fail, or answer with the rows of other
+        clients' statements. PgBouncer invents the process number that it tells its clients.
+        """
+        warned = False
+
+        def connect(connection: Any, _: ConnectionPoolEntry) -> None:
+            nonlocal warned
+            driver_connection = engine.dialect.get_driver_connection(connection)
+            connection.autocommit = True
+            cursor = connection.cursor()
+            try:
+                cursor.execute(_WATCH_CLIENT)
+                ((_, id),) = cursor.fetchall()
+            except engine.dialect.loaded_dbapi.Error:
+                if self.is_closed(driver_connection):
+                    raise
+                return  # the server cannot watch its clients on every system
+            finally:
+                cursor.close()
+                connection.autocommit = False
+            if id != self.id_at_server(driver_connection) and not warned:
+                warned = True
+                logger.warning(
+                    "There is a pooler between this application and PostgreSQL. If it pools"
+                    ' transactions, as PgBouncer can, say so: Database(..., pooler="transaction");'
+                    " otherwise statements fail, or get the rows of others."
+                )
+
+        event.listen(engine, "connect", connect)
+
+    @property
+    def connect_errors(self) -> tuple[type[Exception], ...]:
+        driver = import_module("asyncpg")  # whose errors SQLAlchemy leaves as they are here
+        return OSError, driver.PostgresError, driver.InterfaceError
+
+    def connect(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
+        connecting: Awaitable[Any] = import_module("asyncpg").connect(*args, **kwargs)
+        return connecting
+
+    def is_closed(self, connection: Any) -> bool:
+        return bool(connection.is_closed())
+
+    def _terminate(self, connection: Any) -> None:
+        connection.terminate()
+
+    def leave_to_parent(self, connection: Any) -> None:
+        # An asyncpg connection that is collected leaves its event loop, which the parent still
+        # uses. There is no public way to keep it from that; the test of forked processes in
+        # `test_shutdown.py` breaks when this changes.
+        connection._aborted = True
+
+    def begin_options(self, mode: Mode, *, is_prepared: bool) -> dict[str, Any]:
+        if mode.autocommit:
+            return {}  # `stand_alone` costs nothing; a variant of the engine would
+        return super().begin_options(mode, is_prepared=is_prepared)
+
+    def stand_alone(self, connection: DBAPIConnection) -> None:
+        connection.autocommit = True
+
+    def returned(self, connection: DBAPIConnection) -> None:
+        connection.autocommit = False
+
+
+_WATCH_CLIENT = """
+    SELECT CASE WHEN current_setting('client_connection_check_interval', true) = '0'
+    THEN set_config('client_connection_check_interval', '1s', false) END, pg_backend_pid()
+"""
+
+PATIENCE = 2.0
+"""Seconds in which a request to cancel a statement may get through a pooler."""
+
+
+def patient_connection_class() -> type[Any]:
+    """Make the class of asyncpg's connections behind a pooler.
+
+    There the server's own numbers are not known, so it is left to asyncpg to ask that an abandoned
+    statement be cancelled: `terminate` gives it the time.
+    """
+    from asyncpg import Connection
+
+    class PatientConnection(Connection):
+        """Closes in the background, so that the request to cancel gets out."""
+
+        __slots__ = ("_closing",)
+
+        def terminate(self) -> None:
+            if running_loop() is None:
+                super().terminate()
+            else:
+                self._close_once()
+
+        async def close(self, *, timeout: float | None = None) -> None:  # noqa: ASYNC109
+            await asyncio.wait((self._close_once(),))
+
+        def _close_once(self) -> asyncio.Future[None]:
+            # A second `close` would interrupt the first one's request to cancel the statement, at
+            # which PgBouncer 1.18 falls over (its issue 801).
+            if not hasattr(self, "_closing"):
+                self._closing = in_background(self._close_in_time())
+            return self._closing
+
+        async def _close_in_time(self) -> None:
+            try:
+                await super().close(timeout=PATIENCE)
+            except Exception:  # whatever it is, the connection is closed
+                super().terminate()
+
+    return PatientConnection
+
+
+asyncpg = Asyncpg()

@@ -1,0 +1,258 @@
+"""SQLite, by aiosqlite."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Awaitable, Coroutine, Mapping
+from importlib import import_module
+from typing import Any, ClassVar
+from weakref import WeakSet, finalize
+
+import anyio
+from sqlalchemy import URL, Engine, event
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+
+from asgi_db.drivers.base import (
+    BEGIN_OPTION,
+    GIVE_UP_AFTER,
+    AnyDriver,
+    AutocommitRequests,
+    Beginning,
+)
+from asgi_db.drivers.sandbox import SandboxConnection, SandboxControl, SandboxRules, SandboxStandIn
+from asgi_db.modes import Mode
+from asgi_db.tasks import in_background
+
+SQLITE_BUSY_TIMEOUT = 30.0
+"""Seconds that SQLite waits for another connection's lock, unless the user has said how many."""
+
+
+class SQLite(AnyDriver):
+    """What holds for SQLite with any driver."""
+
+    def begin_options(self, mode: Mode, *, is_prepared: bool) -> dict[str, Any]:
+        """Begin explicitly.
+
+        SQLite has one isolation level, SERIALIZABLE, which fulfils the others too. A transaction
+        that will write takes the lock at its begin: one that only finds out later cannot wait for
+        the lock, and fails with "database is locked".
+        """
+        if mode.autocommit:
+            return {BEGIN_OPTION: Beginning()}
+        immediate = mode.commits and not mode.read_only
+        return {BEGIN_OPTION: Beginning(("BEGIN IMMEDIATE" if immediate else "BEGIN",))}
+
+    def is_conflict(self, error: BaseException) -> bool:
+        code: object = getattr(error, "sqlite_errorcode", None)
+        # The higher bits say more precisely why.
+        return isinstance(code, int) and code & 0xFF == sqlite3.SQLITE_BUSY
+
+    def code(self, error: BaseException) -> str | None:
+        return getattr(error, "sqlite_errorname", None)
+
+
+class AiosqliteSandbox(SandboxRules):
+    """SQLite checks deferred foreign keys at COMMIT, and sets up a connection outside of one."""
+
+    begin: ClassVar[str] = "BEGIN IMMEDIATE"  # nobody else can write into the file meanwhile
+
+    def __init__(self, connection: SandboxConnection) -> None:
+        super().__init__(connection)
+        self._checks_foreign_keys = False
+        self._broken_before: set[Any] = set()
+
+    def control(self, stand_in: SandboxStandIn) -> SandboxControl:
+        return _SandboxControl()
+
+    def begin_nothing(self) -> None:
+        self.connection.adapted.isolation_level = None
+
+    def is_in_transaction(self) -> bool:
+        return bool(self.connection.driver.in_transaction)
+
+    async def opened(self) -> None:
+        ((self._checks_foreign_keys,),) = await self.connection.fetch("PRAGMA foreign_keys")
+        self._broken_before = await self._broken()
+
+    async def _broken(self) -> set[Any]:
+        if not self._checks_foreign_keys:
+            return set()
+        return set(await self.connection.fetch("PRAGMA foreign_key_check"))
+
+    async def interrupt(self, running: asyncio.Future[Any], *, only_reads: bool) -> None:
+        while only_reads and not running.done():  # a write takes the transaction with it
+            await self.connection.driver.interrupt()  # is forgotten if it precedes the statement
+            await asyncio.wait((running,), timeout=INTERRUPT_AGAIN)
+
+    async def before_close(self) -> None:
+        while self.connection.is_busy:  # the thread in which it is closed does nothing else
+            await self.connection.driver.interrupt()
+            await asyncio.sleep(INTERRUPT_AGAIN)
+
+    def is_ignored(self, sql: str) -> bool:
+        return _PRAGMA.match(sql) is not None
+
+    async def check_deferred(self) -> None:
+        if await self._broken() - self._broken_before:
+            raise self.connection.adapted.dbapi.IntegrityError("FOREIGN KEY constraint failed")
+
+    async def committed(self, settings: Mapping[str, str]) -> None:
+        if self._checks_foreign_keys:
+            await self.connection.fetch("PRAGMA defer_foreign_keys = OFF")
+
+
+class _SandboxControl:
+    """The attribute of a connection by which SQLAlchemy's aiosqlite dialect asks for autocommit."""
+
+    def __init__(self) -> None:
+        self.isolation_level: str | None = ""
+
+    @property
+    def is_autocommit(self) -> bool:
+        return self.isolation_level is None
+
+
+_PRAGMA = re.compile(
+    r"\s*PRAGMA\s+(?:journal_mode|synchronous|foreign_keys|busy_timeout)\s*=", re.IGNORECASE
+)
+
+
+class Aiosqlite(SQLite):
+    """SQLite by aiosqlite."""
+
+    name = "aiosqlite"
+    is_supported = True
+    sandbox: type[SandboxRules] | None = AiosqliteSandbox
+
+    def __init__(self) -> None:
+        self._autocommit_requests = AutocommitRequests()
+
+    def options(self, url: URL, *, pooler: bool) -> dict[str, Any]:
+        has_own = "timeout" in url.query  # which connect_args would override
+        return {
+            "execution_options": {BEGIN_OPTION: Beginning(("BEGIN",))},
+            "connect_args": {} if has_own else {"timeout": SQLITE_BUSY_TIMEOUT},
+        }
+
+    def is_in_memory(self, url: URL) -> bool:
+        return url.database == ":memory:"
+
+    def prepare(self, engine: Engine, *, pooler: bool, durable: bool) -> None:
+        """Set up connections: explicit BEGIN, foreign keys and WAL.
+
+        The driver's own transaction control starts none for a SELECT, which loses updates.
+        Source: https://docs.sqlalchemy.org/en/21/dialects/sqlite.html#pysqlite-serializable
+        """
+
+        def connect(connection: Any, _: ConnectionPoolEntry) -> None:
+            _begin_nothing_by_itself(connection)
+            cursor = connection.cursor()
+            cursor.execute("PRAGMA foreign_keys = ON")
+            try:
+                cursor.execute("PRAGMA journal_mode = WAL")
+            except sqlite3.OperationalError as error:  # a file for reading alone keeps its journal
+                if error.sqlite_errorcode != sqlite3.SQLITE_READONLY:
+                    raise
+            if not durable:
+                cursor.execute("PRAGMA synchronous = OFF")
+            cursor.close()
+
+        event.listen(engine, "connect", connect)
+        self._autocommit_requests.watch(engine.dialect, after=_begin_nothing_by_itself)
+
+    def connect(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
+        kwargs.setdefault("factory", _Connection)
+        connection = import_module("aiosqlite").connect(*args, **kwargs)
+        # As SQLAlchemy does where it connects by itself; there is no public way. Otherwise a
+        # program that does not dispose its database could not end.
+        connection._thread.daemon = True
+        stop = connection.stop
+
+        def stop_once() -> Any:
+            # Its `close` ends with a `stop`, and waits for a thread that an earlier one has ended.
+            stopped = stop() if connection._running else None
+            if stopped is not None:
+                in_background(stopped)
+            return stopped
+
+        connection.stop = stop_once
+        connecting: Awaitable[Any] = connection
+        return connecting
+
+    def _terminate(self, connection: Any) -> None:
+        connection.stop()
+
+    def begin(self, pooled: PoolProxiedConnection, beginning: Beginning) -> None:
+        if beginning.statements and pooled.driver_connection not in self._autocommit_requests:
+            super().begin(pooled, beginning)
+
+    def interrupt(self, connection: Any) -> Coroutine[Any, Any, None] | None:
+        """Interrupt what the connection runs, until it is closed.
+
+        One that is idle would not close in good order afterwards.
+        """
+        return _interrupt(connection)
+
+
+class _Connection(sqlite3.Connection):
+    """Is closed, and its transaction over, once `close` returns.
+
+    To SQLite a connection is closed only when its last statement is gone: one that was interrupted
+    would keep the transaction, and its lock, until the garbage collector finds it. And while it
+    is there, a connection that has been interrupted refuses to roll back.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._cursors = WeakSet[sqlite3.Cursor]()
+
+    def cursor(self, *args: Any, **kwargs: Any) -> Any:
+        cursor: sqlite3.Cursor = super().cursor(*args, **kwargs)
+        self._cursors.add(cursor)
+        return cursor
+
+    def close(self) -> None:
+        for cursor in tuple(self._cursors):
+            cursor.close()
+        super().close()
+
+
+def _begin_nothing_by_itself(connection: Any) -> None:
+    """Let the driver send no BEGIN of its own accord."""
+    connection.isolation_level = None
+
+
+INTERRUPT_AGAIN = 0.05
+"""Seconds after which SQLite is interrupted again: time enough to end a statement and to close."""
+
+
+async def _interrupt(connection: Any) -> None:
+    # SQLite forgets an interrupt that comes before the statement has begun, and the statement may
+    # still be on its way to the connection's thread. There it is closed too, after the statement.
+    with contextlib.suppress(ValueError, sqlite3.Error):  # it is closed
+        with anyio.move_on_after(GIVE_UP_AFTER):
+            while True:
+                await connection.interrupt()
+                await anyio.sleep(INTERRUPT_AGAIN)
+
+
+class TemporaryFolder:
+    """A folder for a database in memory; it is gone when the program ends, at the latest."""
+
+    def __init__(self) -> None:
+        self.path = tempfile.mkdtemp(prefix="asgi-db-")
+        self.remove = finalize(self, _remove_folder, self.path, os.getpid())
+
+
+def _remove_folder(path: str, owner: int) -> None:
+    if os.getpid() == owner:  # not in a process that was forked
+        shutil.rmtree(path, ignore_errors=True)
+
+
+aiosqlite = Aiosqlite()

@@ -1,0 +1,133 @@
+"""Statements that nobody waits for any more are ended at the server.
+
+A connection that is discarded in the middle of a statement is closed, but its server goes on with
+the statement, and notices nothing until it has rows to send. So it is told, over another
+connection. The driver's own way, asyncpg's cancel request, is interrupted itself by a cancellation
+that comes twice, and asyncmy has none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+import anyio
+from sqlalchemy import event
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from asgi_db.drivers import driver_of
+from asgi_db.drivers.base import GIVE_UP_AFTER, Abandoned, StandIn
+from asgi_db.drivers.connecting import background_is_over, raise_if_connect_failed
+from asgi_db.logs import logger
+from asgi_db.tasks import in_background, running_loop
+
+ATTEMPT_TIMEOUT = 5.0
+"""Seconds that one attempt may take; `dispose` waits as long."""
+
+
+_CONNECTED = "asgi_db_connected"
+"""The key in a connection's `info` for the event loop and the time of its making."""
+
+
+@asynccontextmanager
+async def connection_of(engine: AsyncEngine) -> AsyncGenerator[AsyncConnection]:
+    """Take a connection of the engine, outside any unit of work."""
+    try:
+        async with engine.connect() as connection:
+            yield connection
+    except BaseException as error:
+        raise_if_connect_failed(error)
+        raise
+
+
+@asynccontextmanager
+async def connection_aside(engine: AsyncEngine) -> AsyncGenerator[AsyncConnection]:
+    """Open a connection beside the pool, in autocommit, for a moment; made as the pool's are."""
+    aside = create_async_engine(engine.url, pool=engine.pool.recreate())
+    try:
+        async with connection_of(aside) as connection:
+            await connection.execution_options(isolation_level="AUTOCOMMIT")
+            yield connection
+    finally:
+        with anyio.CancelScope(shield=True), anyio.move_on_after(ATTEMPT_TIMEOUT):
+            await aside.dispose()
+
+
+class AbandonedStatements:
+    """The statements of an engine that were abandoned, until they have been ended at the server."""
+
+    def __init__(self, engine: AsyncEngine, *, pooler: bool) -> None:
+        """Watch an engine.
+
+        Args:
+            pooler: there is one in between, so that the server's own numbers of connections are
+                not known; see `patient_connection_class`.
+        """
+        self._engine = engine
+        self._driver = driver_of(engine.dialect)
+        self._behind_pooler = pooler
+        self._abandoned: dict[int, Abandoned] = {}
+        self._ending: asyncio.Task[None] | None = None
+        event.listen(engine.sync_engine, "connect", self._connect)
+        event.listen(engine.sync_engine, "invalidate", self._invalidate)
+
+    def _connect(self, _: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
+        entry.info[_CONNECTED] = running_loop(), time.monotonic()
+
+    def _invalidate(
+        self, adapted: DBAPIConnection, entry: ConnectionPoolEntry, error: BaseException | None
+    ) -> None:
+        """Take note of a connection that is discarded while its server may be busy for it."""
+        if isinstance(error, Exception):
+            return  # the connection itself has failed: there is nobody to tell
+        connection = self._engine.dialect.get_driver_connection(adapted)
+        if isinstance(connection, StandIn):
+            return  # the sandbox ends its statements itself, and goes on
+        if error is not None and running_loop() is not None:
+            if (interrupting := self._driver.interrupt(connection)) is not None:
+                in_background(interrupting)
+        id = None if self._behind_pooler else self._driver.id_at_server(connection)
+        loop, connected = entry.info.get(_CONNECTED, (None, 0.0))
+        if id is None or loop is None or loop is not running_loop():
+            return
+        self._abandoned[id] = Abandoned(connected, time.monotonic())
+        if self._ending is None or self._ending.done() or self._ending.get_loop().is_closed():
+            self._ending = asyncio.ensure_future(self._end_all())
+
+    async def _end_all(self) -> None:
+        deadline = time.monotonic() + GIVE_UP_AFTER
+        delay = 0.05
+        while self._abandoned:
+            try:
+                with anyio.fail_after(ATTEMPT_TIMEOUT):
+                    async with connection_aside(self._engine) as connection:
+                        await self._driver.end_statements(connection, self._abandoned)
+            except (SQLAlchemyError, OSError) as error:
+                if time.monotonic() > deadline:
+                    self._give_up(error)
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, 1.0)
+
+    def _give_up(self, error: Exception) -> None:
+        logger.error(
+            "%d statements may still run on the server, although nobody waits for them any more:"
+            " the server cannot be told (%s)",
+            len(self._abandoned),
+            type(error).__name__,
+        )
+        self._abandoned.clear()
+
+    async def all_ended(self) -> None:
+        """Wait, within a bound, until every abandoned statement has been ended at the server."""
+        await background_is_over(ATTEMPT_TIMEOUT)
+        if self._ending is not None and self._ending.get_loop() is running_loop():
+            await asyncio.wait((self._ending,), timeout=ATTEMPT_TIMEOUT)
+            if not self._ending.done():
+                self._ending.cancel()
+                await asyncio.wait((self._ending,))
+                self._give_up(TimeoutError())

@@ -1,0 +1,206 @@
+"""The open connections of an engine, and those of them which are checked out."""
+
+from __future__ import annotations
+
+import functools
+import time
+import weakref
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import anyio
+from sqlalchemy import event
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import DisconnectionError, InvalidatePoolError
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
+
+from asgi_db.drivers import driver_of
+from asgi_db.drivers.base import lost_connection
+from asgi_db.drivers.connecting import connect_is_complete
+from asgi_db.engine import UNIT_INFO, Unit
+from asgi_db.pool.fair import FairPool
+from asgi_db.pool.leaks import LeakWatch, Stack, Suspect
+from asgi_db.statistics import WITHOUT_SESSION, Holder, PoolStats, Statistics
+
+VERIFY_AFTER_IDLE = 1.0
+"""Seconds of idleness after which a pooled connection is pinged before it is used."""
+
+
+_RETURNED = "asgi_db_returned"
+"""The key in a connection's `info` for when it was last returned; one that is new has none."""
+
+
+class Held(NamedTuple):
+    """A connection that is out of the pool: since when, and who took it where that is watched.
+
+    The proxy is held weakly: a connection that was forgotten frees its place in the pool when its
+    proxy is collected.
+    """
+
+    proxy: weakref.ref[PoolProxiedConnection]
+    since: float
+    stack: Stack
+
+
+class Connections:
+    """The open connections of an engine, and those of them which are out of the pool."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        statistics: Statistics,
+        *,
+        pooler: bool,
+        verify: bool,
+        leak_threshold: float | None,
+    ) -> None:
+        """Watch an engine.
+
+        Args:
+            statistics: counts what those do who use no session.
+            pooler: there is one in between.
+            verify: ping a connection before it is used, if it has been idle for a while.
+                SQLAlchemy's `pool_pre_ping` pings each time, which triples the round trips of a
+                short read.
+            leak_threshold: seconds after which a connection that is still out is logged.
+        """
+        self._engine = engine
+        self._dialect = engine.dialect
+        self._driver = driver_of(engine.dialect)
+        self._statistics = statistics
+        self._behind_pooler = pooler
+        self._verify = verify
+        self._open: dict[ConnectionPoolEntry, DBAPIConnection] = {}
+        self._out: dict[ConnectionPoolEntry, Held] = {}
+        self._leaks = None if leak_threshold is None else LeakWatch(leak_threshold, self._suspects)
+        self._returned: anyio.Event | None = None  # while somebody waits for it
+        target = engine.sync_engine
+        event.listen(target, "connect", self._connect)
+        event.listen(target, "close", self._close)
+        event.listen(target, "checkout", self._checkout)
+        event.listen(target, "checkin", self._checkin)
+        event.listen(target, "detach", self._detach)
+
+    def _connect(self, connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
+        connect_is_complete()
+        self._open = self._still_open()
+        self._open[entry] = connection
+
+    def _still_open(self) -> dict[ConnectionPoolEntry, DBAPIConnection]:
+        """Leave out what SQLAlchemy has closed without an event, as setting it up had failed."""
+        return {
+            entry: connection
+            for entry, connection in self._open.copy().items()
+            if entry.dbapi_connection is connection
+        }
+
+    def _close(self, _: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
+        self._open.pop(entry, None)
+
+    def _checkout(
+        self, connection: DBAPIConnection, entry: ConnectionPoolEntry, proxy: PoolProxiedConnection
+    ) -> None:
+        now = time.monotonic()
+        returned: float | None = entry.info.get(_RETURNED)
+        if self._driver.is_closed(self._dialect.get_driver_connection(connection)):
+            closed = "the server has closed this connection"
+            if returned is not None:
+                raise DisconnectionError(closed)  # the pool makes another, but not for ever
+            raise lost_connection(ConnectionError(closed))
+        if self._verify and returned is not None and now - returned > VERIFY_AFTER_IDLE:
+            self._ping(connection)
+        stack = [] if self._leaks is None else self._leaks.connection_taken()
+        self._out[entry] = Held(weakref.ref(proxy), now, stack)
+
+    def _ping(self, connection: DBAPIConnection) -> None:
+        try:
+            self._dialect.do_ping(connection)
+        except Exception as error:  # whatever it is: the pool replaces this and all older ones
+            raise InvalidatePoolError(str(error)) from error
+
+    def _checkin(self, _: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
+        unit: Unit | None = entry.info.pop(UNIT_INFO, None)
+        entry.info[_RETURNED] = now = time.monotonic()
+        held = self._out.pop(entry, None)
+        if self._returned is not None:
+            self._returned.set()
+        if held is not None:
+            tally = None if unit is None else unit.tally
+            self._statistics.connection_returned(now - held.since, tally)
+
+    def _detach(self, connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
+        """Take leave of a connection which its user keeps, or has forgotten."""
+        self._open.pop(entry, None)
+        self._checkin(connection, entry)
+
+    def holders(self) -> list[Holder]:
+        """Say who has the connections that are out, the longest first."""
+        now = time.monotonic()
+        return [
+            Holder(_holder_of(entry), now - held.since) for entry, held in self._out.copy().items()
+        ]
+
+    def _suspects(self) -> Iterator[Suspect]:
+        for entry, held in self._out.copy().items():  # one may be collected meanwhile
+            yield Suspect(held.since, functools.partial(_holder_of, entry), held.stack)
+
+    def stats(self) -> PoolStats:
+        """Count the connections, also from another thread."""
+        pool = self._engine.sync_engine.pool
+        size = limit = None
+        if isinstance(pool, QueuePool):
+            size = pool.size() or None
+            # There is no public way to it; the test of pools in `test_statistics.py` breaks when
+            # this changes.
+            overflow = pool._max_overflow  # pyright: ignore[reportPrivateUsage]
+            limit = None if size is None or overflow < 0 else size + overflow
+        checked_out = len(self._out)
+        idle = len(self._still_open()) - checked_out
+        return PoolStats(
+            size=size,
+            limit=limit,
+            checked_out=checked_out,
+            idle=max(idle, 0),
+            waiting=pool.waiting() if isinstance(pool, FairPool) else None,
+        )
+
+    async def all_returned(self) -> None:
+        """Wait until every connection is back in the pool."""
+        while self._out:
+            self._returned = anyio.Event()
+            await self._returned.wait()
+
+    def terminate(self) -> int:
+        """Close what is open without a word to the server; return how many."""
+        if self._leaks is not None:
+            self._leaks.stop()
+        connections = self._still_open()
+        for entry, connection in connections.items():
+            held = self._out.get(entry)
+            proxy = None if held is None else held.proxy()
+            if self._behind_pooler:
+                self._driver.terminate(self._dialect.get_driver_connection(connection))
+            elif proxy is not None:  # whoever still has it gets an error, also at COMMIT
+                proxy.invalidate()
+            else:
+                self._dialect.do_terminate(connection)
+        self._open.clear()
+        self._out.clear()
+        return len(connections)
+
+    def forget(self, kind: type[object]) -> None:
+        """Take the connections of a kind for closed: there is nothing of them to be closed."""
+        self._open = {
+            entry: c for entry, c in self._still_open().items() if not isinstance(c, kind)
+        }
+
+    def leave_to_parent(self) -> None:
+        """Take each connection for closed, without a move."""
+        for connection in self._open.values():
+            self._driver.leave_to_parent(self._dialect.get_driver_connection(connection))
+
+
+def _holder_of(entry: ConnectionPoolEntry) -> str:
+    unit: Unit | None = entry.info.get(UNIT_INFO)
+    return WITHOUT_SESSION if unit is None else unit.describe()

@@ -1,0 +1,103 @@
+"""The pool's care: who is checked out, what is verified before use, how the engine ends."""
+
+from __future__ import annotations
+
+import threading
+
+import anyio
+from sqlalchemy import Connection, Engine
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from asgi_db.engine import variant, watch
+from asgi_db.logs import logger
+from asgi_db.modes import Mode
+from asgi_db.pool.abandoned import AbandonedStatements
+from asgi_db.pool.connections import Connections
+from asgi_db.statistics import Statistics
+
+DISPOSE_TIMEOUT = 10.0
+"""Seconds that `dispose` waits for connections which are out, before it terminates them."""
+
+
+class EngineLife:
+    """An engine in the event loop that uses it, with its connections, until it is disposed."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        statistics: Statistics,
+        *,
+        given: bool = False,
+        pooler: bool = False,
+        verify: bool = False,
+        leak_threshold: float | None = None,
+    ) -> None:
+        """Look after an engine.
+
+        Args:
+            statistics: where its connections are counted.
+            given: it belongs to the user: it is not disposed.
+            pooler: there is a pooler between it and its server.
+            verify: ping its connections before use; see `Connections`.
+            leak_threshold: see `Connections`.
+        """
+        watch(engine.sync_engine)
+        self.engine = engine
+        self.statistics = statistics
+        self.connections = Connections(
+            engine, statistics, pooler=pooler, verify=verify, leak_threshold=leak_threshold
+        )
+        self._abandoned = AbandonedStatements(engine, pooler=pooler)
+        self._given = given
+        self._variants: dict[tuple[Engine, tuple[object, ...]], Engine] = {}
+        self._lock = threading.Lock()  # held while a variant is made
+
+    def bind_for(self, bind: Engine | Connection, mode: Mode) -> Engine | Connection:
+        """Return the variant of an engine on which transactions begin as the mode says.
+
+        Args:
+            bind: this engine, or another one that the user's session is bound to.
+            mode: modes that begin alike share one variant.
+        """
+        if isinstance(bind, Connection):
+            return bind
+        key = bind, mode.characteristics
+        found = self._variants.get(key)
+        if found is None:
+            with self._lock:
+                found = self._variants[key] = variant(bind, mode)
+        return found
+
+    def holders(self) -> list[str]:
+        """Say which routes have the connections that are out of the pool, and for how long."""
+        return [str(holder) for holder in self.connections.holders()]
+
+    def leave_to_parent(self) -> None:
+        """Let this process, which was forked, not touch the sockets that it shares."""
+        self._lock = threading.Lock()  # a thread of the parent may hold the other one for ever
+        if not self._given:
+            self.connections.leave_to_parent()
+
+    async def dispose(self) -> None:
+        """Close every connection; those that are out get `DISPOSE_TIMEOUT` to come back."""
+        if not self._given:
+            with anyio.move_on_after(DISPOSE_TIMEOUT):
+                await self.connections.all_returned()
+            with anyio.move_on_after(DISPOSE_TIMEOUT):
+                await self.engine.dispose()
+            await self._abandoned.all_ended()
+            self.terminate()
+        await self._abandoned.all_ended()
+
+    def terminate(self) -> None:
+        """Cut off whatever is still open."""
+        if self._given:
+            return
+        terminated = self.connections.terminate()
+        if terminated:
+            logger.warning(
+                "%d connections were terminated: they were not returned to the pool in %.0f s, or"
+                " their event loop was closed without `await database.dispose()`.",
+                terminated,
+                DISPOSE_TIMEOUT,
+            )

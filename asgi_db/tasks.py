@@ -1,0 +1,101 @@
+"""Awaiting what must not be interrupted in the middle."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Coroutine, Iterable
+from typing import Any, TypeVar
+
+import anyio
+
+T = TypeVar("T")
+
+
+async def run_to_completion(coroutine: Coroutine[Any, Any, T], *, grace: float | None = None) -> T:
+    """Await the coroutine to its end, also when this task is cancelled meanwhile, even twice.
+
+    It runs in a task of its own, because a cancelled task throws into whatever it awaits.
+
+    Args:
+        coroutine: what is to be awaited.
+        grace: seconds that it still gets when this task is cancelled; no limit if None.
+
+    Raises:
+        asyncio.CancelledError: this task was cancelled; the coroutine has nevertheless ended.
+    """
+    return await finish(asyncio.ensure_future(coroutine), grace=grace)
+
+
+async def finish(task: asyncio.Task[T], *, grace: float | None = None) -> T:
+    """Wait for the end of a task, also when this one is cancelled meanwhile, even twice.
+
+    Args:
+        task: what is to be awaited.
+        grace: seconds that it still gets when this task is cancelled; no limit if None.
+
+    Raises:
+        asyncio.CancelledError: this task was cancelled; the other one has nevertheless ended.
+    """
+    try:
+        await asyncio.wait((task,))
+    except asyncio.CancelledError:
+        await _wait_shielded(task, grace)
+        if not task.cancelled():
+            task.exception()  # it counts as retrieved: the task itself has logged what failed
+        raise
+    return task.result()
+
+
+async def _wait_shielded(task: asyncio.Task[Any], grace: float | None) -> None:
+    """Wait for a task, however often this one is cancelled meanwhile.
+
+    The shield is against anyio's cancellation, which raises again at each await: without it the
+    loop would spin. asyncio's own `shield` does not help there.
+    """
+    timer = None if grace is None else task.get_loop().call_later(grace, task.cancel)
+    with anyio.CancelScope(shield=True):
+        while not task.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait((task,))
+    if timer is not None:
+        timer.cancel()
+
+
+def current_task() -> asyncio.Task[Any] | None:
+    """Return the running task; None in a thread, where a synchronous handler may run."""
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """Return the running event loop, if there is one."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+_background: set[asyncio.Future[Any]] = set()
+
+
+def in_background(work: Awaitable[Any]) -> asyncio.Future[Any]:
+    """Let something that ends by itself go on beside everything else."""
+    task = asyncio.ensure_future(work)
+    _background.add(task)
+    task.add_done_callback(_background.discard)
+    return task
+
+
+async def wait_for_background(within: float) -> None:
+    """Wait for what runs in the background of this event loop, up to so many seconds."""
+    if tasks := of_this_loop(_background):
+        await asyncio.wait(tasks, timeout=within)
+
+
+def of_this_loop(futures: Iterable[asyncio.Future[Any]]) -> list[asyncio.Future[Any]]:
+    """Return those futures which belong to the running event loop."""
+    loop = asyncio.get_running_loop()
+    return [future for future in futures if future.get_loop() is loop]

@@ -1,0 +1,77 @@
+"""How the real connection is set up: by each `connect` listener of the application once.
+
+SQLAlchemy calls these listeners for the real connection, and again for each stand-in. A statement
+such as `ATTACH DATABASE` or `CREATE TEMPORARY TABLE` would fail the second time, so what returns no
+rows is sent once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.pool import ConnectionPoolEntry, Pool
+
+from asgi_db.testing.cursor import StandInCursor, execute
+from asgi_db.testing.transaction import Statement
+
+
+class RecordedConnection:
+    """The real connection, as its pool has it: records the statements that are sent there.
+
+    Everything else is left to the connection as SQLAlchemy has adapted it.
+    """
+
+    __slots__ = ("_adapted", "_set_up")
+
+    def __init__(self, adapted: DBAPIConnection, set_up: list[Statement]) -> None:
+        super().__setattr__("_adapted", adapted)
+        super().__setattr__("_set_up", set_up)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._adapted, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._adapted, name, value)
+
+    @property
+    def adapted(self) -> Any:
+        """The connection itself."""
+        return self._adapted
+
+    def cursor(self, *_: Any, **__: Any) -> StandInCursor:
+        """Return a cursor that records its statements."""
+        return StandInCursor(self._run, self._adapted.cursor())
+
+    def execute(self, sql: str, parameters: Any = None) -> StandInCursor:
+        """Execute a statement with a cursor of its own."""
+        cursor = self.cursor()
+        cursor.execute(sql, parameters)
+        return cursor
+
+    def _run(self, statement: Statement) -> Any:
+        cursor = execute(self._adapted, statement)
+        if cursor.description is None:
+            self._set_up.append(statement)
+        return cursor
+
+
+Creator = Callable[[ConnectionPoolEntry], Any]
+
+
+def replace_creator(pool: Pool, replacement: Callable[[Creator], Creator]) -> Creator:
+    """Replace how a pool makes its connections, and return how it did before.
+
+    The event `do_connect` does not come where an engine has a `creator` or an `async_creator`, and
+    there is no other public way; the test of such engines in `test_sandbox.py` breaks when this
+    changes.
+    """
+    creator: Creator = pool._invoke_creator  # pyright: ignore[reportPrivateUsage]
+    restore_creator(pool, replacement(creator))
+    return creator
+
+
+def restore_creator(pool: Pool, creator: Creator) -> None:
+    """Let a pool make its connections in this way."""
+    setattr(pool, "_creator", creator)  # noqa: B010  # its type is private too

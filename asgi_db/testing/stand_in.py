@@ -1,0 +1,191 @@
+"""What stands in the pools in place of the drivers' connections while a sandbox lasts.
+
+    every pool of the database ──▶ StandInConnection ─┐
+    in each of its event loops ──▶ StandInConnection ─┼──▶ SharedConnection, in its own thread
+                               ──▶ StandInConnection ─┘
+
+The engine, its pools, its events and the units of work run as in production: only what is under
+them is another. A stand-in intercepts what controls transactions, which are savepoints of the
+shared connection; everything else it takes from there, so that it looks like the real thing on
+every driver.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any
+
+from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.util import await_
+
+from asgi_db.drivers.base import StandIn
+from asgi_db.engine import UNIT_INFO
+from asgi_db.tasks import current_task
+from asgi_db.testing.cursor import StandInCursor
+from asgi_db.testing.shared import SharedConnection, in_thread
+from asgi_db.testing.transaction import SandboxedTransaction, Statement
+
+_CONTROL = re.compile(
+    r"\s*(?:(?P<begin>BEGIN|START\s+TRANSACTION)\b|(?P<commit>COMMIT|END)\b"
+    r"|(?P<rollback>ROLLBACK|ABORT)(?!.*\bTO\b)|(?P<set>SET\s+(?:SESSION\s+|LOCAL\s+)?TRANSACTION)\b)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+class StandInConnection:
+    """Stands for a driver's connection, as SQLAlchemy adapts it to its pools."""
+
+    __slots__ = ("_connection", "_control", "_setting_up", "_shared", "_transaction")
+
+    def __init__(self, shared: SharedConnection, entry: ConnectionPoolEntry | None) -> None:
+        """Stand for a connection that a pool wants to make.
+
+        Args:
+            entry: where the pool keeps it.
+        """
+        self._shared = shared
+        self._setting_up: list[Statement] | None = []
+        self._control = control = shared.rules.control(self)
+        self._transaction = SandboxedTransaction(partial(_describe, entry), control)
+        self._connection = StandInDriver(self, shared, self._transaction)  # as SQLAlchemy calls it
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what else the adapted connection has: `create_function`, for one."""
+        if not name.startswith("_") and hasattr(self._control, name):
+            return getattr(self._control, name)
+        attribute = getattr(self._shared.adapted, name)
+        return partial(self._use, attribute) if inspect.ismethod(attribute) else attribute
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in StandInConnection.__slots__:
+            super().__setattr__(name, value)
+        elif hasattr(self._control, name):
+            setattr(self._control, name, value)
+        else:
+            self._use(partial(setattr, self._shared.adapted), name, value)
+
+    def _use(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = partial(self._shared.call, function, *args, **kwargs)
+        return self._wait_for(self._shared.use, self._transaction, current_task(), call)
+
+    def _wait_for(self, function: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> Any:
+        self._shared.check_open()
+        return await_(in_thread(self._shared.portal, function, *args))
+
+    @property
+    def driver_connection(self) -> StandInDriver:
+        """What stands for the driver's own connection."""
+        return self._connection
+
+    def cursor(self, server_side: Any = False) -> StandInCursor:
+        """Return a cursor; its rows are fetched at once, even if the server is to keep them."""
+        return StandInCursor(self._run, self._shared.unused_cursor)
+
+    def execute(self, sql: str, parameters: Any = None) -> StandInCursor:
+        """Execute a statement with a cursor of its own."""
+        cursor = self.cursor()
+        cursor.execute(sql, parameters)
+        return cursor
+
+    def _run(self, statement: Statement) -> Any:
+        if found := _CONTROL.match(statement.sql):
+            self._control_by(found.lastgroup or "")
+            return None
+        if self._shared.rules.is_ignored(statement.sql):
+            return None
+        if self._setting_up is None:
+            return self._execute(statement)
+        if statement in self._shared.set_up:
+            return None
+        cursor = self._execute(statement)
+        if cursor.description is None:
+            self._setting_up.append(statement)
+        return cursor
+
+    def _execute(self, statement: Statement) -> Any:
+        transaction = self._transaction
+        transaction.has_begun = transaction.has_begun or not transaction.stands_alone
+        return self._wait_for(self._shared.execute, transaction, statement)
+
+    def _control_by(self, verb: str) -> None:
+        if verb == "begin":
+            self._transaction.has_begun = True  # the savepoint comes with the first statement
+        elif verb == "commit":
+            self.commit()
+        elif verb == "rollback":
+            self.rollback()
+        # What SET TRANSACTION asks for cannot be had in the middle of one.
+
+    def is_set_up(self) -> None:
+        """Keep what has been sent to set up the connection."""
+        self.commit()
+        self._shared.set_up.extend(self._setting_up or ())
+        self._setting_up = None
+
+    def commit(self) -> None:
+        """Commit, as far as the sandbox lets anything be committed."""
+        if self._transaction.has_begun:
+            self._wait_for(self._shared.commit, self._transaction)
+
+    def rollback(self) -> None:
+        """Roll back."""
+        if self._transaction.has_begun and not self._shared.is_closed:
+            self._wait_for(self._shared.rollback, self._transaction)
+
+    def ping(self, *_: Any, **__: Any) -> None:
+        """Raise an error if the sandbox has ended."""
+        self._shared.check_open()
+
+    def close(self) -> None:
+        """Close the stand-in; the shared connection stays open."""
+        self._transaction.is_closed = True
+        if not self._shared.is_closed:
+            self._shared.portal.start_task_soon(self._shared.abandon, self._transaction)
+
+    terminate = close
+
+
+def _describe(entry: ConnectionPoolEntry | None) -> str:
+    unit = None if entry is None else entry.info.get(UNIT_INFO)
+    return "the engine, without a session" if unit is None else str(unit.describe())
+
+
+class StandInDriver(StandIn):
+    """Stands for the driver's own connection."""
+
+    def __init__(
+        self, of: StandInConnection, shared: SharedConnection, transaction: SandboxedTransaction
+    ) -> None:
+        self._of = of
+        self._shared = shared
+        self._transaction = transaction
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what else the driver's connection has; what would interrupt others, it has not."""
+        if name.startswith("_") or name in ("interrupt", "close", "stop"):
+            raise AttributeError(name)
+        attribute = getattr(self._shared.driver, name)
+        if not inspect.iscoroutinefunction(attribute):
+            return attribute
+
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            function = partial(attribute, *args, **kwargs)
+            use = partial(self._shared.use, self._transaction, current_task(), function)
+            return await in_thread(self._shared.portal, use)
+
+        return call
+
+    def is_closed(self) -> bool:
+        """Whether it can be used no more."""
+        return self._transaction.is_closed or not self._shared.is_usable
+
+    def terminate(self) -> None:
+        """Close the stand-in; the shared connection stays open."""
+        self._of.terminate()
+
+    def get_transaction_status(self) -> bool:
+        """Whether a transaction is open."""
+        return self._transaction.has_begun

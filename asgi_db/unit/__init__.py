@@ -1,0 +1,1 @@
+"""One unit of work: its session, its transaction, and how it ends."""

@@ -1,0 +1,228 @@
+"""How a transaction ends: what is awaited for a COMMIT or ROLLBACK, or to give a connection back.
+
+Whether to commit is not decided here. Whatever cannot be ended in good order, or in time, is
+terminated: a connection goes back to the pool clean, or not at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+import anyio
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+from sqlalchemy.util.concurrency import in_greenlet
+
+from asgi_db.drivers import error_code
+from asgi_db.errors import DatabaseTimeoutError, OutcomeUnknownError
+from asgi_db.logs import logger
+from asgi_db.unit.deadline import Deadline
+from asgi_db.unit.operation import Operation
+from asgi_db.unit.transaction import Stage, Transaction
+
+CLEANUP_TIMEOUT = 5.0
+"""Seconds that a ROLLBACK may take before its connection is terminated instead."""
+
+
+COMMIT_TIMEOUT = 30.0
+"""Seconds that a COMMIT may take before its outcome counts as unknown, where the mode has no
+`timeout=`."""
+
+LEAST_COMMIT_TIMEOUT = 1.0
+"""Seconds that a COMMIT gets at least, where the mode's `timeout=` is nearly over."""
+
+
+def has_changes(session: Session | None) -> bool:
+    """Whether there are objects that a flush would write."""
+    return session is not None and bool(session.new or session.dirty or session.deleted)
+
+
+def give_back(session: Session) -> None:
+    """Roll back and return the connection, and leave what was loaded usable.
+
+    `Session.rollback()` expires every object, and `Session.close()` detaches them all. Outside a
+    greenlet of SQLAlchemy's nothing can be sent, so the connection is invalidated instead.
+    """
+    if not in_greenlet() and (transaction := session.get_transaction()) is not None:
+        for connection in transaction.connections:
+            connection.invalidate()
+    while (
+        transaction := session.get_nested_transaction() or session.get_transaction()
+    ) is not None:
+        transaction.close()  # no public method of the session ends a transaction like this
+
+
+class Ending:
+    """The end of one transaction of a session."""
+
+    def __init__(
+        self,
+        session: AsyncSession,
+        transaction: Transaction,
+        deadline: Deadline | None,
+        describe: Callable[[], str],
+    ) -> None:
+        """Prepare it.
+
+        Args:
+            session: the session.
+            transaction: what is open.
+            deadline: the end of the unit's time, if there is one; a COMMIT gets
+                `LEAST_COMMIT_TIMEOUT` in any case.
+            describe: names the request or block, for messages.
+        """
+        self._session = session
+        self._transaction = transaction
+        self._deadline = deadline
+        self._describe = describe
+
+    async def commit(
+        self,
+        commit: Callable[[], Awaitable[None]],
+        log_failure: Callable[[BaseException], None],
+    ) -> None:
+        """Commit in time, or roll back.
+
+        Without `timeout=` only the COMMIT itself is limited, and not the flush before it.
+
+        Args:
+            commit: commits.
+            log_failure: is told of what went wrong, before the ROLLBACK.
+
+        Raises:
+            OutcomeUnknownError: COMMIT was sent, and not answered in time.
+            DatabaseTimeoutError: it was not even sent in time.
+            Exception: the commit failed.
+        """
+        transaction = self._transaction
+        if self._deadline is None:
+            transaction.when_sent = self._limit_commit
+        else:
+            self._deadline.watch_task(LEAST_COMMIT_TIMEOUT)
+        try:
+            if transaction.streams:
+                await self._close_streams()
+            await commit()
+        except BaseException as error:
+            overdue = self._overdue(error)
+            transaction.fail()
+            log_failure(overdue or error)
+            await self._close_by(AsyncSession.rollback(self._session), self._session.close)
+            if overdue is not None:
+                raise overdue from None
+            raise
+        else:
+            self._overdue(None)
+        finally:
+            transaction.when_sent = None
+
+    def _limit_commit(self) -> None:
+        if self._deadline is None:
+            self._deadline = Deadline(COMMIT_TIMEOUT)
+            self._deadline.watch_task()
+
+    def _overdue(self, error: BaseException | None) -> Exception | None:
+        """Stop watching the COMMIT, and return the error for one that did not end in time."""
+        deadline = self._deadline
+        if deadline is None or not deadline.has_cancelled(error):
+            return None
+        if self._transaction.stage is not Stage.SENT:
+            return DatabaseTimeoutError(self._describe(), deadline.allowed)
+        return OutcomeUnknownError(
+            f"{self._describe()}: COMMIT was sent and not answered within {deadline.allowed:.1f} s,"
+            " so whether it was carried out is unknown",
+            TimeoutError(),
+        )
+
+    async def roll_back_unit(self, straggler: Operation | None) -> None:
+        """Roll back at the end of a unit; if it has only read, what was loaded stays usable.
+
+        Args:
+            straggler: the operation of another task which still runs; it is cancelled first.
+        """
+        await self._close_by(self._roll_back_after(straggler), self._session.close)
+
+    async def give_back(self) -> None:
+        """Give the connection back, and leave what was loaded usable."""
+        await self._close_by(self._give_back_after_streams(), self._keep_objects)
+
+    async def _roll_back_after(self, straggler: Operation | None) -> None:
+        if straggler is not None and straggler.task is not None:
+            # To end a session in the middle of another task's statement breaks it.
+            straggler.task.cancel()
+            await asyncio.wait((straggler.task,))
+        transaction = self._transaction
+        await self._close_streams()
+        has_work = transaction.has_writes or has_changes(self._session.sync_session)
+        if has_work or transaction.failure is not None:
+            await AsyncSession.rollback(self._session)
+        else:
+            await self._session.run_sync(give_back)
+
+    async def _give_back_after_streams(self) -> None:
+        await self._close_streams()
+        await self._session.run_sync(give_back)
+
+    async def _keep_objects(self) -> None:
+        """End a transaction without writes whose connection was closed: nothing is lost with it."""
+        with contextlib.suppress(SQLAlchemyError):
+            await self._session.run_sync(give_back)
+
+    async def _close_streams(self) -> None:
+        """Close what lives on a cursor: on MariaDB it would seem to be at its end."""
+
+        def close(_: Session) -> None:
+            for stream in streams:
+                stream.close()
+
+        if streams := self._transaction.streams:
+            await self._session.run_sync(close)
+
+    async def _close_by(
+        self, closing: Coroutine[Any, Any, None], after_termination: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Close the transaction; where that fails or takes too long, terminate its connections.
+
+        Args:
+            closing: closes it.
+            after_termination: ends it for the session when its connections are closed.
+        """
+        connections = self._transaction.connections
+        try:
+            async with asyncio.timeout(CLEANUP_TIMEOUT):
+                await closing
+        except Exception as error:
+            logger.error("%s: ROLLBACK failed: %s", self._describe(), brief(error))
+            await self._terminate(connections, after_termination)
+
+    async def _terminate(
+        self,
+        connections: tuple[Connection, ...],
+        after_termination: Callable[[], Awaitable[None]],
+    ) -> None:
+        try:
+            with anyio.move_on_after(CLEANUP_TIMEOUT):
+                await self._session.run_sync(lambda _: _terminate(connections))
+            await after_termination()
+        except SQLAlchemyError as error:  # a task that has ignored its cancellation
+            logger.error("%s: the session is still in use: %s", self._describe(), brief(error))
+
+
+def _terminate(connections: tuple[Connection, ...]) -> None:
+    for connection in connections:
+        if not connection.closed:
+            connection.invalidate()
+            connection.close()
+
+
+def brief(error: BaseException) -> str:
+    """The error for a log line; a database's own words may repeat what was to be written."""
+    if not isinstance(error, DBAPIError):
+        return f"{type(error).__name__}: {error}"
+    code = "no code" if error.orig is None else error_code(error.orig) or "no code"
+    return f"{type(error).__name__} ({type(error.orig).__name__}, {code})"

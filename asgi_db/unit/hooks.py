@@ -1,0 +1,134 @@
+"""What is to be done after the commit, or after the rollback.
+
+A hook belongs to the unit of work in which it was added, and to the savepoint, if one was open.
+It waits until the database has answered; then it is due, or forgotten:
+
+    pending ──COMMIT──▶ due (`on_commit`)      pending ──ROLLBACK──▶ due (`on_rollback`)
+            ──ROLLBACK TO SAVEPOINT──▶ forgotten, as what was done in the savepoint
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Literal, NamedTuple, TypeAlias
+
+from sqlalchemy.orm import SessionTransaction
+
+from asgi_db.logs import logger
+from asgi_db.tasks import run_to_completion
+
+HookFunction: TypeAlias = Callable[[], Awaitable[object] | object]
+HookOutcome: TypeAlias = Literal["commit", "rollback"]
+When: TypeAlias = Literal["before_response", "after_response"]
+
+HOOKS_TIMEOUT = 5.0
+"""Seconds that hooks still get when their request was cancelled after its COMMIT."""
+
+
+class Hook(NamedTuple):
+    """A function, and when it is to be called."""
+
+    function: HookFunction
+    outcome: HookOutcome
+    when: When = "before_response"
+    robust: bool = True
+
+    @property
+    def names(self) -> tuple[str, HookFunction]:
+        """What it waited for and what it is, for the log."""
+        return self.outcome.upper(), self.function
+
+
+class Hooks:
+    """The hooks of one session."""
+
+    def __init__(self) -> None:
+        self._pending: list[Hook] = []
+        self._savepoints: dict[SessionTransaction, int] = {}
+        self._due: deque[Hook] = deque()
+        self._late: deque[Hook] = deque()
+        self._is_running = False
+
+    @property
+    def are_waiting(self) -> bool:
+        """Whether there are some whose COMMIT or ROLLBACK is yet to come, or has just come."""
+        return bool(self._pending or self._due)
+
+    def add(self, hook: Hook) -> None:
+        """Let a hook wait for the end of what is open now."""
+        self._pending.append(hook)
+
+    def savepoint_began(self, savepoint: SessionTransaction) -> None:
+        """Note where the hooks of a savepoint begin."""
+        self._savepoints[savepoint] = len(self._pending)
+
+    def savepoint_rolled_back(self, savepoint: SessionTransaction) -> None:
+        """Forget the hooks of a savepoint, with what else was done there."""
+        # One that is not known began before the first hook was added.
+        del self._pending[self._savepoints.get(savepoint, 0) :]
+
+    def settle(self, outcome: HookOutcome) -> None:
+        """Let those be due that have waited for this outcome, and forget the others."""
+        for hook in self._pending:
+            if hook.outcome == outcome:
+                (self._late if hook.when == "after_response" else self._due).append(hook)
+        self._pending.clear()
+        self._savepoints.clear()
+
+    async def run(self, describe: Callable[[], str]) -> None:
+        """Run what is due, in order; an error stops none of them.
+
+        Args:
+            describe: names the request or block, for the log.
+
+        Raises:
+            Exception: the first error of a hook that is not robust, when all have run.
+            asyncio.CancelledError: the request was cancelled; the hooks have nevertheless run, for
+                up to `HOOKS_TIMEOUT` seconds.
+        """
+        if self._due and not self._is_running:  # a hook that commits: the others' turn will come
+            self._is_running = True
+            try:
+                calls = _call_each(self._due, describe)
+                error = await run_to_completion(calls, grace=HOOKS_TIMEOUT)
+            finally:
+                self._is_running = False
+            if error is not None:
+                raise error
+
+    async def run_late(self, describe: Callable[[], str]) -> None:
+        """Run what was to wait for the response; there is nobody to tell of an error but the log.
+
+        Raises:
+            asyncio.CancelledError: as for `run`.
+        """
+        if self._late:
+            await run_to_completion(_call_each(self._late, describe), grace=HOOKS_TIMEOUT)
+
+
+async def _call_each(hooks: deque[Hook], describe: Callable[[], str]) -> BaseException | None:
+    """Call each hook, and return the first error of one that is not robust."""
+    first: BaseException | None = None
+    while hooks:
+        hook = hooks.popleft()
+        try:
+            result = hook.function()
+            if inspect.isawaitable(result):
+                await result
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and _is_being_cancelled():
+                logger.error("%s: a hook was cancelled after %s: %r", describe(), *hook.names)
+                raise
+            logger.exception("%s: a hook failed after %s: %r", describe(), *hook.names)
+            if first is None and not hook.robust:
+                first = error
+    return first
+
+
+def _is_being_cancelled() -> bool:
+    """Whether this task is cancelled; otherwise the hook has cancelled what it waited for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -1,0 +1,266 @@
+"""Where a unit of work stands: its state, its mode, its transaction and its time.
+
+A session lives through many units, one after the other:
+
+    IDLE ──first statement──▶ ACTIVE ──COMMIT or ROLLBACK──▶ ENDING ──▶ IDLE ──…──▶ CLOSED
+
+`IDLE` holds nothing. `ACTIVE` may hold a connection; its first statement fixes the mode. `ENDING`
+is a COMMIT, by hand too, or the ROLLBACK at the end of a unit: it runs in a task of its own, to
+its end, even if the request is cancelled. `CLOSED` is final: the request is over, and the session
+refuses to work.
+
+Nothing here is awaited: what the state means for a connection is done by `UnitOfWork`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import time
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from asgi_db.errors import (
+    ConcurrentUseError,
+    DatabaseTimeoutError,
+    SessionExpiredError,
+)
+from asgi_db.modes import Mode
+from asgi_db.statistics import Tally
+from asgi_db.unit.deadline import Deadline
+from asgi_db.unit.ending import (
+    CLEANUP_TIMEOUT,
+    has_changes,
+)
+from asgi_db.unit.hooks import Hooks
+from asgi_db.unit.operation import MAY_BE_LATE, Operation
+from asgi_db.unit.origin import Origin
+from asgi_db.unit.transaction import OUTCOMES, Stage, Transaction
+
+
+class State(enum.Enum):
+    """Where a unit of work stands; see the top of this file."""
+
+    IDLE = enum.auto()
+    ACTIVE = enum.auto()
+    ENDING = enum.auto()
+    CLOSED = enum.auto()
+
+
+TRANSITIONS: dict[State, tuple[State, ...]] = {
+    State.IDLE: (State.ACTIVE, State.ENDING, State.CLOSED),
+    State.ACTIVE: (State.IDLE, State.ENDING),
+    State.ENDING: (State.IDLE,),
+    State.CLOSED: (),
+}
+
+
+class LeftOver(enum.Enum):
+    """What there is of a session's work while no transaction holds it."""
+
+    KEPT = enum.auto()
+    """By `release`: changed objects which the next transaction will flush."""
+    DISCARDED = enum.auto()
+    """Because the handler closed the session: work that nothing will commit."""
+
+
+class Standing:
+    """Where a unit of work stands.
+
+    Attributes:
+        session: the session that handlers get.
+        sync_session: its synchronous half; there is none before the session is first used.
+        origin: what the session is for.
+        life: the engine of the session, with its pool.
+        state: where the unit stands.
+        fixed_mode: the mode that its first statement has fixed, until it ends.
+        transaction: the transaction that is open, or was open last.
+        operation: the operation that is running; in ENDING it is the end itself.
+        deadline: the end of its time, where there is one.
+        hooks: what is to be done after its end; None if there has been nothing yet.
+        conflict: the last error with which the database has preferred another transaction.
+        tally: what the unit has done so far.
+        unanswered: the first transaction that was committed and of which the client does not know.
+    """
+
+    # Most of this is never set in a request; so it stands here, and costs nothing.
+    state = State.IDLE
+    sync_session: Session | None = None
+    fixed_mode: Mode | None = None
+    operation: Operation | None = None
+    deadline: Deadline | None = None
+    hooks: Hooks | None = None
+    conflict: BaseException | None = None
+    unanswered: Transaction | None = None
+    owner: asyncio.Task[object] | None = None
+    left_over: LeftOver | None = None
+
+    def __init__(self, session: AsyncSession, origin: Origin) -> None:
+        """Prepare a unit; nothing is opened before the first statement.
+
+        Args:
+            session: the session.
+            origin: what it is for.
+        """
+        self.session = session
+        self.origin = origin
+        self.life = origin.life()
+        self.transaction = Transaction()
+        self.transaction.stage = Stage.NONE
+        self.tally = Tally()
+
+    def describe(self) -> str:
+        """Name what the unit is for, for messages."""
+        return self.origin.describe()
+
+    def __repr__(self) -> str:
+        standing = f"{self.state.name} {self.mode.name} {self.transaction.stage.name}"
+        return f"<UnitOfWork {standing} {self.describe()}>"
+
+    # -- the mode ------------------------------------------------------------------------------
+
+    @property
+    def mode(self) -> Mode:
+        """The mode in force: fixed by the first statement, until the unit ends."""
+        return self.fixed_mode or self.origin.mode()
+
+    def ask(self, mode: Mode) -> None:
+        """Note the mode that a dependency stands for; see `Origin.ask`."""
+        self.origin.ask(mode, self.fixed_mode)
+
+    def begin(self) -> Mode:
+        """Fix the mode, let its time begin, and return it; once for each unit."""
+        mode = self.fixed_mode
+        if mode is None:
+            self.fixed_mode = mode = self.origin.mode()
+            if self.state is State.IDLE:
+                self.move(State.ACTIVE)
+            self.deadline = None
+            if mode.timeout is not None:
+                self.deadline = Deadline(mode.timeout, self.origin.ends_at)
+                self.origin.deadline_began(self.deadline.at)
+                self.watch()
+        return mode
+
+    def watch(self) -> None:
+        """Let the operation that runs be cancelled when its time is over.
+
+        The end of a unit has a limit of its own; an operation that ends it gets some more time.
+        """
+        operation = self.operation
+        if self.deadline is not None and operation is not None and self.state is State.ACTIVE:
+            self.deadline.watch_task(CLEANUP_TIMEOUT if operation.name in MAY_BE_LATE else 0.0)
+
+    # -- one task at a time --------------------------------------------------------------------
+
+    def check_free(self, name: str) -> None:
+        """Refuse an operation of a session that has ended, or that another task uses.
+
+        Raises:
+            SessionExpiredError: the request is over.
+            ConcurrentUseError: another task is in the middle of an operation.
+        """
+        if self.state is State.CLOSED:
+            raise SessionExpiredError(name, self.describe())
+        if self.operation is not None and self.operation.task is not asyncio.current_task():
+            raise self._concurrent_use(name)
+
+    def overdue(self) -> DatabaseTimeoutError:
+        """Make the error for a unit whose time is over."""
+        timeout = 0.0 if self.deadline is None else self.deadline.timeout
+        return DatabaseTimeoutError(self.describe(), timeout)
+
+    def _concurrent_use(self, name: str) -> ConcurrentUseError:
+        running = "commit" if self.operation is None else self.operation.name
+        return ConcurrentUseError(name, running, self.describe())
+
+    def end_operation(self, operation: Operation) -> None:
+        """Note that the operation has ended."""
+        self.tally.busy += time.monotonic() - operation.began
+        self.operation = None
+
+    def terminate_streams(self) -> None:
+        # To fetch is no operation of the session, which its deadline could cancel.
+        if self.operation is None and self.overdue_stream() is not None:
+            for connection in self.transaction.connections:
+                connection.invalidate()
+
+    def overdue_stream(self) -> DatabaseTimeoutError | None:
+        """Return the error for a server-side cursor that is read after the end of `timeout=`."""
+        is_late = self.transaction.streams and self.transaction.is_open and self.is_overdue
+        return self.overdue() if is_late else None
+
+    # -- how it stands -------------------------------------------------------------------------
+
+    @property
+    def in_use(self) -> bool:
+        """Whether there is anything to end."""
+        return (
+            self.state in _BUSY
+            or self.operation is not None
+            or self.left_over is not None
+            or (self.hooks is not None and self.hooks.are_waiting)
+        )
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether the time of the mode's `timeout=` is over."""
+        return self.deadline is not None and self.deadline.is_over
+
+    @property
+    def is_used_by_another_task(self) -> bool:
+        """Whether an operation runs just now in another task than this."""
+        operation = self.operation
+        return operation is not None and operation.task is not asyncio.current_task()
+
+    @property
+    def is_work_of_another_task(self) -> bool:
+        """Whether another task than this is in the middle of the unit.
+
+        A task that has ended, such as a statement in `asyncio.gather`, has left it to the task
+        that waited.
+        """
+        owner = self.owner
+        if owner is None or owner.done():
+            owner = self.origin.task
+        return self.in_use and owner not in (None, asyncio.current_task())
+
+    @property
+    def has_uncommitted_work(self) -> bool:
+        """Whether there is anything that a ROLLBACK would undo."""
+        has_writes = self.transaction.has_writes and self.transaction.is_open
+        return has_writes or has_changes(self.sync_session)
+
+    @property
+    def was_cancelled(self) -> bool:
+        """Whether a statement of the open transaction was cancelled."""
+        return self.transaction.was_cancelled and self.transaction.is_open
+
+    # -- the state -----------------------------------------------------------------------------
+
+    def become_idle(self) -> None:
+        """Move on first: nothing that comes of the tally may keep the unit from being idle."""
+        self.move(State.IDLE)
+        mode, self.fixed_mode = self.fixed_mode, None
+        if self.operation is None:
+            self.deadline = None
+        else:  # the handler ends the transaction by hand; `leave` does the rest
+            now = time.monotonic()
+            self.tally.busy += now - self.operation.began
+            self.operation = self.operation._replace(began=now)
+        tally = self.tally
+        if tally.began is not None and mode is not None:  # it has run a statement, or tried to
+            if not mode.autocommit:
+                tally.outcome = OUTCOMES.get(self.transaction.stage)
+            self.tally = Tally()
+            self.life.statistics.unit_ended(self.origin.route(), mode.name, tally)
+            self.origin.unit_ended(tally)
+
+    def move(self, to: State) -> None:
+        if to not in TRANSITIONS[self.state]:
+            raise RuntimeError(f"a unit of work cannot move from {self.state.name} to {to.name}")
+        self.state = to
+
+
+_BUSY = frozenset({State.ACTIVE, State.ENDING})

@@ -1,0 +1,308 @@
+"""The synchronous half of a session, which keeps it inside its unit of work.
+
+Every operation of an `AsyncSession`, a lazy load and `run_sync` included, passes through the
+public methods of the SQLAlchemy `Session` underneath. That is the one place where this module
+stands: it asks the unit of work before each operation, and tells it afterwards; SQLAlchemy's
+events tell it how the transaction goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
+
+from asgi_db.drivers import is_conflict
+from asgi_db.drivers.connecting import abandon_connect, raise_if_connect_failed
+from asgi_db.engine import begin_unit
+from asgi_db.errors import DatabaseBusyError, DatabaseTimeoutError, ReadOnlyError
+from asgi_db.tasks import current_task
+from asgi_db.unit.deadline import Deadline
+from asgi_db.unit.ending import give_back, has_changes
+from asgi_db.unit.operation import DISCARDING, KEEPS_CONNECTION, MAY_BE_LATE, Operation
+from asgi_db.unit.standing import LeftOver, State
+from asgi_db.unit.transaction import Stage, Transaction
+from asgi_db.unit.unit_of_work import UnitOfWork
+
+
+class UnitSession(Session):
+    """The synchronous half of `DBSession`."""
+
+    def __init__(self, *args: Any, unit_of_work: UnitOfWork, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.unit_of_work = unit_of_work
+        unit_of_work.sync_session = self
+
+    def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
+        """Choose the engine by the mode; SQLAlchemy asks here before it takes a connection."""
+        bind = super().get_bind(*args, **kwargs)
+        unit = self.unit_of_work
+        mode = unit.fixed_mode or unit.begin()
+        tally = unit.tally
+        if not unit.transaction.connections or not unit.transaction.is_open:
+            tally.asked = now = time.monotonic()
+            if tally.began is None:
+                tally.began = now
+        return unit.life.bind_for(bind, mode)
+
+    def rollback(self) -> None:
+        """Roll back; also what `release` has kept, which is in no transaction."""
+        if not self.in_transaction() and has_changes(self):
+            Session.begin(self)
+        super().rollback()
+
+    def enter(self, name: str) -> bool:
+        """Begin an operation.
+
+        Returns:
+            Whether it is one of its own; otherwise it is part of what the task is doing, which is
+            watched as a whole.
+
+        Raises:
+            SessionExpiredError: the request is over.
+            ConcurrentUseError: another task is in the middle of an operation.
+            DatabaseTimeoutError: the time of the unit is over.
+        """
+        unit, task = self.unit_of_work, asyncio.current_task()
+        operation, deadline = unit.operation, unit.deadline
+        if operation is not None and operation.task is task:
+            return False
+        if operation is not None or (unit.state is State.CLOSED and name not in DISCARDING):
+            unit.check_free(name)
+        if deadline is not None and unit.state is State.ACTIVE:
+            if name not in MAY_BE_LATE and deadline.is_over:
+                raise unit.overdue()
+        if name in DISCARDING and unit.has_uncommitted_work:
+            unit.left_over = LeftOver.DISCARDED
+        abandon_connect()  # of the engine itself: its error is no error of this operation
+        unit.operation = Operation(name, task, time.monotonic())
+        if name == "commit":  # in `run_sync`
+            unit.begin()
+            unit.move(State.ENDING)
+        elif deadline is not None:
+            unit.watch()
+        return True
+
+    def leave(self, error: BaseException | None) -> None:
+        """End an operation; in autocommit its connection goes back at once.
+
+        It goes back while the operation still counts as running, so that no other task begins one
+        meanwhile.
+        """
+        unit = self.unit_of_work
+        try:
+            if error is not None:
+                self._note_error(error)
+            if self._lets_connection_go(error):
+                give_back(self)
+        finally:
+            operation, deadline = unit.operation, unit.deadline
+            if operation is not None and operation.task is asyncio.current_task():
+                unit.end_operation(operation)
+                if operation.name == "commit":  # in `run_sync`
+                    if error is not None:
+                        unit.transaction.fail()
+                    unit.become_idle()
+            if error is not None or deadline is not None:
+                self._raise_instead_of(error, deadline)
+
+    def _note_error(self, error: BaseException) -> None:
+        unit = self.unit_of_work
+        if self.in_transaction():  # else it has ended with the error
+            unit.transaction.note_error(error, in_savepoint=self.in_nested_transaction())
+        if isinstance(error, DBAPIError) and unit.conflict is None and is_conflict(error):
+            unit.conflict = error  # of a BEGIN, which comes before the unit has the connection
+
+    def _lets_connection_go(self, error: BaseException | None) -> bool:
+        """Decide whether the connection goes back to the pool after an operation.
+
+        In autocommit it does, unless the handler holds a transaction block of its own.
+        """
+        unit = self.unit_of_work
+        mode, operation = unit.fixed_mode, unit.operation
+        if mode is None or not mode.autocommit or unit.state is not State.ACTIVE:
+            return False
+        if operation is None or operation.name in KEEPS_CONNECTION:
+            return False
+        transaction = self.get_transaction()
+        return (
+            transaction is not None
+            and transaction.origin is SessionTransactionOrigin.AUTOBEGIN
+            and not self.in_nested_transaction()
+            and (error is None or isinstance(error, Exception))
+        )
+
+    def _raise_instead_of(self, error: BaseException | None, deadline: Deadline | None) -> None:
+        """Raise what the error of an operation means.
+
+        Raises:
+            DatabaseTimeoutError: the statement was cancelled because the unit's time is over.
+            DatabaseBusyError: there was no connection for it.
+            DatabaseDownError: the connection for it was closed while it was being set up.
+        """
+        unit = self.unit_of_work
+        if error is not None:
+            raise_if_connect_failed(error)
+        if deadline is not None:
+            if unit.state is State.IDLE:
+                unit.deadline = None
+            if unit.operation is None and deadline.has_cancelled(error):
+                raise DatabaseTimeoutError(unit.describe(), deadline.timeout) from error
+        if isinstance(error, PoolTimeoutError) and not isinstance(error, DatabaseBusyError):
+            unit.tally.timeouts += 1
+            unit.tally.add_wait(time.monotonic() - unit.tally.asked)
+            raise DatabaseBusyError(unit.describe(), unit.life.holders()) from error
+
+
+def _inside_the_unit(name: str) -> Callable[..., Any]:
+    operation = getattr(UnitSession, name)
+
+    @functools.wraps(operation)
+    def guarded(self: UnitSession, *args: Any, **kwargs: Any) -> Any:
+        if not self.enter(name):
+            return operation(self, *args, **kwargs)
+        try:
+            result = operation(self, *args, **kwargs)
+        except BaseException as error:
+            self.leave(error)
+            raise
+        self.leave(None)
+        options: Mapping[str, Any] | None = kwargs.get("execution_options")
+        if options and options.get("stream_results"):  # `AsyncSession.stream`
+            unit = self.unit_of_work
+            unit.transaction.streams += (result,)
+            if unit.deadline is not None:
+                unit.deadline.when_over(unit.terminate_streams)
+        return result
+
+    return guarded
+
+
+# Every public method of `Session` that may talk to the database; tests hold this list against
+# the installed SQLAlchemy.
+OPERATIONS = (
+    "begin",
+    "begin_nested",
+    "bulk_insert_mappings",
+    "bulk_save_objects",
+    "bulk_update_mappings",
+    "close",
+    "commit",
+    "connection",
+    "delete",
+    "delete_all",
+    "execute",
+    "flush",
+    "get",
+    "get_one",
+    "invalidate",
+    "merge",
+    "merge_all",
+    "prepare",
+    "refresh",
+    "reset",
+    "rollback",
+    "scalar",
+    "scalars",
+)
+for _name in OPERATIONS:
+    setattr(UnitSession, _name, _inside_the_unit(_name))
+
+
+# -- what SQLAlchemy tells of the transaction --------------------------------------------------
+
+
+@event.listens_for(UnitSession, "after_transaction_create")
+def _transaction_created(session: UnitSession, transaction: SessionTransaction) -> None:
+    """Note a new transaction, and whose work it is, from before its first statement."""
+    unit = session.unit_of_work
+    if transaction.parent is None:
+        unit.transaction = Transaction()
+        operation = unit.operation
+        unit.owner = current_task() if operation is None else operation.task
+        if unit.state is State.IDLE:
+            unit.move(State.ACTIVE)
+    elif transaction.nested and unit.hooks is not None:
+        unit.hooks.savepoint_began(transaction)
+
+
+@event.listens_for(UnitSession, "after_begin")
+def _transaction_began(session: UnitSession, _: SessionTransaction, connection: Connection) -> None:
+    """Note the connection, and mark it so that the events of the engine find the unit."""
+    unit = session.unit_of_work
+    transaction = unit.transaction
+    if connection not in transaction.connections:
+        transaction.connections += (connection,)
+        begin_unit(connection, unit, unit.fixed_mode or unit.mode)
+        waited = time.monotonic() - unit.tally.asked
+        unit.tally.add_wait(waited)
+        if unit.life.statistics.observers:
+            unit.life.statistics.connection_taken(waited)
+
+
+@event.listens_for(UnitSession, "before_flush")
+def _check_flush(session: UnitSession, *_: Any) -> None:
+    """Refuse a flush in a mode that only reads."""
+    unit = session.unit_of_work
+    if unit.mode.read_only:
+        raise ReadOnlyError(
+            f"{unit.describe()}: there are new or changed objects to flush, but the mode is"
+            f" {unit.mode.name} and only reads. Put @transactional on the route, or ask for the"
+            " transactional session."
+        )
+
+
+@event.listens_for(UnitSession, "before_commit")
+def _commit_begins(session: UnitSession) -> None:
+    if not session.in_nested_transaction():
+        session.unit_of_work.transaction.begin_commit()
+
+
+@event.listens_for(UnitSession, "after_commit")
+def _transaction_committed(session: UnitSession) -> None:
+    """Note that the session has committed; the client is to know."""
+    if session.in_nested_transaction():
+        return
+    unit = session.unit_of_work
+    transaction = unit.transaction
+    transaction.move(Stage.COMMITTED)
+    if transaction.has_writes and unit.unanswered is None:
+        unit.unanswered = transaction
+    if unit.hooks is not None:
+        unit.hooks.settle("commit")
+
+
+@event.listens_for(UnitSession, "after_soft_rollback")
+def _rolled_back(session: UnitSession, transaction: SessionTransaction) -> None:
+    """Note that the session has rolled back to a savepoint, or the whole transaction."""
+    hooks = session.unit_of_work.hooks
+    if hooks is not None:
+        while not transaction.nested and transaction.parent is not None:
+            transaction = transaction.parent  # a flush that failed has rolled this back
+        if transaction.nested:
+            hooks.savepoint_rolled_back(transaction)
+        else:
+            hooks.settle("rollback")
+
+
+@event.listens_for(UnitSession, "after_transaction_end")
+def _transaction_ended(session: UnitSession, transaction: SessionTransaction) -> None:
+    """Note that the session has ended its transaction, by itself or by the handler."""
+    unit = session.unit_of_work
+    if transaction.parent is not None:
+        return
+    if unit.transaction.stage is Stage.OPEN:
+        unit.transaction.end()
+    if unit.state is State.ACTIVE:
+        operation = unit.operation
+        if unit.hooks is not None and operation is not None and operation.name in DISCARDING:
+            unit.hooks.settle("rollback")
+        if unit.fixed_mode is None or not unit.fixed_mode.autocommit:
+            unit.become_idle()

@@ -1,0 +1,149 @@
+"""One transaction of a session, from before its first statement until after its end.
+
+    OPEN ──▶ COMMITTING ──▶ SENT ──▶ COMMITTED
+      │           │           └────▶ FAILED
+      │           └── a flush, or the COMMIT before it was sent ──▶ FAILED
+      └──▶ ROLLED_BACK
+
+`SENT` begins when the driver sends COMMIT: from then on a connection that is closed leaves the
+outcome unknown. How a unit of work has ended is the last stage of its transaction.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+
+from sqlalchemy import Connection, Result
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from asgi_db.errors import FailedTransactionError
+from asgi_db.statistics import Outcome
+
+
+class Stage(enum.Enum):
+    """How far a transaction has come; see the top of this file."""
+
+    NONE = enum.auto()
+    """There has been no transaction yet."""
+    OPEN = enum.auto()
+    COMMITTING = enum.auto()
+    SENT = enum.auto()
+    COMMITTED = enum.auto()
+    ROLLED_BACK = enum.auto()
+    FAILED = enum.auto()
+
+
+STAGES: dict[Stage, tuple[Stage, ...]] = {
+    Stage.NONE: (),
+    Stage.OPEN: (Stage.COMMITTING, Stage.ROLLED_BACK, Stage.FAILED),
+    # Without a connection nothing is sent; with several, COMMIT is sent over each.
+    Stage.COMMITTING: (Stage.SENT, Stage.COMMITTED, Stage.FAILED),
+    Stage.SENT: (Stage.SENT, Stage.COMMITTED, Stage.FAILED),
+    Stage.COMMITTED: (),
+    Stage.ROLLED_BACK: (),
+    Stage.FAILED: (),
+}
+
+OUTCOMES: dict[Stage, Outcome] = {
+    Stage.COMMITTED: "committed",
+    Stage.ROLLED_BACK: "rolled_back",
+    Stage.FAILED: "failed",
+}
+"""What the statistics call the last stage."""
+
+
+class Transaction:
+    """What a unit of work knows of the transaction that is open, or was open last.
+
+    Attributes:
+        stage: how far it has come.
+        connections: those on which it is open.
+        streams: its results that live on a server-side cursor.
+        has_writes: whether it holds writes.
+        failure: why it cannot be committed any more, if it cannot.
+        was_cancelled: whether a statement of it, or its COMMIT, was running when the request was
+            cancelled.
+        when_sent: called when its COMMIT is sent, to limit the time that it may take.
+    """
+
+    stage = Stage.OPEN
+    connections: tuple[Connection, ...] = ()
+    streams: tuple[Result[object], ...] = ()
+    has_writes = False
+    failure: BaseException | None = None
+    was_cancelled = False
+    when_sent: Callable[[], None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Transaction {self.stage.name}>"
+
+    @property
+    def commit_was_sent(self) -> bool:
+        """Whether its COMMIT is on its way to the server, or at least may be."""
+        return self.stage is Stage.SENT
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its end is still to come."""
+        return bool(STAGES[self.stage])
+
+    @property
+    def has_committed_writes(self) -> bool:
+        """Whether it holds writes, and the database has committed them."""
+        return self.has_writes and self.stage is Stage.COMMITTED
+
+    def move(self, to: Stage) -> None:
+        """Go on to another stage.
+
+        Raises:
+            RuntimeError: there is no way from this stage to that one.
+        """
+        if to not in STAGES[self.stage]:
+            raise RuntimeError(f"a transaction cannot move from {self.stage.name} to {to.name}")
+        self.stage = to
+
+    def begin_commit(self) -> None:
+        """Begin to commit, unless the database has discarded the transaction already.
+
+        Raises:
+            FailedTransactionError: it cannot be committed any more.
+        """
+        if self.failure is not None:
+            raise FailedTransactionError(statement_failed=True) from self.failure
+        for connection in self.connections:
+            if not connection.invalidated and not connection.connection.is_valid:
+                raise FailedTransactionError(statement_failed=False)
+        self.move(Stage.COMMITTING)
+
+    def commit_is_sent(self) -> None:
+        """Note that the driver is about to send COMMIT."""
+        if self.stage in (Stage.COMMITTING, Stage.SENT):  # else it is not the session's own COMMIT
+            self.move(Stage.SENT)
+            if self.when_sent is not None:
+                self.when_sent()
+
+    def end(self) -> None:
+        """Note that the session has ended it; a COMMIT has moved it on by itself."""
+        if self.stage is Stage.OPEN:
+            self.stage = Stage.ROLLED_BACK
+
+    def fail(self) -> None:
+        """Note that its COMMIT has failed, unless the database has committed it."""
+        if self.stage is not Stage.COMMITTED:
+            self.stage = Stage.FAILED
+
+    def note_failure(self, error: BaseException) -> None:
+        """Note that it cannot be committed; the first reason is the cause."""
+        if self.failure is None:
+            self.failure = error
+
+    def note_error(self, error: BaseException, *, in_savepoint: bool) -> None:
+        """Note what the error of an operation means for it; a savepoint confines a failure."""
+        if not isinstance(error, Exception):
+            self.was_cancelled = True
+        elif not isinstance(error, (DBAPIError, PoolTimeoutError)):
+            return  # a row that is missing, for one, is no failure of a statement
+        if not in_savepoint:
+            self.note_failure(error)

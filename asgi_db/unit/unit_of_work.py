@@ -1,0 +1,235 @@
+"""The unit of work: one span between two ASGI events in which one transaction may be open.
+
+Whether to commit is decided here, once; `Ending` does what is to be awaited, in a task of its own,
+which no cancellation of the request interrupts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from asgi_db.errors import (
+    SessionExpiredError,
+    UncommittedWorkError,
+)
+from asgi_db.logs import logger
+from asgi_db.tasks import current_task, finish
+from asgi_db.unit.ending import (
+    Ending,
+    brief,
+    has_changes,
+)
+from asgi_db.unit.hooks import Hook, HookOutcome, Hooks
+from asgi_db.unit.operation import Operation
+from asgi_db.unit.standing import LeftOver, Standing, State
+from asgi_db.unit.transaction import Stage
+
+
+class UnitOfWork(Standing):
+    """Begins and ends what one session does."""
+
+    # -- how it ends ---------------------------------------------------------------------------
+
+    async def wait_for_end(self) -> None:
+        """Wait for a COMMIT or ROLLBACK that another task is waiting for."""
+        while self.state is State.ENDING and self.operation is not None:
+            assert self.operation.task is not None
+            await asyncio.wait((self.operation.task,))
+
+    async def end(self, *, success: bool, answer: str = "") -> None:
+        """End the unit: COMMIT where it succeeded and its mode commits, else ROLLBACK.
+
+        Then its hooks are run. Costs nothing if no statement has run.
+
+        Args:
+            success: whether what the unit belongs to has succeeded.
+            answer: what waits for the COMMIT, for the log line of one that fails.
+
+        Raises:
+            SQLAlchemyError: the commit failed; the transaction has been rolled back.
+            ConcurrentUseError: it was to succeed while another task used the session.
+            UncommittedWorkError: it was to be committed, but the handler had closed the session.
+            Exception: the error of a hook that is not robust.
+        """
+        if not self.in_use:
+            return
+        if self.hooks is None:
+            await self._end(success, answer)
+            return
+        keeps = success and (self.mode.commits or self.mode.read_only)  # or there is nothing to
+        outcome: HookOutcome = "rollback"
+        try:
+            await self._end(success, answer)
+            outcome = "commit" if keeps else "rollback"
+        except BaseException:
+            self.hooks.settle(outcome)  # unless the COMMIT has succeeded, and they are due
+            with contextlib.suppress(Exception):  # it is logged, and masks no other
+                await self.hooks.run(self.describe)
+            raise
+        self.hooks.settle(outcome)
+        await self.hooks.run(self.describe)
+        # What the hooks have done with the session; if that fails, it masks no other error.
+        with contextlib.nullcontext() if success else contextlib.suppress(Exception):
+            await self.end(success=True)
+
+    async def _end(self, success: bool, answer: str) -> None:
+        problem: Exception | None = None
+        if self.state is State.ENDING:  # another task commits or releases the session just now
+            problem = self._concurrent_use("commit")
+            await finish(asyncio.ensure_future(self.wait_for_end()))
+        straggler = self.operation
+        if straggler is not None:
+            if straggler.task is asyncio.current_task():
+                straggler = None
+            else:
+                problem = self._concurrent_use("commit")
+        mode = self.fixed_mode or self.begin()
+        if self.left_over is LeftOver.DISCARDED and mode.commits:
+            problem = problem or UncommittedWorkError(self.describe(), is_lost=True)
+        if success and not mode.commits:
+            self._warn_of_lost_work()
+        session = self.sync_session
+        has_transaction = session is not None and session.in_transaction()
+        if has_transaction or straggler is not None or self.left_over is LeftOver.KEPT:
+            if success and problem is None and mode.commits:
+                log_failure = functools.partial(self._log_failed_commit, answer)
+                commit = functools.partial(AsyncSession.commit, self.session)
+                await self._end_by("commit", self._ending().commit(commit, log_failure))
+            else:
+                await self._end_by("rollback", self._ending().roll_back_unit(straggler))
+        elif self.state is State.ACTIVE:
+            self.become_idle()
+        self.left_over = None
+        if success and problem is not None:
+            logger.error("Not committed: %s", brief(problem))  # it names the route
+            raise problem
+
+    def _ending(self) -> Ending:
+        if self.left_over is LeftOver.KEPT and self.sync_session is not None:
+            if not self.sync_session.in_transaction():
+                Session.begin(self.sync_session)  # in which what was kept is flushed, or expired
+        return Ending(self.session, self.transaction, self.deadline, self.describe)
+
+    def _warn_of_lost_work(self) -> None:
+        has_new = self.sync_session is not None and self.sync_session.new
+        has_writes = self.transaction.has_writes and self.transaction.is_open
+        if has_writes or self.left_over is LeftOver.DISCARDED or has_new:
+            logger.warning(
+                "%s: uncommitted work was rolled back at the end of the %s unit: commit it with"
+                " `await session.commit()`, or put @transactional on the route.",
+                self.describe(),
+                self.mode.name,
+            )
+
+    def _log_failed_commit(self, answer: str, error: BaseException) -> None:
+        unsent = f", and {answer} was not sent" if answer else ""
+        is_retried = self.mode.retries > 0 and self.conflict is not None
+        level = logging.WARNING if is_retried else logging.ERROR
+        logger.log(level, "%s: COMMIT failed%s: %s", self.describe(), unsent, brief(error))
+
+    async def commit(self, commit: Callable[[], Awaitable[None]]) -> None:
+        """Commit by hand; a cancellation does not interrupt it.
+
+        Raises:
+            asyncio.CancelledError: the request was cancelled; the COMMIT has nevertheless ended.
+            ConcurrentUseError: another task uses the session.
+            OutcomeUnknownError: the COMMIT did not end in time.
+        """
+        caller = asyncio.current_task()
+
+        def log_failure(error: BaseException) -> None:
+            if caller is not None and caller.cancelling():  # it is not told of the error
+                self._log_failed_commit("", error)
+
+        self.check_free("commit")
+        self.begin()
+        try:
+            await self._end_by("commit", self._ending().commit(commit, log_failure))
+        except asyncio.CancelledError:
+            if self.unanswered is not None:
+                self.unanswered.was_cancelled = True
+            with contextlib.suppress(Exception):  # it is logged
+                await self.run_hooks()
+            raise
+        await self.run_hooks()
+
+    async def release(self) -> None:
+        """Give the connection back before the unit's end; see `DBSession.release`."""
+        if self.state is State.CLOSED:
+            return
+        self.check_free("release")
+        transaction, session = self.transaction, self.sync_session
+        if transaction.has_writes and transaction.is_open:
+            raise UncommittedWorkError(self.describe(), is_lost=False)
+        if session is not None and session.in_transaction():
+            try:
+                await self._end_by("release", self._ending().give_back())
+            finally:
+                if has_changes(session) and self.left_over is None:
+                    self.left_over = LeftOver.KEPT
+        elif self.state is State.ACTIVE:
+            self.become_idle()
+
+    async def _end_by(self, name: str, ending: Coroutine[Any, Any, None]) -> None:
+        """Run the end of the transaction to its end, in a task of its own."""
+        self.move(State.ENDING)
+        task = asyncio.ensure_future(ending)
+        self.operation = operation = Operation(name, task, time.monotonic())
+        if self.left_over is LeftOver.KEPT:
+            self.left_over = None
+        try:
+            await finish(task)
+        finally:
+            if self.transaction.stage is Stage.OPEN:  # its connection was terminated
+                self.transaction.end()
+            self.end_operation(operation)
+            self.become_idle()
+
+    def close(self) -> None:
+        """Close the session for good: its use is an error from now on."""
+        self.move(State.CLOSED)
+        self.sync_session = None
+        del self.session
+
+    # -- hooks ---------------------------------------------------------------------------------
+
+    def add_hook(self, hook: Hook) -> None:
+        """Let a function be called after the COMMIT, or the ROLLBACK, of what is open now.
+
+        Raises:
+            SessionExpiredError: the request is over.
+        """
+        if self.state is State.CLOSED:
+            raise SessionExpiredError(f"on_{hook.outcome}", self.describe())
+        if not self.in_use:
+            self.owner = current_task()
+        if self.hooks is None:
+            self.hooks = Hooks()
+        self.hooks.add(hook)
+
+    async def run_hooks(self) -> None:
+        """Run the hooks that are due, after the handler itself has committed or rolled back.
+
+        Raises:
+            Exception: the error of a hook that is not robust.
+        """
+        if self.hooks is not None:
+            await self.hooks.run(self.describe)
+
+    async def run_late_hooks(self) -> None:
+        """Run the hooks that were to wait for the response."""
+        if self.hooks is not None:
+            try:
+                await self.hooks.run_late(self.describe)
+            finally:
+                with contextlib.suppress(Exception):  # it is logged, and the answer has left
+                    await self.end(success=True)

@@ -1,0 +1,37 @@
+"""How far a request has to travel through our own code: see `tests/tracing.py`."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.servers import run
+from tests.tracing import Path, paths
+
+BOUNDS = {
+    "a read_only read": (75, 60, 39),
+    "a transactional write": (95, 75, 53),
+}
+"""At most so many calls, hops between files, and hops back into a file already visited."""
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Path]:
+    return run(paths())
+
+
+def test_the_path_that_is_measured_is_whole(found: dict[str, Path]) -> None:
+    """Also what SQLAlchemy calls back in its greenlet is seen, and what comes after it."""
+    for path in found.values():
+        functions = [function for _, _, function in path.steps]
+        assert functions[0] == "DBSessionMiddleware.__call__"
+        assert any(file.endswith("fair_pool.py") or "/pool/" in file for _, file, _ in path.steps)
+        assert path.files > 5
+
+
+@pytest.mark.parametrize("what", BOUNDS)
+def test_a_request_takes_no_longer_way_than_it_need(found: dict[str, Path], what: str) -> None:
+    calls, hops, back = BOUNDS[what]
+    path = found[what]
+    assert path.calls <= calls, path.summary
+    assert path.hops <= hops, path.summary
+    assert path.back <= back, path.summary
