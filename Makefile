@@ -29,8 +29,8 @@ PARALLEL = --numprocesses=$(WORKERS) --dist=loadfile
 # What depends on Python: its event loop, its tasks, its garbage collector, its imports and types. The
 # rest (servers, the command line, the documentation) is tested on one version.
 ON_EVERY_PYTHON = tests/contract tests/typing $(patsubst %,tests/test_%.py,unit_of_work session \
-	modes hooks retries cancellation late_cancellation garbage leaks lifespan composition \
-	websockets fair_pool public_api settings)
+	random_walks missing_greenlet observers modes hooks retries cancellation late_cancellation \
+	garbage leaks lifespan composition websockets fair_pool public_api settings)
 
 .PHONY: help demo serve test test-pythons python-suite suite load chaos bench check docs format coverage build servers clean
 .NOTPARALLEL:

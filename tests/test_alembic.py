@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -67,15 +68,23 @@ class Project:
 
 
 @pytest.fixture
-def project(tmp_path: Path, database_url: str) -> Project:
+def project(new_folder: Path, database_url: str) -> Project:
     """The project of the page, on a database of its own."""
-    return make_project(tmp_path / "project", database_url)
+    return Project(new_folder, database_url)
 
 
-def make_project(folder: Path, url: str) -> Project:
+@pytest.fixture
+def new_folder(folder_of_the_page: Path, tmp_path: Path) -> Path:
+    """A copy of it, for one test."""
+    return shutil.copytree(folder_of_the_page, tmp_path / "project")
+
+
+@pytest.fixture(scope="module")
+def folder_of_the_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the page makes before the first migration, which needs no database yet."""
+    folder = tmp_path_factory.mktemp("alembic") / "project"
     folder.mkdir()
-    project = Project(folder, url)
-    project.alembic("init", "--template", "async", "migrations")
+    Project(folder, "sqlite://").alembic("init", "--template", "async", "migrations")
     files = dict(FILE.findall(PAGE))
     assert set(files) == {"database.py", "tables.py", "migrations/env.py"}
     for name, source in files.items():
@@ -84,7 +93,7 @@ def make_project(folder: Path, url: str) -> Project:
     without_url = re.sub(r"^sqlalchemy.url = .*\n", "", settings.read_text(), flags=re.MULTILINE)
     assert without_url != settings.read_text()
     settings.write_text(without_url)
-    return project
+    return folder
 
 
 def test_migrations_are_written_applied_and_taken_back(project: Project, database_url: str) -> None:
@@ -130,10 +139,10 @@ def test_the_sql_of_a_migration_is_printed_without_a_connection(
 
 @pytest.mark.parametrize("backend", ["postgresql", "sqlite"])
 def test_a_migration_that_fails_leaves_nothing_behind(
-    request: pytest.FixtureRequest, tmp_path: Path, backend: str
+    request: pytest.FixtureRequest, new_folder: Path, backend: str
 ) -> None:
     url: str = request.getfixturevalue(f"{backend}_url")
-    project = make_project(tmp_path / "project", url)
+    project = Project(new_folder, url)
     project.alembic("revision", "--autogenerate", "-m", "orders")
     (migration,) = (project.folder / "migrations/versions").glob("*.py")
     source = migration.read_text().replace(
@@ -147,10 +156,10 @@ def test_a_migration_that_fails_leaves_nothing_behind(
 
 
 def test_on_sqlite_the_rows_that_refer_to_a_changed_table_stay(
-    tmp_path: Path, sqlite_url: str
+    new_folder: Path, sqlite_url: str
 ) -> None:
     """SQLite makes the table anew: to drop the old one would delete what refers to it."""
-    project = make_project(tmp_path / "project", sqlite_url)
+    project = Project(new_folder, sqlite_url)
     project.add_to_tables("\nfrom sqlalchemy import ForeignKey\n" + LINES_TABLE)
     project.alembic("revision", "--autogenerate", "-m", "orders")
     project.alembic("upgrade", "head")
