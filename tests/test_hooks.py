@@ -165,7 +165,7 @@ async def test_what_is_no_function_is_refused_with_the_remedy(database: Database
 
     async with database.session() as session:
         called: Any = mail()
-        with pytest.raises(TypeError, match="leave out the brackets"):
+        with pytest.raises(TypeError, match="leave out the parentheses"):
             session.on_commit(called)
         called.close()
         when: Any = "later"

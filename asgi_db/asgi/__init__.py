@@ -1,1 +1,1 @@
-"""A scope comes in, the right call goes out: HTTP, WebSocket, lifespan."""
+"""Turns an ASGI scope into a call of the application: HTTP, WebSocket or lifespan."""

@@ -1,4 +1,4 @@
-"""One call of the application, and what becomes of the session that goes along with it."""
+"""One call of the application, and what happens to its session."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from asgi_db.unit.unit_of_work import UnitOfWork
 
 
 def session_key(key: str) -> str:
-    """The key of the scope under which the session stands."""
+    """Return the key under which the scope holds the session."""
     return f"asgi_db.session.{key}"
 
 
 def session_of(scope: Scope, mode: Mode | None = None, *, key: str = "db") -> DBSession:
-    """Return the session of this connection; what the adapters are made of.
+    """Return the session of this connection; the adapters are built on this function.
 
     Args:
         scope: the scope of the request or WebSocket.
-        mode: the mode that the caller stands for, if any.
+        mode: the mode that the caller asks for, if any.
         key: the key of the middleware.
 
     Raises:
@@ -52,7 +52,7 @@ def session_of(scope: Scope, mode: Mode | None = None, *, key: str = "db") -> DB
 
 
 class Site(Protocol):
-    """Where a call happens: the middleware, with what it was installed with."""
+    """The middleware as a call sees it, with the options that it was installed with."""
 
     app: ASGIApp
     database: Database
@@ -63,9 +63,9 @@ class Site(Protocol):
 
 
 class Call(Origin):
-    """One call of the application, and what becomes of the session that goes along with it.
+    """One call of the application, and what happens to its session.
 
-    A call that does not use its session costs this object and the session's empty shell.
+    A call that does not use its session costs no more than this object and an empty session.
     """
 
     _late: LateCancellation | None = None
@@ -83,15 +83,15 @@ class Call(Origin):
         self._outer_exception = sys.exc_info()[1]
 
     async def run(self) -> None:
-        """Run the application, then end what its last event has left open."""
+        """Run the application, then end the work that is still open after its last event."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Close the session for good: its use is an error from now on.
+        """Close the session for good; using it is an error from now on.
 
-        What refers to each other comes apart here, so that nothing waits for the garbage
-        collector, and the memory serves the next request while it is warm: the scope has the
-        session, which has this; and the server's functions have the scope.
+        This also breaks the reference cycles, so that no object waits for the garbage collector
+        and the next request reuses memory that is still warm: the scope refers to the session,
+        the session to this call, and the server's functions to the scope.
         """
         self.is_over = True
         if (unit := self._session.unit) is not None:
@@ -99,31 +99,31 @@ class Call(Origin):
         self._session = _NO_SESSION
         self._scope = marks_of(self._scope)
         self._receive = _DISCONNECTED[self._scope["type"]]
-        self._send = _send_to_nobody
+        self._send = _refuse_to_send
         if self._late is not None:
             self._late.end()
 
-    # -- what the unit of work asks ------------------------------------------------------------
+    # -- what the unit of work needs to know ---------------------------------------------------
 
     @property
     def session_options(self) -> Mapping[str, Any]:
-        """The arguments with which SQLAlchemy's session is made."""
+        """The arguments for the constructor of SQLAlchemy's session."""
         return self._site.database.session_options
 
     def life(self) -> EngineLife:
-        """Return the engine of the call's event loop; a thread, which has no loop, may ask too."""
+        """Return the engine of the call's event loop; this works in a thread without a loop too."""
         return self._site.database.life_on(self._loop)
 
     def serves(self, database: Database) -> bool:
-        """Whether the call still runs, and its session is one of this database."""
+        """Return whether the call is still running and its session belongs to this database."""
         return self._site.database is database and not self.is_over
 
     def adopt(self, mode: ModeDefault) -> None:
-        """Let the mode of a middleware that is nearer to the route be the default."""
+        """Make the mode of a middleware that is nearer to the route the default."""
         self._default_mode = mode
 
     def update_scope(self, scope: Scope) -> None:
-        """Look for the route in the endpoint's scope, which may be a copy of the first one."""
+        """Find the route in the endpoint's scope from now on, which may be a copy of the first."""
         if not self.is_over:
             self._scope = scope
 
@@ -146,7 +146,7 @@ class Call(Origin):
         return describe_route(self._scope)
 
     def route(self) -> str:
-        """Name the route, among the counters."""
+        """Name the route, for the counters."""
         return name_of_route(self._scope)
 
     # -- how a unit ends before an answer ------------------------------------------------------
@@ -158,7 +158,7 @@ class Call(Origin):
     async def _end_before_answer(
         self, unit: UnitOfWork, *, success: bool, answer: str = ""
     ) -> None:
-        """End the unit; where the request is cancelled during its COMMIT, let the answer leave."""
+        """End the unit; if the request is cancelled during its COMMIT, still send the answer."""
         transaction = unit.transaction
         before = transaction.stage
         try:
@@ -170,13 +170,14 @@ class Call(Origin):
             self._late.hold(error)
         else:
             if unit.unanswered is not None and self._late is None:
-                if anyio.current_effective_deadline() == -math.inf:  # in a cancelled scope
+                # This deadline means that the task is in a cancelled scope.
+                if anyio.current_effective_deadline() == -math.inf:
                     self._late = LateCancellation(
                         belongs_to_stream=self._may_stream_from_another_task
                     )
 
     async def _send_answer(self, unit: UnitOfWork, message: Message) -> None:
-        """Send what tells the client of a COMMIT."""
+        """Send the message that tells the client about a COMMIT."""
         late = self._late
         try:
             if late is not None and late.is_pending:
@@ -197,7 +198,7 @@ class Call(Origin):
             logger.warning("%s: committed, answer not delivered", self.describe())
 
     def _exception_being_handled(self) -> BaseException | None:
-        """The exception of which the application is making an answer, if it is."""
+        """The exception that the application is handling while it makes its answer, if any."""
         error = sys.exc_info()[1]
         return None if error is self._outer_exception else error
 
@@ -210,12 +211,12 @@ async def _websocket_disconnected() -> Message:
     return {"type": "websocket.disconnect", "code": 1006}
 
 
-async def _send_to_nobody(_: Message) -> None:
+async def _refuse_to_send(_: Message) -> None:
     raise ConnectionError("the request is over, or the connection is closed")
 
 
 _NO_SESSION = DBSession(cast(Any, None))
-"""What a call has when it has ended; it is never used."""
+"""Replaces the session of a call that has ended; it is never used."""
 
 _DISCONNECTED = {"http": _http_disconnected, "websocket": _websocket_disconnected}
-"""What a task that outlives its request receives."""
+"""What `receive` returns in a task that outlives its request."""

@@ -1,14 +1,14 @@
-"""What each framework writes into the ASGI scope, and what its adapter is needed for.
+"""What each framework writes into the ASGI scope, and what its adapter is for.
 
-The core imports no framework. It reads the scope, where each leaves its mark after routing:
+The core imports no framework. It reads the marks that each one leaves in the scope after routing:
 
 | framework          | the endpoint             | the error handlers               |
 | ------------------ | ------------------------ | -------------------------------- |
 | Starlette, FastAPI | `scope["endpoint"]`      | `"starlette.exception_handlers"` |
 | Litestar           | `scope["route_handler"]` | inside the app `"litestar_app"`  |
 
-An adapter is loaded only where a failed COMMIT has to reach the application's exception handlers,
-or a request is run again; the framework that wrote these marks is loaded already.
+An adapter is imported only when a failed COMMIT has to reach the application's exception handlers,
+or when a request is run again; the framework that left the marks has been imported already.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from asgi_db.modes import MODE_ATTRIBUTE, Mode
 from asgi_db.types import Receive, Scope, Send
 
 _ROUTES = 1024
-"""How many routes are remembered with what was found out about them."""
+"""For how many routes the mode and the name are cached."""
 
 
 def marks_of(scope: Scope) -> Scope:
-    """Return the part of a scope that says which route it was, for when the call is over."""
+    """Return the part of a scope that identifies its route, for use after the call has ended."""
     get = scope.get
     return {
         "type": scope["type"],
@@ -52,7 +52,7 @@ def _adapter(mark: str) -> Any:
 
 
 def copy_scope(scope: Scope) -> Scope:
-    """Return a scope which an application can write into without changing this one."""
+    """Return a copy of a scope, which an application can change without changing this one."""
     copied = dict(scope)
     if "state" in copied:
         copied["state"] = copy.copy(copied["state"])
@@ -64,8 +64,8 @@ def copy_scope(scope: Scope) -> Scope:
 def mode_of_route(scope: Scope, key: str) -> Mode | None:
     """Return the mode that the route of this request sets, or None.
 
-    The decorator on the function or method is stronger than the one on its class, and that is
-    stronger than Litestar's `opt={key: mode}`.
+    A decorator on the function or method takes precedence over one on its class, which takes
+    precedence over Litestar's `opt={key: mode}`.
 
     Raises:
         TypeError: `opt[key]` holds something that is not a mode.
@@ -84,9 +84,10 @@ def mode_of_route(scope: Scope, key: str) -> Mode | None:
 
 @functools.lru_cache(maxsize=_ROUTES)
 def _mark(endpoint: Any, method: str | None) -> Mode | None:
-    """The mode that a decorator has set, on the object that is nearest to the code."""
+    """The mode that a decorator has set; the one closest to the code takes precedence."""
     places = _layers(endpoint)
-    if inspect.isclass(endpoint):  # Starlette's HTTPEndpoint: one method for each HTTP method
+    if inspect.isclass(endpoint):
+        # Starlette's `HTTPEndpoint` has one method for each HTTP method.
         names = ("head", "get") if method == "HEAD" else ((method or "").lower(),)
         places = [*(getattr(endpoint, name, None) for name in names), *places]
     marks = (getattr(place, MODE_ATTRIBUTE, None) for place in places)
@@ -100,7 +101,7 @@ def _endpoint(scope: Scope) -> Any:
 
 
 def _litestar_is_innermost(scope: Scope) -> bool:
-    """Whether it was Litestar that has found the endpoint: each may be mounted in the other."""
+    """Whether Litestar found the endpoint: each framework may be mounted in the other."""
     if scope.get("route_handler") is None or scope.get("endpoint") is None:
         return scope.get("route_handler") is not None
     last = next(key for key in reversed(scope) if key in ("endpoint", "route_handler"))
@@ -108,25 +109,28 @@ def _litestar_is_innermost(scope: Scope) -> bool:
 
 
 def _layers(endpoint: Any) -> list[Any]:
-    """An endpoint, what it wraps, and last the class of which it is a method."""
+    """An endpoint, the functions that it wraps, and finally the class of which it is a method."""
     layers = list[Any]()
     layer, owner = endpoint, None
-    while layer is not None and len(layers) < _MOST_LAYERS:
+    while layer is not None and len(layers) < _MAX_LAYERS:
         layers.append(layer)
-        owner = getattr(layer, "__self__", owner)  # a method of one of Litestar's controllers
+        # Only a method has `__self__`, for example one of a Litestar controller.
+        owner = getattr(layer, "__self__", owner)
         layer = (
-            getattr(layer, "func", None)  # functools.partial; Litestar's `sync_to_thread=True`
-            # Litestar's `websocket_listener` has no public way to its function; the test of
+            # `functools.partial` has it, which Litestar uses for `sync_to_thread=True`.
+            getattr(layer, "func", None)
+            # Litestar's `websocket_listener` offers no public access to its function; the test of
             # listeners in `test_litestar.py` breaks when this changes.
             or getattr(layer, "_fn", None)
         )
     if layers and not hasattr(layers[-1], "__qualname__") and callable(layers[-1]):
-        layers.append(type(layers[-1]).__call__)  # an object that can be called
+        # The endpoint is a callable object.
+        layers.append(type(layers[-1]).__call__)
     return [*layers, owner]
 
 
-_MOST_LAYERS = 20
-"""A mock has any attribute that it is asked for, without end."""
+_MAX_LAYERS = 20
+"""A mock has every attribute, so that unwrapping it would never end."""
 
 
 def _litestar_option(scope: Scope, key: str) -> Mode | None:
@@ -148,7 +152,7 @@ def describe_route(scope: Scope) -> str:
 def name_of_route(scope: Scope) -> str:
     """Name the route of this request among the routes of the application.
 
-    As `describe_route` does, but without what a client is free to invent.
+    Like `describe_route`, but without anything that a client can make up.
     """
     method = scope.get("method") or scope["type"].upper()
     method = method if method in _METHODS else "_OTHER"
@@ -166,16 +170,18 @@ _METHODS = frozenset(
     {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "QUERY"}
     | {"WEBSOCKET"}
 )
-"""Any other is `_OTHER`, as in OpenTelemetry's conventions for `http.request.method`."""
+"""Any other method counts as `_OTHER`, as in OpenTelemetry's `http.request.method`."""
 
 
 def _template(scope: Scope) -> str:
-    template = scope.get("path_template")  # Litestar
-    return template or getattr(scope.get("route"), "path", None) or ""  # Starlette, FastAPI
+    # Litestar sets the first, Starlette and FastAPI the second.
+    template = scope.get("path_template")
+    return template or getattr(scope.get("route"), "path", None) or ""
 
 
 def _name(method: str, path: str, endpoint: Any) -> str:
-    *_, innermost, _ = (None, *_layers(endpoint))  # the innermost function has the name
+    # The name is that of the innermost function.
+    *_, innermost, _ = (None, *_layers(endpoint))
     where = f"{method} {path}".rstrip()
     name = getattr(innermost, "__qualname__", None) or type(innermost).__name__
     return where if innermost is None else f"{where} ({name})"
@@ -185,24 +191,24 @@ _cached_name = functools.lru_cache(maxsize=_ROUTES)(_name)
 
 
 def has_handler(scope: Scope, error: Exception) -> bool:
-    """Say whether the application itself has a handler for this error, or a base of it.
+    """Return whether the application has a handler for this error, or for a base class of it.
 
-    One for every `Exception` does not count: it is for what nobody has thought of.
+    A handler for every `Exception` does not count: it is meant for unexpected errors.
     """
-    if "route_handler" in scope:  # Litestar
+    if "route_handler" in scope:  # Only Litestar sets this.
         handlers = scope["route_handler"].resolve_exception_handlers()
     else:
         handlers, _ = scope.get("starlette.exception_handlers", ({}, {}))
-    mine = (Exception, BaseException, object)
-    return any(base in handlers for base in type(error).__mro__ if base not in mine)
+    catch_all = (Exception, BaseException, object)
+    return any(base in handlers for base in type(error).__mro__ if base not in catch_all)
 
 
 def reopen_response(scope: Scope) -> None:
-    """Tell the framework that the response which it has just begun was not sent.
+    """Tell the framework that the response it has just begun was not sent.
 
-    Litestar notes a response as begun before it calls `send`, and would then refuse to answer
-    the error that `send` raises. Starlette keeps that note where nobody can reach it: there the
-    error is answered afterwards, by `answer_error`.
+    Litestar marks a response as begun before it calls `send`, and would then refuse to answer
+    the error that `send` raises. Starlette keeps this mark in a local variable, which cannot be
+    changed from here; with Starlette, `answer_error` answers the error afterwards.
     """
     if "litestar_app" in scope and (scope.get("endpoint") is None or _litestar_is_innermost(scope)):
         _adapter("litestar_app").reopen_response(scope)
@@ -216,15 +222,15 @@ async def answer_error(
     receive: Receive,
     send: Send,
 ) -> None:
-    """Answer a failed COMMIT as the application answers what its endpoints raise.
+    """Answer a failed COMMIT as the application answers the errors of its endpoints.
 
     Args:
-        error: what came out of the application after `send` had raised the commit error.
+        error: what the application raised after `send` had raised the commit error.
         commit_error: why the unit of work could not be committed.
-        enclosing_app: the Starlette application that the middleware is part of, if it is.
+        enclosing_app: the Starlette application that the middleware is part of, if any.
 
     Raises:
-        Exception: no handler of the application takes the error.
+        Exception: the application has no handler for the error.
     """
     if "starlette.exception_handlers" in scope:
         adapter = _adapter("starlette.exception_handlers")

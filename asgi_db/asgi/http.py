@@ -20,13 +20,13 @@ from asgi_db.unit.unit_of_work import UnitOfWork
 
 
 class Response(enum.Enum):
-    """How far the response of a request has come."""
+    """How far the response to a request has come."""
 
     PENDING = enum.auto()
     STARTED = enum.auto()
     COMPLETE = enum.auto()
     REPLACED = enum.auto()
-    """By a refusal, or by another attempt: what the application sends instead is dropped."""
+    """A 503 or another attempt takes its place, and what the application sends is dropped."""
 
 
 PENDING, STARTED, COMPLETE, REPLACED = Response
@@ -36,42 +36,44 @@ _BODY = frozenset({"http.response.body", "http.response.zerocopysend", "http.res
 
 
 class Exchange(Call):
-    """One HTTP request and its response; or one attempt at it, see `Attempts`.
+    """One HTTP request and its response, or one attempt at it; see `Attempts`.
 
     Attributes:
-        is_lost: whether it is to be run again; nothing has been sent.
+        needs_retry: whether the request is to be run again; nothing has been sent.
     """
 
-    is_lost = False
+    needs_retry = False
     _may_stream_from_another_task = True
     _attempts: Attempts | None = None
     _app_task: asyncio.Task[object] | None = None
     _response = PENDING
     _commit_error: Exception | None = None
-    """Why the response that the application began was refused, until it begins another."""
+    """Why the response that the application began was not sent, until it begins another one."""
     _exception_at_receive: BaseException | None = None
     _receiver: asyncio.Task[object] | None = None
     _statements = 0
     _busy = 0.0
 
     def unit_ended(self, tally: Tally) -> None:
-        """Add up what happens before the status line."""
+        """Add up the statements for `Server-Timing`, and the time that they took."""
         self._statements += tally.statements
         self._busy += tally.busy
 
     async def run(self) -> None:
-        """Run the application, then end what its last event has left open."""
+        """Run the application, then end the work that is still open after its last event."""
         enclosing_app = self._scope.get("app")
         self._app_task = asyncio.current_task()
         try:
-            await self._site.app(self._scope, self._receive_noting, self._send_after_commit)
+            await self._site.app(
+                self._scope, self._receive_noting_exception, self._send_after_commit
+            )
         except BaseException as error:
             self._note_conflict(error)
             await self._end(success=False)
             if not isinstance(error, Exception):
                 self._log_unanswered()
                 raise
-            if not self.is_lost:
+            if not self.needs_retry:
                 await self._answer(error, enclosing_app)
         else:
             if (unit := self._session.unit) is not None:
@@ -81,11 +83,11 @@ class Exchange(Call):
                 await unit.run_late_hooks()
 
     async def _finish(self, unit: UnitOfWork, enclosing_app: object) -> None:
-        # A stream whose client has gone may just end: what it left half done is not kept.
+        # A stream may simply end when its client disconnects; its unfinished work is rolled back.
         if unit.in_use:
             is_complete = self._response is COMPLETE
             await unit.end(success=is_complete and not unit.was_cancelled)
-        if self.is_lost:
+        if self.needs_retry:
             return
         if self._commit_error is not None:
             await self._answer(self._commit_error, enclosing_app)
@@ -95,26 +97,26 @@ class Exchange(Call):
     # -- another attempt -----------------------------------------------------------------------
 
     def join(self, attempts: Attempts) -> None:
-        """Be one of several attempts, should this one meet a conflict."""
+        """Join the attempts at the request; a conflict may make another one necessary."""
         self.attempt = attempts.number
         self.ends_at = attempts.ends_at
         self._attempts = attempts
         attempts.keep_body_if(lambda: (self.route_mode() or self.default_mode()).retries > 0)
 
     def leave(self) -> None:
-        """Be one of several attempts no more: they know this, and nothing is to go in circles."""
+        """Drop the reference to the attempts, which would otherwise be part of a cycle."""
         self._attempts = None
 
     def deadline_began(self, at: float) -> None:
-        """Let the `timeout=` of the first unit hold for all attempts together."""
+        """Apply the `timeout=` of the first unit to all attempts together."""
         self.ends_at = None
         if self._attempts is not None and self._attempts.ends_at is None:
             self._attempts.ends_at = at
 
     def _note_conflict(self, error: BaseException | None) -> None:
-        """Let the request be run again if the database has preferred another transaction to it."""
+        """Have the request run again if the database rolled it back in favour of another one."""
         unit, attempts = self._session.unit, self._attempts
-        if unit is None or attempts is None or unit.conflict is None or self.is_lost:
+        if unit is None or attempts is None or unit.conflict is None or self.needs_retry:
             return
         if not unit.mode.retries or not isinstance(error, Exception | None):
             return
@@ -125,12 +127,12 @@ class Exchange(Call):
             unit.conflict.add_note(note)
             logger.warning(note)
             return
-        logger.info("%s: attempt %d has lost in a conflict", self.describe(), attempts.number)
-        self.is_lost = True
+        logger.info("%s: attempt %d failed in a conflict", self.describe(), attempts.number)
+        self.needs_retry = True
         self._response = REPLACED
 
     def _obstacle(self, unit: UnitOfWork) -> str:
-        """Say what has happened in this attempt that must not happen twice."""
+        """Name what has happened in this attempt that must not happen twice, if anything has."""
         if self._response is not PENDING:
             return "its response has begun"
         if unit.unanswered is not None:
@@ -141,9 +143,9 @@ class Exchange(Call):
                     return "it has used another database too"
         return ""
 
-    # -- what comes and goes -------------------------------------------------------------------
+    # -- receive and send ----------------------------------------------------------------------
 
-    async def _receive_noting(self) -> Message:
+    async def _receive_noting_exception(self) -> Message:
         error = sys.exc_info()[1]
         if error is None:
             return await self._receive()
@@ -163,11 +165,12 @@ class Exchange(Call):
                 await self._begin_response(message)
         elif self._commit_error is not None:
             raise self._commit_error
-        elif self._response is PENDING:  # early hints come before the status line
+        elif self._response is PENDING:
+            # Early hints come before the status line.
             self._attempts = None
             await self._send(message)
         elif self._response is not REPLACED:
-            if unit is not None and unit.in_use and not self._is_at_work_beside(unit):
+            if unit is not None and unit.in_use and not self._is_used_by_body_task(unit):
                 await unit.end(success=self._exception_being_handled() is None)
             if message["type"] in _BODY and not message.get("more_body"):
                 self._response = COMPLETE
@@ -180,25 +183,27 @@ class Exchange(Call):
         await self._send_answer(unit, message)
         if self._late is not None:
             await self._late.raise_now()
-        # A task that only makes the stream is cancelled at its end; `run` does it then.
+        # A task that only produces the stream is cancelled at the end of the stream, so there the
+        # hooks are left to `run`.
         if unit.hooks is not None and self._response is COMPLETE:
             if asyncio.current_task() is self._app_task:
                 await unit.run_late_hooks()
 
-    def _is_at_work_beside(self, unit: UnitOfWork) -> bool:
-        """Whether the body is made in a task of its own, which is not to be disturbed.
+    def _is_used_by_body_task(self, unit: UnitOfWork) -> bool:
+        """Whether the body is produced in a task of its own, which must not be disturbed.
 
-        FastAPI makes the events of an `EventSourceResponse` so, ahead of those that it sends.
+        FastAPI does so with an `EventSourceResponse`: it produces events while it sends others.
         """
         return unit.is_used_by_another_task or (
             unit.is_work_of_another_task and unit.has_uncommitted_work
         )
 
     def _exception_being_handled(self) -> BaseException | None:
-        """The exception of which the application is making a response, if it is.
+        """The exception that the application is handling while it makes its response, if any.
 
-        A stream may be sent from a task of its own, which has no exception; the application's
-        task then waits in `receive` for the client to go (Starlette's `StreamingResponse`).
+        A stream may be sent from a task of its own, which handles no exception. The application's
+        task then waits in `receive` until the client disconnects, as in Starlette's
+        `StreamingResponse`.
         """
         error = sys.exc_info()[1]
         if error is None and self._exception_at_receive is not None:
@@ -234,7 +239,10 @@ class Exchange(Call):
         await self._send_answer(unit, message)
 
     def _with_server_timing(self, message: Message) -> Message:
-        """Source: https://www.w3.org/TR/server-timing/"""
+        """Add the header `Server-Timing`.
+
+        Source: https://www.w3.org/TR/server-timing/
+        """
         statements = f"{self._statements} statement{'s' if self._statements > 1 else ''}"
         timing = f'{self._site.key};dur={self._busy * 1000:.1f};desc="{statements}"'
         headers = [*message.get("headers", ()), (b"server-timing", timing.encode())]
@@ -252,20 +260,20 @@ class Exchange(Call):
                 self._note_conflict(error)
                 self._warn_of_exception(unit, status, error)
             await self._end_before_answer(unit, success=success, answer=f"the response {status}")
-            if self.is_lost and unit.conflict is not None:
+            if self.needs_retry and unit.conflict is not None:
                 raise unit.conflict
         except Exception as commit_error:
             self._note_conflict(commit_error)
-            if not self.is_lost:
+            if not self.needs_retry:
                 self._commit_error = commit_error
             reopen_response(self._scope)
             raise
 
     async def _answer(self, error: Exception, enclosing_app: object) -> None:
-        """Answer a failed COMMIT as any other error, and what nobody answers with 503.
+        """Let the application answer a failed COMMIT, and answer an unavailable database with 503.
 
         Raises:
-            Exception: the error is for the framework, or the server.
+            Exception: the framework or the server has to handle the error.
         """
         try:
             if self._commit_error is None:
@@ -286,7 +294,7 @@ class Exchange(Call):
                 raise
 
     def _unavailable(self, error: BaseException | None) -> UnavailableError | None:
-        """Why the database was not there; None if there is a COMMIT that is not to be repeated."""
+        """Why the database was unavailable; None after a COMMIT, which must not be repeated."""
         found = unavailable_in(error)
         unit = self._session.unit
         has_committed = unit is not None and unit.unanswered is not None
@@ -297,8 +305,8 @@ class Exchange(Call):
     ) -> None:
         if error is not None and status < 400 and unit.mode.commits and unit.has_uncommitted_work:
             logger.warning(
-                "%s: rolled back, though the response is %d: it was made while a %s was handled."
-                " Raise a redirect, or answer after the `except` block.",
+                "%s: rolled back although the response is %d, because it was made while a %s was"
+                " being handled. Raise a redirect, or answer after the `except` block.",
                 self.describe(),
                 status,
                 type(error).__name__,
@@ -310,4 +318,5 @@ class Exchange(Call):
         self._commit_error = None
         logger.error("%s: answered with 503: %s", self.describe(), error)
         await refuse(self._send, error)
-        await self._end(success=False)  # what another task of the handler has begun meanwhile
+        # Another task of the handler may have begun a unit meanwhile.
+        await self._end(success=False)

@@ -1,7 +1,7 @@
-"""A cancellation that comes during COMMIT, and waits until the answer has left.
+"""A cancellation that arrives during COMMIT and is held back until the answer has been sent.
 
-The client is to learn of what is committed. So the answer gets a moment to leave, and only then
-the application's task is cancelled after all.
+The client should learn what was committed. So there is a moment to send the answer, and only then
+is the application's task cancelled.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ import anyio.lowlevel
 from asgi_db.types import Message, Send
 
 DELIVERY_TIMEOUT = 1.0
-"""Seconds in which an answer may still leave, after its request was cancelled during COMMIT."""
+"""Seconds in which an answer can still be sent after a cancellation during COMMIT."""
 
 
 class LateCancellation:
-    """The cancellation of one task, until it is raised.
+    """The cancellation of one task, held back until it is raised.
 
     Attributes:
-        is_pending: whether it is still to be raised.
+        is_pending: whether it has not been raised yet.
     """
 
     def __init__(self, *, belongs_to_stream: bool) -> None:
-        """Prepare it for the cancelled scope of anyio in which this task is; see `hold`.
+        """Prepare it for a task in a cancelled scope of anyio; otherwise `hold` follows.
 
         Args:
-            belongs_to_stream: the task may wait for another one, which sends a stream for it.
+            belongs_to_stream: whether the task may be waiting for another one, which sends a
+                stream for it.
         """
         self.is_pending = True
         self._belongs_to_stream = belongs_to_stream
@@ -36,7 +37,7 @@ class LateCancellation:
         self._task: asyncio.Task[object] | None = None
 
     def hold(self, error: asyncio.CancelledError) -> None:
-        """Hold back what was raised in this task; an anyio scope raises its own again."""
+        """Hold back what was raised in this task; an anyio scope would raise its own again."""
         self._error = error
         self._task = asyncio.current_task()
         asyncio.get_running_loop().call_later(2 * DELIVERY_TIMEOUT, self._cancel_again)
@@ -45,13 +46,13 @@ class LateCancellation:
         """Send the answer, or a part of it.
 
         Raises:
-            TimeoutError: it did not leave in time.
+            TimeoutError: it could not be sent in time.
         """
         with anyio.fail_after(DELIVERY_TIMEOUT, shield=True):
             await send(message)
 
     async def raise_now(self) -> None:
-        """Raise the cancellation; in another task than its own, let it be raised there.
+        """Raise the cancellation; called in another task, have it raised in its own.
 
         Raises:
             asyncio.CancelledError: nearly always.
@@ -69,15 +70,16 @@ class LateCancellation:
         await anyio.lowlevel.checkpoint()
 
     def _cancel_again(self) -> None:
-        """Cancel the task again: it has sent nothing meanwhile, or leaves that to another one."""
+        """Cancel the task again, which has sent nothing meanwhile or left that to another task."""
         task = self._task
         self.end()
         if task is not None:
             self._error = None
-            task.uncancel()  # to its `asyncio.timeout` it is the same cancellation
+            # The task's own `asyncio.timeout` sees one and the same cancellation.
+            task.uncancel()
             task.cancel()
 
     def end(self) -> None:
-        """Forget the task: the cancellation was raised, or the call has ended."""
+        """Forget the task, because the cancellation was raised or the call has ended."""
         self.is_pending = False
         self._task = None

@@ -1,8 +1,8 @@
-"""The engine's life inside the ASGI lifespan.
+"""The engine's lifecycle inside the ASGI lifespan.
 
     lifespan.startup    the engine is made, then the application starts
     lifespan.shutdown   the application shuts down, then the engine is disposed, and only then
-                        does "complete" go out: the server exits as soon as it sees it
+                        is "complete" sent, because the server exits as soon as it receives it
 
 Source: https://asgi.readthedocs.io/en/latest/specs/lifespan.html
 """
@@ -19,11 +19,11 @@ from asgi_db.types import ASGIApp, Message, Receive, Scope, Send
 async def serve_lifespan(
     app: ASGIApp, database: Database, key: str, scope: Scope, receive: Receive, send: Send
 ) -> None:
-    """Serve the lifespan of an application: the database starts before it and ends after it.
+    """Start the database, run the application's lifespan, and dispose the database after it.
 
     Args:
-        key: the name of the session in `request.state`, which the application's own lifespan
-            state may not use.
+        key: the name of the session in `request.state`; the application's own lifespan state must
+            not use it.
     """
     startup = await receive()
     try:
@@ -75,15 +75,15 @@ class Lifespan:
         self._startup: Message | None = None
 
     async def run(self, startup: Message) -> None:
-        """Run the application's lifespan, or stand in for an application which has none."""
+        """Run the application's lifespan, or answer in place of an application without one."""
         self._startup = startup
         try:
             await self._app(self._scope, self._receive_startup_again, self._send_after_dispose)
         except Exception:
             if self._phase is not Phase.STARTING:
                 raise
-            # The specification: an application that raises before its first answer does not
-            # support the lifespan, and is served without.
+            # By the specification, an application that raises before its first answer does not
+            # support the lifespan and is served without it.
             logger.info("The application has no lifespan of its own", exc_info=True)
         if self._phase is Phase.STARTING:
             await self._send({"type": "lifespan.startup.complete"})

@@ -4,10 +4,10 @@ A request's unit of work ends when its response begins, and before the status li
 
     await send({"type": "http.response.start", …})    the application has its answer
         COMMIT or ROLLBACK, and the connection is back in the pool
-        the status line leaves only now; a failed COMMIT is raised here instead
+        only now the status line is sent; a failed COMMIT is raised here instead
 
-What the session does after that, in a stream or a background task, is a new unit, which ends
-before the next piece of the body, or with the ASGI call.
+Whatever the session does after that, in a stream or a background task, is a new unit, which ends
+before the next piece of the body is sent, or with the ASGI call.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from asgi_db.unit.session import DBSession
 
 
 class DBSessionMiddleware:
-    """Places a session in `request.state.db`, and ends its work before the response begins.
+    """Places a session in `request.state.db` and ends its work before the response begins.
 
         app.add_middleware(DBSessionMiddleware, database=database)
 
-    Works as Starlette, FastAPI or Litestar middleware and around any ASGI application. Makes
-    the engine at the application's startup and disposes it at its shutdown.
+    Works as middleware of Starlette, FastAPI or Litestar, and around any other ASGI application.
+    Makes the engine when the application starts, and disposes it when the application shuts down.
     """
 
     def __init__(
@@ -46,13 +46,13 @@ class DBSessionMiddleware:
         Args:
             app: the ASGI application.
             database: where the sessions come from; `Database()` if None.
-            mode: the mode of routes that set none: a mode, or a callable of the scope such as
-                `by_method`.
-            key: the name in `request.state`. A second database is a second middleware with a
+            mode: the mode of routes that set none: a mode, or a function that chooses one by the
+                scope, such as `by_method`.
+            key: the name in `request.state`. A second database needs a second middleware with a
                 key of its own.
             server_timing: tell the client in a `Server-Timing` header how many statements its
-                request took (with `retries=`, its last attempt), and how long. Browsers show it;
-                do not tell everybody.
+                request (with `retries=`, the last attempt) sent, and how long they took. Browsers
+                show the header; do not send it to everyone.
 
         Raises:
             ConfigurationError: no database was given, and the environment's settings cannot work.
@@ -76,7 +76,7 @@ class DBSessionMiddleware:
             and isinstance(placed.origin, Call)
             and placed.origin.serves(self.database)
         ):
-            # Installed twice, as in a mounted application too, it acts once.
+            # The middleware is installed twice, perhaps in a mounted application; it acts once.
             if self.mode is not plain:
                 placed.origin.adopt(self.mode)
             await self.app(scope, receive, send)
@@ -91,7 +91,7 @@ class DBSessionMiddleware:
             call.close()
 
     async def _run_attempts(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the application until an attempt has not lost against another transaction."""
+        """Run the application until an attempt needs no retry."""
         attempts = Attempts(scope, receive)
         while True:
             exchange = Exchange(self, scope, attempts.receive, send)
@@ -101,7 +101,7 @@ class DBSessionMiddleware:
             finally:
                 exchange.close()
                 exchange.leave()
-            if not exchange.is_lost:
+            if not exchange.needs_retry:
                 return
             scope = await attempts.next()
             self.database.statistics.retried(exchange.route())

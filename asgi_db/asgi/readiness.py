@@ -1,4 +1,4 @@
-"""How the database fares, for a load balancer; and how a request is turned away."""
+"""The state of the database for a load balancer, and the answer 503 to a refused request."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from asgi_db.errors import UnavailableError
 from asgi_db.types import Receive, Scope, Send
 
 RETRY_AFTER = 1
-"""Seconds after which a client that was refused may try again."""
+"""Seconds after which a refused client may try again."""
 
 
 class Readiness:
@@ -24,14 +24,14 @@ class Readiness:
     | answers, but the pool is exhausted     | 503    | a problem with `"reason": "busy"`     |
     | cannot be reached, or does not answer  | 503    | a problem with `"reason": "down"`     |
 
-    It never waits for the pool, and answers within seconds even where the server hangs.
+    It never waits for the pool, and answers within seconds even if the database hangs.
     """
 
     def __init__(self, database: Database) -> None:
         self.database = database
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request; a WebSocket is turned away."""
+        """Serve one request; a WebSocket is closed."""
         if scope["type"] == "websocket":
             await send({"type": "websocket.close"})
             return

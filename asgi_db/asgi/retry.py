@@ -1,8 +1,8 @@
-"""What it takes to run a request again whose transaction has lost against another one.
+"""Runs a request again after its transaction conflicted with another one.
 
-A server that cannot let two transactions succeed ends one of them, and means: try again. That is
-done here for `transactional(retries=…)`, as long as nothing has been sent: with the scope and the
-body as they came, and a session of its own for each attempt.
+A server that cannot let two transactions both succeed rolls one of them back, and expects it to be
+tried again. This module does so for `transactional(retries=…)` as long as nothing has been sent:
+each attempt gets the original scope and body, and a session of its own.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from asgi_db.asgi.frameworks import copy_scope
 from asgi_db.types import Message, Receive, Scope
 
 BODY_LIMIT = 1024 * 1024
-"""Bytes of a body that are kept for another attempt; a request with more is not run again."""
+"""The most bytes of a body that are kept; a request with a longer body is not run again."""
 
 FIRST_DELAY = 0.01
-"""Seconds before the second attempt, at most; doubled for each further one."""
+"""The longest delay before the second attempt, in seconds; it doubles with each attempt."""
 
 LONGEST_DELAY = 1.0
-"""Seconds before a further attempt, at most."""
+"""The longest delay before any attempt, in seconds."""
 
 
 class Attempts:
     """The attempts at one request.
 
     Attributes:
-        number: that of the running attempt, from 1.
-        ends_at: when the `timeout=` of the request is over, in the event loop's time; None if it
+        number: the number of the running attempt, from 1.
+        ends_at: when the `timeout=` of the request ends, by the event loop's clock; None if it
             has none, or no statement has run yet.
     """
 
@@ -41,15 +41,19 @@ class Attempts:
         self._messages: list[Message] = []
         self._size = 0
         self._position = 0
-        self._are_wanted: Callable[[], bool] = lambda: True
-        self._keeps_body: bool | None = None  # not decided before the first piece of it comes
+        self._is_wanted: Callable[[], bool] = lambda: True
+        # This is decided when the first piece of the body arrives.
+        self._keeps_body: bool | None = None
 
     def keep_body_if(self, wanted: Callable[[], bool]) -> None:
-        """Keep the body only if this says so: when it comes, the route is known."""
-        self._are_wanted = wanted
+        """Keep the body only if this says so; it is asked when the body arrives.
+
+        The route is known by then.
+        """
+        self._is_wanted = wanted
 
     async def receive(self) -> Message:
-        """Receive for the application: first what an earlier attempt has received."""
+        """Receive for the application, first the messages that an earlier attempt received."""
         if self._position < len(self._messages):
             message = self._messages[self._position]
         else:
@@ -60,7 +64,7 @@ class Attempts:
 
     def _keep(self, message: Message) -> None:
         if self._keeps_body is None:
-            self._keeps_body = self._are_wanted()
+            self._keeps_body = self._is_wanted()
         if not self._keeps_body:
             return
         self._messages.append(message)
@@ -70,9 +74,9 @@ class Attempts:
             self._messages.clear()
 
     def obstacle(self, retries: int) -> str:
-        """Say why there will be no further attempt; an empty string if there will be one."""
+        """Say why there cannot be another attempt; return an empty string if there can."""
         if self.number > retries:
-            return f"{self.number} attempts have lost, and retries={retries}"
+            return f"{self.number} attempts have failed, and retries={retries}"
         if self._keeps_body is False:
             return (
                 f"its body was not kept: it has more than {BODY_LIMIT} bytes, or was read before"
@@ -87,7 +91,7 @@ class Attempts:
         return min(FIRST_DELAY * 2.0 ** (self.number - 1), LONGEST_DELAY)
 
     async def next(self) -> Scope:
-        """Wait for a moment left to chance, and return the scope of the next attempt."""
+        """Wait for a random moment, and return the scope of the next attempt."""
         await asyncio.sleep(random.uniform(0, self._longest_delay))
         self.number += 1
         self._position = 0

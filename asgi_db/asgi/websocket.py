@@ -1,4 +1,4 @@
-"""One WebSocket: a unit of work ends before each event, so that waiting holds nothing."""
+"""One WebSocket: a unit of work ends before each event, so that waiting holds no connection."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from asgi_db.types import Message
 
 
 class Socket(Call):
-    """One WebSocket: a unit ends before each event, so that waiting holds nothing."""
+    """One WebSocket: a unit ends before each event, so that waiting holds no connection."""
 
     async def run(self) -> None:
-        """Run the application, then end what its last event has left open."""
+        """Run the application, then end the work that is still open after its last event."""
         self.task = asyncio.current_task()
         try:
             await self._site.app(self._scope, self._receive_between_units, self._send_after_commit)
@@ -33,14 +33,16 @@ class Socket(Call):
         unit = self._session.unit
         if unit is not None and not unit.is_work_of_another_task:
             await unit.end(success=self._exception_being_handled() is None)
-            unit.unanswered = None  # the application has chosen to say nothing
+            # The application has chosen not to answer.
+            unit.unanswered = None
         return await self._receive()
 
     async def _send_after_commit(self, message: Message) -> None:
         unit = self._session.unit
         if unit is None:
             await self._send(message)
-        elif unit.is_work_of_another_task:  # this is not the answer to it: a broadcast, say
+        elif unit.is_work_of_another_task:
+            # This message, perhaps a broadcast, does not answer that work.
             await unit.wait_for_end()
             await self._send(message)
         else:

@@ -7,21 +7,21 @@ from collections.abc import Callable
 
 
 class Deadline:
-    """The end of the time that the statements of a unit may take.
+    """The time by which the statements of a unit must have ended.
 
-    As `asyncio.timeout`, but it watches only while an operation of the session runs.
+    Works like `asyncio.timeout`, but only while an operation of the session is running.
 
     Attributes:
-        timeout: the whole time, in seconds.
-        allowed: the seconds that the watched operation had left when it began.
+        timeout: the time for the whole unit, in seconds.
+        allowed: the seconds that were left for the watched operation when it began.
     """
 
     def __init__(self, timeout: float, at: float | None = None) -> None:
-        """Let the time begin.
+        """Start the clock.
 
         Args:
             timeout: seconds.
-            at: its end in the event loop's time, if it has begun before.
+            at: the end by the event loop's clock, if the time began earlier.
         """
         self.timeout = self.allowed = timeout
         self._loop = asyncio.get_running_loop()
@@ -40,7 +40,7 @@ class Deadline:
         """Cancel the running task when the time is over.
 
         Args:
-            least: seconds that it gets in any case.
+            least: the seconds that the task has in any case.
         """
         if self._timer is None and (task := asyncio.current_task()) is not None:
             self._task = task
@@ -60,7 +60,7 @@ class Deadline:
         self._loop.call_at(self.at, callback)
 
     def has_cancelled(self, error: BaseException | None) -> bool:
-        """Stop watching, and say whether this, and nothing else, has cancelled the operation.
+        """Stop watching, and return whether only this deadline cancelled the operation.
 
         Args:
             error: how the operation ended.

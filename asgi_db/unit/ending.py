@@ -1,7 +1,7 @@
-"""How a transaction ends: what is awaited for a COMMIT or ROLLBACK, or to give a connection back.
+"""How a transaction ends: the I/O of a COMMIT or ROLLBACK, and of giving a connection back.
 
-Whether to commit is not decided here. Whatever cannot be ended in good order, or in time, is
-terminated: a connection goes back to the pool clean, or not at all.
+Whether to commit is decided elsewhere. A connection whose transaction cannot be ended properly, or
+in time, is terminated: it goes back to the pool clean, or not at all.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ CLEANUP_TIMEOUT = 5.0
 
 
 COMMIT_TIMEOUT = 30.0
-"""Seconds that a COMMIT may take before its outcome counts as unknown, where the mode has no
+"""Seconds that a COMMIT may take before its outcome counts as unknown, if the mode has no
 `timeout=`."""
 
 LEAST_COMMIT_TIMEOUT = 1.0
-"""Seconds that a COMMIT gets at least, where the mode's `timeout=` is nearly over."""
+"""Seconds that a COMMIT has at least, even if the mode's `timeout=` is nearly over."""
 
 
 def has_changes(session: Session | None) -> bool:
-    """Whether there are objects that a flush would write."""
+    """Return whether there are objects that a flush would write."""
     return session is not None and bool(session.new or session.dirty or session.deleted)
 
 
 def give_back(session: Session) -> None:
-    """Roll back and return the connection, and leave what was loaded usable.
+    """Roll back and return the connection, but keep the loaded objects usable.
 
-    `Session.rollback()` expires every object, and `Session.close()` detaches them all. Outside a
-    greenlet of SQLAlchemy's nothing can be sent, so the connection is invalidated instead.
+    `Session.rollback()` would expire every object, and `Session.close()` would detach them all.
+    Outside SQLAlchemy's greenlets nothing can be sent, so there the connection is invalidated.
     """
     if not in_greenlet() and (transaction := session.get_transaction()) is not None:
         for connection in transaction.connections:
@@ -54,7 +54,8 @@ def give_back(session: Session) -> None:
     while (
         transaction := session.get_nested_transaction() or session.get_transaction()
     ) is not None:
-        transaction.close()  # no public method of the session ends a transaction like this
+        # No public method of the session itself ends a transaction in this way.
+        transaction.close()
 
 
 class Ending:
@@ -71,8 +72,8 @@ class Ending:
 
         Args:
             session: the session.
-            transaction: what is open.
-            deadline: the end of the unit's time, if there is one; a COMMIT gets
+            transaction: the open transaction.
+            deadline: the deadline of the unit, if it has one; a COMMIT has
                 `LEAST_COMMIT_TIMEOUT` in any case.
             describe: names the request or block, for messages.
         """
@@ -88,15 +89,15 @@ class Ending:
     ) -> None:
         """Commit in time, or roll back.
 
-        Without `timeout=` only the COMMIT itself is limited, and not the flush before it.
+        Without a `timeout=` only the COMMIT itself is limited, not the flush before it.
 
         Args:
             commit: commits.
-            log_failure: is told of what went wrong, before the ROLLBACK.
+            log_failure: called with the error before the ROLLBACK.
 
         Raises:
-            OutcomeUnknownError: COMMIT was sent, and not answered in time.
-            DatabaseTimeoutError: it was not even sent in time.
+            OutcomeUnknownError: COMMIT was sent but not answered in time.
+            DatabaseTimeoutError: COMMIT was not sent in time.
             Exception: the commit failed.
         """
         transaction = self._transaction
@@ -127,7 +128,7 @@ class Ending:
             self._deadline.watch_task()
 
     def _overdue(self, error: BaseException | None) -> Exception | None:
-        """Stop watching the COMMIT, and return the error for one that did not end in time."""
+        """Stop watching the COMMIT, and return the error for one that took too long."""
         deadline = self._deadline
         if deadline is None or not deadline.has_cancelled(error):
             return None
@@ -140,20 +141,20 @@ class Ending:
         )
 
     async def roll_back_unit(self, straggler: Operation | None) -> None:
-        """Roll back at the end of a unit; if it has only read, what was loaded stays usable.
+        """Roll back at the end of a unit; after mere reads the loaded objects stay usable.
 
         Args:
-            straggler: the operation of another task which still runs; it is cancelled first.
+            straggler: an operation still running in another task; it is cancelled first.
         """
         await self._close_by(self._roll_back_after(straggler), self._session.close)
 
     async def give_back(self) -> None:
-        """Give the connection back, and leave what was loaded usable."""
+        """Give the connection back, but keep the loaded objects usable."""
         await self._close_by(self._give_back_after_streams(), self._keep_objects)
 
     async def _roll_back_after(self, straggler: Operation | None) -> None:
         if straggler is not None and straggler.task is not None:
-            # To end a session in the middle of another task's statement breaks it.
+            # Ending a session in the middle of another task's statement would break it.
             straggler.task.cancel()
             await asyncio.wait((straggler.task,))
         transaction = self._transaction
@@ -169,12 +170,12 @@ class Ending:
         await self._session.run_sync(give_back)
 
     async def _keep_objects(self) -> None:
-        """End a transaction without writes whose connection was closed: nothing is lost with it."""
+        """End a transaction without writes after its connection was closed; keep the objects."""
         with contextlib.suppress(SQLAlchemyError):
             await self._session.run_sync(give_back)
 
     async def _close_streams(self) -> None:
-        """Close what lives on a cursor: on MariaDB it would seem to be at its end."""
+        """Close the open cursors, which on MariaDB would otherwise seem to be exhausted."""
 
         def close(_: Session) -> None:
             for stream in streams:
@@ -186,11 +187,11 @@ class Ending:
     async def _close_by(
         self, closing: Coroutine[Any, Any, None], after_termination: Callable[[], Awaitable[None]]
     ) -> None:
-        """Close the transaction; where that fails or takes too long, terminate its connections.
+        """Close the transaction; if that fails or takes too long, terminate its connections.
 
         Args:
-            closing: closes it.
-            after_termination: ends it for the session when its connections are closed.
+            closing: closes the transaction.
+            after_termination: ends it for the session once its connections are closed.
         """
         connections = self._transaction.connections
         try:
@@ -209,7 +210,8 @@ class Ending:
             with anyio.move_on_after(CLEANUP_TIMEOUT):
                 await self._session.run_sync(lambda _: _terminate(connections))
             await after_termination()
-        except SQLAlchemyError as error:  # a task that has ignored its cancellation
+        except SQLAlchemyError as error:
+            # Another task has ignored its cancellation.
             logger.error("%s: the session is still in use: %s", self._describe(), brief(error))
 
 
@@ -221,7 +223,7 @@ def _terminate(connections: tuple[Connection, ...]) -> None:
 
 
 def brief(error: BaseException) -> str:
-    """The error for a log line; a database's own words may repeat what was to be written."""
+    """Describe an error for the log, without a database's own message, which may hold user data."""
     if not isinstance(error, DBAPIError):
         return f"{type(error).__name__}: {error}"
     code = "no code" if error.orig is None else error_code(error.orig) or "no code"

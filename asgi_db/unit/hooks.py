@@ -1,10 +1,10 @@
-"""What is to be done after the commit, or after the rollback.
+"""The functions to call after a commit or a rollback.
 
-A hook belongs to the unit of work in which it was added, and to the savepoint, if one was open.
-It waits until the database has answered; then it is due, or forgotten:
+A hook belongs to the unit of work in which it was added, and to the savepoint that was open then.
+It waits until the database has answered; then it is due, or it is discarded:
 
     pending ──COMMIT──▶ due (`on_commit`)      pending ──ROLLBACK──▶ due (`on_rollback`)
-            ──ROLLBACK TO SAVEPOINT──▶ forgotten, as what was done in the savepoint
+            ──ROLLBACK TO SAVEPOINT──▶ discarded, like all other work in the savepoint
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HookOutcome: TypeAlias = Literal["commit", "rollback"]
 When: TypeAlias = Literal["before_response", "after_response"]
 
 HOOKS_TIMEOUT = 5.0
-"""Seconds that hooks still get when their request was cancelled after its COMMIT."""
+"""Seconds that hooks still have if their request was cancelled after its COMMIT."""
 
 
 class Hook(NamedTuple):
@@ -38,7 +38,7 @@ class Hook(NamedTuple):
 
     @property
     def names(self) -> tuple[str, HookFunction]:
-        """What it waited for and what it is, for the log."""
+        """The event that it waited for and the function, for the log."""
         return self.outcome.upper(), self.function
 
 
@@ -54,11 +54,11 @@ class Hooks:
 
     @property
     def are_waiting(self) -> bool:
-        """Whether there are some whose COMMIT or ROLLBACK is yet to come, or has just come."""
+        """Whether a hook is pending or due before the response."""
         return bool(self._pending or self._due)
 
     def add(self, hook: Hook) -> None:
-        """Let a hook wait for the end of what is open now."""
+        """Let a hook wait for the end of the current transaction or savepoint."""
         self._pending.append(hook)
 
     def savepoint_began(self, savepoint: SessionTransaction) -> None:
@@ -66,12 +66,12 @@ class Hooks:
         self._savepoints[savepoint] = len(self._pending)
 
     def savepoint_rolled_back(self, savepoint: SessionTransaction) -> None:
-        """Forget the hooks of a savepoint, with what else was done there."""
-        # One that is not known began before the first hook was added.
+        """Discard the hooks of a savepoint, like all other work in it."""
+        # An unknown savepoint began before the first hook was added.
         del self._pending[self._savepoints.get(savepoint, 0) :]
 
     def settle(self, outcome: HookOutcome) -> None:
-        """Let those be due that have waited for this outcome, and forget the others."""
+        """Make the hooks due that waited for this outcome, and discard the others."""
         for hook in self._pending:
             if hook.outcome == outcome:
                 (self._late if hook.when == "after_response" else self._due).append(hook)
@@ -79,17 +79,18 @@ class Hooks:
         self._savepoints.clear()
 
     async def run(self, describe: Callable[[], str]) -> None:
-        """Run what is due, in order; an error stops none of them.
+        """Run the hooks that are due, in order; an error of one does not stop the others.
 
         Args:
             describe: names the request or block, for the log.
 
         Raises:
-            Exception: the first error of a hook that is not robust, when all have run.
+            Exception: the first error of a hook that is not robust; all hooks have run by then.
             asyncio.CancelledError: the request was cancelled; the hooks have nevertheless run, for
                 up to `HOOKS_TIMEOUT` seconds.
         """
-        if self._due and not self._is_running:  # a hook that commits: the others' turn will come
+        # They are running already if a hook itself commits; the loop then continues with the rest.
+        if self._due and not self._is_running:
             self._is_running = True
             try:
                 calls = _call_each(self._due, describe)
@@ -100,10 +101,10 @@ class Hooks:
                 raise error
 
     async def run_late(self, describe: Callable[[], str]) -> None:
-        """Run what was to wait for the response; there is nobody to tell of an error but the log.
+        """Run the hooks that waited for the response; their errors are only logged.
 
         Raises:
-            asyncio.CancelledError: as for `run`.
+            asyncio.CancelledError: see `run`.
         """
         if self._late:
             await run_to_completion(_call_each(self._late, describe), grace=HOOKS_TIMEOUT)
@@ -129,6 +130,6 @@ async def _call_each(hooks: deque[Hook], describe: Callable[[], str]) -> BaseExc
 
 
 def _is_being_cancelled() -> bool:
-    """Whether this task is cancelled; otherwise the hook has cancelled what it waited for."""
+    """Return whether this task is being cancelled, rather than something the hook awaited."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0

@@ -1,4 +1,4 @@
-"""The operation of a session that is running: one task at a time."""
+"""The running operation of a session, which serves one task at a time."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 
 class Operation(NamedTuple):
-    """A call of the session which is running, with all the calls that it makes itself.
+    """A running call of the session, including all the calls that it makes itself.
 
     Attributes:
         name: the method of the session.
-        task: the task that runs it; for the end of a unit, the task that ends it.
+        task: the task that runs it; at the end of a unit, the task that ends the unit.
         began: when it began, by `time.monotonic()`.
     """
 
@@ -21,10 +21,10 @@ class Operation(NamedTuple):
 
 
 DISCARDING = frozenset({"close", "invalidate", "reset"})
-"""Operations which discard a transaction; they are harmless when the request is over."""
+"""Operations that discard a transaction; they are harmless after the request has ended."""
 
 MAY_BE_LATE = frozenset({"commit", "rollback", *DISCARDING})
-"""Operations which end the unit, and may do so when its time is over."""
+"""Operations that end the unit, and may do so even when its time is over."""
 
 KEEPS_CONNECTION = frozenset({"connection", "begin", "begin_nested"})
-"""Operations whose very result is the open connection or transaction."""
+"""Operations that return the open connection or transaction itself."""

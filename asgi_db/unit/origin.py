@@ -1,4 +1,4 @@
-"""What a session is for: a request, or a block of code."""
+"""The request or block of code that a session is for."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from asgi_db.statistics import Tally
 
 
 class Origin(Protocol):
-    """What a session is for: a request, or a block of code.
+    """The request or block of code that a session is for.
 
     Attributes:
-        attempt: which attempt at the request it is, from 1.
-        asked: the mode that the dependencies of the handler stand for, if they stand for one.
-        ends_at: when the mode's `timeout=` is over, in the event loop's time, if an earlier attempt
-            has let it begin.
-        is_over: whether the request or block has ended: its session refuses to work.
-        task: the task to which the units belong that no other has begun; None if any may end them.
+        attempt: the number of this attempt at the request, from 1.
+        asked: the mode that the handler's dependencies ask for, if any.
+        ends_at: when the mode's `timeout=` ends, by the event loop's clock, if the time began in
+            an earlier attempt.
+        is_over: whether the request or block has ended, so that its session refuses to work.
+        task: the task that owns each unit not begun by another task; None if any task may end it.
     """
 
     attempt: int = 1
@@ -32,7 +32,7 @@ class Origin(Protocol):
 
     @property
     def session_options(self) -> Mapping[str, Any]:
-        """The arguments with which SQLAlchemy's session is made."""
+        """The arguments for the constructor of SQLAlchemy's session."""
         ...
 
     def life(self) -> EngineLife:
@@ -40,36 +40,36 @@ class Origin(Protocol):
         ...
 
     def describe(self) -> str:
-        """Name it, for messages."""
+        """Name the request or block, for messages."""
         ...
 
     def route(self) -> str:
-        """Name it among the counters: it has one name, however often it comes."""
+        """Name it for the counters, with the same name each time."""
         return self.describe()
 
     # -- the mode ------------------------------------------------------------------------------
 
     def route_mode(self) -> Mode | None:
-        """Return the mode that the route itself sets, which wins over everything."""
+        """Return the mode that the route itself sets, which takes precedence over all others."""
         return None
 
     def default_mode(self) -> Mode:
-        """Return the mode that holds if nothing stronger says otherwise."""
+        """Return the mode that applies if nothing else sets one."""
         ...
 
     def mode(self) -> Mode:
         """Return the mode for a unit that begins now.
 
-        Strongest first: the route, the dependency that the handler takes, the default.
+        In order of precedence: the route, the dependency of the handler, the default.
         """
         return self.route_mode() or self.asked or self.default_mode()
 
     def ask(self, mode: Mode, begun: Mode | None) -> None:
-        """Note the mode that a dependency stands for; the strongest one wins.
+        """Note the mode that a dependency asks for; the strongest one takes precedence.
 
         Args:
             mode: the mode.
-            begun: the mode in which a statement has already run.
+            begun: the mode in which a statement has already run, if any.
 
         Raises:
             ModeConflictError: a statement has already run in a weaker mode, or an earlier
@@ -84,17 +84,17 @@ class Origin(Protocol):
         asked = self.asked
         if asked is not None and asked.covers(mode):
             return
-        if self.route_mode() is None:  # else the route's mode wins
+        if self.route_mode() is None:
             if asked is not None and not mode.covers(asked):
                 raise ModeConflictError.at_odds(repr(mode), repr(asked), self.describe())
             if begun is not None and not begun.covers(mode):
                 raise ModeConflictError.too_late(mode.name, begun.name, self.describe())
         self.asked = mode
 
-    # -- what a unit tells it ------------------------------------------------------------------
+    # -- what a unit reports -------------------------------------------------------------------
 
     def deadline_began(self, at: float) -> None:
-        """Note when the time of a unit is over, in the event loop's time."""
+        """Note when the time of a unit ends, by the event loop's clock."""
         self.ends_at = None
 
     def unit_ended(self, tally: Tally) -> None:

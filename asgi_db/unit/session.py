@@ -1,4 +1,4 @@
-"""The session that handlers get."""
+"""The session that handlers use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from asgi_db.unit.unit_of_work import UnitOfWork
 
 
 class _Transaction(AsyncSessionTransaction):
-    """The block of `async with session.begin()`, whose COMMIT is not cut off either."""
+    """The block of `async with session.begin()`; a cancellation does not interrupt its COMMIT."""
 
     __slots__ = ("_unit_of_work",)
 
@@ -39,14 +39,15 @@ class _Transaction(AsyncSessionTransaction):
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        async def leave() -> None:
+        async def exit_block() -> None:
             await super(_Transaction, self).__aexit__(type_, value, traceback)
 
         if type_ is None:
-            await self._end(leave)
+            await self._end(exit_block)
         else:
-            await self._watched("rollback", leave)
-            with contextlib.suppress(Exception):  # it is logged, and masks no other
+            await self._watched("rollback", exit_block)
+            # An error of a hook is logged, and does not mask the error of the block.
+            with contextlib.suppress(Exception):
                 await self._unit_of_work.run_hooks()
 
     async def _end(self, end: Callable[[], Awaitable[None]]) -> None:
@@ -71,7 +72,8 @@ class _Transaction(AsyncSessionTransaction):
             try:
                 await self.session.run_sync(lambda _: session.leave(error))
             finally:
-                if self.nested and isinstance(error, Exception):  # which confines it
+                if self.nested and isinstance(error, Exception):
+                    # The savepoint has confined the failure.
                     unit.transaction.failure = failure
 
 
@@ -81,20 +83,20 @@ class DBSession(AsyncSession):
     sync_session_class = UnitSession
 
     unit: UnitOfWork | None = None
-    """What watches over it; None before its first use."""
+    """The unit of work of the session; None before its first use."""
 
     def __init__(self, origin: Origin) -> None:
-        """Place a session; what it is made of comes with its first use.
+        """Make an empty session, which is completed at its first use.
 
         Args:
-            origin: what it is for.
+            origin: the request or block that the session is for.
         """
         self.origin = origin
 
-    if not TYPE_CHECKING:  # where it would make a wrong name look right
+    if not TYPE_CHECKING:  # A type checker would accept every misspelt name.
 
         def __getattr__(self, name: str) -> Any:
-            """Make what `AsyncSession.__init__` makes, when something of it is first missed."""
+            """Complete the session when an attribute is needed that `AsyncSession` itself sets."""
             if name.startswith("__") or "sync_session" in self.__dict__:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
             unit = self.unit_of_work
@@ -103,7 +105,7 @@ class DBSession(AsyncSession):
 
     @property
     def unit_of_work(self) -> UnitOfWork:
-        """What watches over it; it is made when something first needs it."""
+        """The unit of work of the session, made when it is first needed."""
         unit = self.unit
         if unit is None:
             unit = self.unit = UnitOfWork(self, self.origin)
@@ -112,11 +114,11 @@ class DBSession(AsyncSession):
         return unit
 
     def begin(self) -> AsyncSessionTransaction:
-        """Begin a transaction in a block, at whose end it is committed or rolled back."""
+        """Begin a transaction for a block, which commits or rolls back at its end."""
         return _Transaction(self, self.unit_of_work)
 
     def begin_nested(self) -> AsyncSessionTransaction:
-        """Begin a savepoint in a block, at whose end it is released or rolled back to."""
+        """Begin a savepoint for a block, which releases it or rolls back to it at its end."""
         return _Transaction(self, self.unit_of_work, nested=True)
 
     async def commit(self) -> None:
@@ -124,17 +126,17 @@ class DBSession(AsyncSession):
 
         Raises:
             SQLAlchemyError: the commit failed, and the transaction is rolled back.
-            OutcomeUnknownError: COMMIT was sent, and its answer was lost or did not come in time.
+            OutcomeUnknownError: COMMIT was sent, but its answer did not arrive, or not in time.
         """
         await self.unit_of_work.commit(super().commit)
 
     @property
     def attempt(self) -> int:
-        """Which attempt at the request this is, from 1; see `transactional(retries=…)`."""
+        """The number of this attempt at the request, from 1; see `transactional(retries=…)`."""
         return self.origin.attempt
 
     async def rollback(self) -> None:
-        """Roll the transaction back, and run the hooks that wait for that."""
+        """Roll the transaction back, and run the hooks that wait for the rollback."""
         await super().rollback()
         await self.unit_of_work.run_hooks()
 
@@ -145,19 +147,19 @@ class DBSession(AsyncSession):
         when: When = "before_response",
         robust: bool = False,
     ) -> None:
-        """Call a function after the transaction that is open, or comes next, was committed.
+        """Call a function after the current or next transaction has been committed.
 
-        The functions are called in the order in which they were added. It is forgotten if the
-        transaction is rolled back, or the savepoint in which it was added. Whatever it does, the
-        commit stands. Where nothing is to be committed, it is called if the request succeeds.
+        Functions are called in the order in which they were added. A function is discarded if the
+        transaction, or the savepoint in which it was added, is rolled back. It cannot undo the
+        commit. If there is nothing to commit, it is called if the request succeeds.
 
         Args:
-            function: takes nothing; may be `async`. It has `HOOKS_TIMEOUT` seconds left if the
-                request is cancelled meanwhile.
+            function: takes no arguments and may be `async`. If the request is cancelled meanwhile,
+                the function still has `HOOKS_TIMEOUT` seconds.
             when: "before_response" (right after the COMMIT), or "after_response".
-            robust: an error of the function is only logged. Otherwise it is logged too, and then
-                raised like one of the endpoint, when all functions were called; after the response
-                there is nobody to raise it to.
+            robust: only log an error of the function. Otherwise the error is logged, and once all
+                functions have been called it is raised like an error of the endpoint. After the
+                response errors are only logged.
 
         Raises:
             TypeError: `function` cannot be called.
@@ -168,13 +170,13 @@ class DBSession(AsyncSession):
         self._add_hook(Hook(function, "commit", when, robust))
 
     def on_rollback(self, function: HookFunction) -> None:
-        """Call a function after the transaction that is open, or comes next, was rolled back.
+        """Call a function after the current or next transaction has been rolled back.
 
-        Its errors are only logged: they mask none that led there. It is forgotten with the
-        savepoint in which it was added.
+        Its errors are only logged, so that they do not mask the error that led to the rollback. It
+        is discarded if the savepoint in which it was added is rolled back.
 
         Args:
-            function: takes nothing; may be `async`.
+            function: takes no arguments and may be `async`.
 
         Raises:
             TypeError: `function` cannot be called.
@@ -186,15 +188,15 @@ class DBSession(AsyncSession):
         if not callable(hook.function):
             raise TypeError(
                 f"session.on_{hook.outcome}() takes a function, not {hook.function!r}: leave out"
-                " the brackets behind it, or use functools.partial for its arguments."
+                " the parentheses after its name, or use functools.partial for its arguments."
             )
         self.unit_of_work.add_hook(hook)
 
     async def release(self) -> None:
-        """Give the connection back to the pool now, for instance around a slow outgoing call.
+        """Give the connection back to the pool now, for example before a slow outgoing call.
 
-        The transaction ends; objects that were loaded stay usable, and the next statement
-        begins anew on whichever connection is free.
+        The transaction ends and the loaded objects stay usable. The next statement begins a new
+        transaction on any free connection.
 
         Raises:
             UncommittedWorkError: the transaction holds writes; commit or roll back first.

@@ -5,11 +5,11 @@ A session lives through many units, one after the other:
     IDLE ──first statement──▶ ACTIVE ──COMMIT or ROLLBACK──▶ ENDING ──▶ IDLE ──…──▶ CLOSED
 
 `IDLE` holds nothing. `ACTIVE` may hold a connection; its first statement fixes the mode. `ENDING`
-is a COMMIT, by hand too, or the ROLLBACK at the end of a unit: it runs in a task of its own, to
-its end, even if the request is cancelled. `CLOSED` is final: the request is over, and the session
-refuses to work.
+is a COMMIT, including one by hand, or the ROLLBACK at the end of a unit: it runs to its end in a
+task of its own, even if the request is cancelled. `CLOSED` is final: the request is over, and the
+session refuses to work.
 
-Nothing here is awaited: what the state means for a connection is done by `UnitOfWork`.
+Nothing here is awaited; `UnitOfWork` does the I/O.
 """
 
 from __future__ import annotations
@@ -57,34 +57,36 @@ TRANSITIONS: dict[State, tuple[State, ...]] = {
 
 
 class LeftOver(enum.Enum):
-    """What there is of a session's work while no transaction holds it."""
+    """Work of a session that belongs to no transaction."""
 
     KEPT = enum.auto()
-    """By `release`: changed objects which the next transaction will flush."""
+    """Changed objects that `release` kept, and that the next transaction will flush."""
     DISCARDED = enum.auto()
-    """Because the handler closed the session: work that nothing will commit."""
+    """Work that will not be committed, because the handler closed the session."""
 
 
 class Standing:
     """Where a unit of work stands.
 
     Attributes:
-        session: the session that handlers get.
-        sync_session: its synchronous half; there is none before the session is first used.
-        origin: what the session is for.
+        session: the session that handlers use.
+        sync_session: its synchronous half; None before the session is first used.
+        origin: the request or block that the session is for.
         life: the engine of the session, with its pool.
         state: where the unit stands.
-        fixed_mode: the mode that its first statement has fixed, until it ends.
+        fixed_mode: the mode that the first statement has fixed until the unit ends.
         transaction: the transaction that is open, or was open last.
-        operation: the operation that is running; in ENDING it is the end itself.
-        deadline: the end of its time, where there is one.
-        hooks: what is to be done after its end; None if there has been nothing yet.
-        conflict: the last error with which the database has preferred another transaction.
+        operation: the running operation; in ENDING it is the end itself.
+        deadline: the deadline of the unit, if its mode has a `timeout=`.
+        hooks: the functions to call after its end; None before the first one is added.
+        conflict: the last error of the database about a conflict with another transaction.
         tally: what the unit has done so far.
-        unanswered: the first transaction that was committed and of which the client does not know.
+        unanswered: the first committed transaction that the client has not been told about.
+        owner: the task that began the open transaction.
+        left_over: work of the session that belongs to no transaction.
     """
 
-    # Most of this is never set in a request; so it stands here, and costs nothing.
+    # Most requests never set these, so that as class attributes they cost nothing.
     state = State.IDLE
     sync_session: Session | None = None
     fixed_mode: Mode | None = None
@@ -101,7 +103,7 @@ class Standing:
 
         Args:
             session: the session.
-            origin: what it is for.
+            origin: the request or block that the session is for.
         """
         self.session = session
         self.origin = origin
@@ -111,7 +113,7 @@ class Standing:
         self.tally = Tally()
 
     def describe(self) -> str:
-        """Name what the unit is for, for messages."""
+        """Name the request or block, for messages."""
         return self.origin.describe()
 
     def __repr__(self) -> str:
@@ -126,11 +128,11 @@ class Standing:
         return self.fixed_mode or self.origin.mode()
 
     def ask(self, mode: Mode) -> None:
-        """Note the mode that a dependency stands for; see `Origin.ask`."""
+        """Note the mode that a dependency asks for; see `Origin.ask`."""
         self.origin.ask(mode, self.fixed_mode)
 
     def begin(self) -> Mode:
-        """Fix the mode, let its time begin, and return it; once for each unit."""
+        """Fix the mode, start its clock, and return it; this happens once in each unit."""
         mode = self.fixed_mode
         if mode is None:
             self.fixed_mode = mode = self.origin.mode()
@@ -144,9 +146,9 @@ class Standing:
         return mode
 
     def watch(self) -> None:
-        """Let the operation that runs be cancelled when its time is over.
+        """Have the running operation cancelled when its time is over.
 
-        The end of a unit has a limit of its own; an operation that ends it gets some more time.
+        The end of a unit has a limit of its own; an operation that ends it has some more time.
         """
         operation = self.operation
         if self.deadline is not None and operation is not None and self.state is State.ACTIVE:
@@ -155,7 +157,7 @@ class Standing:
     # -- one task at a time --------------------------------------------------------------------
 
     def check_free(self, name: str) -> None:
-        """Refuse an operation of a session that has ended, or that another task uses.
+        """Refuse an operation if the session has ended, or if another task is using it.
 
         Raises:
             SessionExpiredError: the request is over.
@@ -183,14 +185,14 @@ class Standing:
     def terminate_streams(self) -> None:
         """Close the connections of server-side cursors which are read after their time is over.
 
-        To fetch is no operation of the session, so its deadline cannot cancel it.
+        Fetching is not an operation of the session, so the deadline cannot cancel it.
         """
         if self.operation is None and self.overdue_stream() is not None:
             for connection in self.transaction.connections:
                 connection.invalidate()
 
     def overdue_stream(self) -> DatabaseTimeoutError | None:
-        """Return the error for a server-side cursor that is read after the end of `timeout=`."""
+        """Return the error for reading a server-side cursor after the end of `timeout=`."""
         is_late = self.transaction.streams and self.transaction.is_open and self.is_overdue
         return self.overdue() if is_late else None
 
@@ -213,16 +215,16 @@ class Standing:
 
     @property
     def is_used_by_another_task(self) -> bool:
-        """Whether an operation runs just now in another task than this."""
+        """Whether an operation is running in a task other than this one."""
         operation = self.operation
         return operation is not None and operation.task is not asyncio.current_task()
 
     @property
     def is_work_of_another_task(self) -> bool:
-        """Whether another task than this is in the middle of the unit.
+        """Whether a task other than this one is in the middle of the unit.
 
-        A task that has ended, such as a statement in `asyncio.gather`, has left it to the task
-        that waited.
+        A task that has ended, such as a statement in `asyncio.gather`, has handed the unit over to
+        the task that waited for it.
         """
         owner = self.owner
         if owner is None or owner.done():
@@ -243,17 +245,22 @@ class Standing:
     # -- the state -----------------------------------------------------------------------------
 
     def become_idle(self) -> None:
-        """Move on first: nothing that comes of the tally may keep the unit from being idle."""
+        """Become idle, and report what the unit has done.
+
+        The state changes first, so that no error in the report can prevent it.
+        """
         self.move(State.IDLE)
         mode, self.fixed_mode = self.fixed_mode, None
         if self.operation is None:
             self.deadline = None
-        else:  # the handler ends the transaction by hand; `leave` does the rest
+        else:
+            # The handler ends the transaction by hand, and `leave` does the rest.
             now = time.monotonic()
             self.tally.busy += now - self.operation.began
             self.operation = self.operation._replace(began=now)
         tally = self.tally
-        if tally.began is not None and mode is not None:  # it has run a statement, or tried to
+        if tally.began is not None and mode is not None:
+            # The unit has run a statement, or tried to.
             if not mode.autocommit:
                 tally.outcome = OUTCOMES.get(self.transaction.stage)
             self.tally = Tally()

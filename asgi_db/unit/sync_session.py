@@ -1,9 +1,9 @@
-"""The synchronous half of a session, which keeps it inside its unit of work.
+"""The synchronous half of a session, which keeps the session inside its unit of work.
 
-Every operation of an `AsyncSession`, a lazy load and `run_sync` included, passes through the
-public methods of the SQLAlchemy `Session` underneath. That is the one place where this module
-stands: it asks the unit of work before each operation, and tells it afterwards; SQLAlchemy's
-events tell it how the transaction goes on.
+Every operation of an `AsyncSession`, including a lazy load and `run_sync`, passes through the
+public methods of the SQLAlchemy `Session` underneath. This module wraps these methods: it asks the
+unit of work before each operation, and reports to it afterwards. SQLAlchemy's events report the
+steps of the transaction.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class UnitSession(Session):
         unit_of_work.sync_session = self
 
     def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
-        """Choose the engine by the mode; SQLAlchemy asks here before it takes a connection."""
+        """Choose the engine for the mode; SQLAlchemy calls this before it takes a connection."""
         bind = super().get_bind(*args, **kwargs)
         unit = self.unit_of_work
         mode = unit.fixed_mode or unit.begin()
@@ -53,7 +53,7 @@ class UnitSession(Session):
         return unit.life.bind_for(bind, mode)
 
     def rollback(self) -> None:
-        """Roll back; also what `release` has kept, which is in no transaction."""
+        """Roll back, including the changes that `release` has kept outside any transaction."""
         if not self.in_transaction() and has_changes(self):
             Session.begin(self)
         super().rollback()
@@ -62,8 +62,8 @@ class UnitSession(Session):
         """Begin an operation.
 
         Returns:
-            Whether it is one of its own; otherwise it is part of what the task is doing, which is
-            watched as a whole.
+            Whether it is a new operation; otherwise it is part of the one that this task is
+            running, which is watched as a whole.
 
         Raises:
             SessionExpiredError: the request is over.
@@ -81,9 +81,10 @@ class UnitSession(Session):
                 raise unit.overdue()
         if name in DISCARDING and unit.has_uncommitted_work:
             unit.left_over = LeftOver.DISCARDED
-        abandon_connect()  # of the engine itself: its error is no error of this operation
+        # The engine itself may have tried to connect, which has nothing to do with this operation.
+        abandon_connect()
         unit.operation = Operation(name, task, time.monotonic())
-        if name == "commit":  # in `run_sync`
+        if name == "commit":  # It was called inside `run_sync`.
             unit.begin()
             unit.move(State.ENDING)
         elif deadline is not None:
@@ -91,39 +92,40 @@ class UnitSession(Session):
         return True
 
     def leave(self, error: BaseException | None) -> None:
-        """End an operation; in autocommit its connection goes back at once.
+        """End an operation; in autocommit its connection goes back to the pool at once.
 
-        It goes back while the operation still counts as running, so that no other task begins one
-        meanwhile.
+        The operation counts as running until the connection is back, so that no other task begins
+        one meanwhile.
         """
         unit = self.unit_of_work
         try:
             if error is not None:
                 self._note_error(error)
-            if self._lets_connection_go(error):
+            if self._should_give_back(error):
                 give_back(self)
         finally:
             operation, deadline = unit.operation, unit.deadline
             if operation is not None and operation.task is asyncio.current_task():
                 unit.end_operation(operation)
-                if operation.name == "commit":  # in `run_sync`
+                if operation.name == "commit":  # It was called inside `run_sync`.
                     if error is not None:
                         unit.transaction.fail()
                     unit.become_idle()
             if error is not None or deadline is not None:
-                self._raise_instead_of(error, deadline)
+                self._raise_translated(error, deadline)
 
     def _note_error(self, error: BaseException) -> None:
         unit = self.unit_of_work
-        if self.in_transaction():  # else it has ended with the error
+        if self.in_transaction():  # Otherwise the error has ended the transaction.
             unit.transaction.note_error(error, in_savepoint=self.in_nested_transaction())
         if isinstance(error, DBAPIError) and unit.conflict is None and is_conflict(error):
-            unit.conflict = error  # of a BEGIN, which comes before the unit has the connection
+            # A BEGIN has failed, before the unit had the connection.
+            unit.conflict = error
 
-    def _lets_connection_go(self, error: BaseException | None) -> bool:
+    def _should_give_back(self, error: BaseException | None) -> bool:
         """Decide whether the connection goes back to the pool after an operation.
 
-        In autocommit it does, unless the handler holds a transaction block of its own.
+        In autocommit it does, unless the handler is in a transaction block of its own.
         """
         unit = self.unit_of_work
         mode, operation = unit.fixed_mode, unit.operation
@@ -139,13 +141,13 @@ class UnitSession(Session):
             and (error is None or isinstance(error, Exception))
         )
 
-    def _raise_instead_of(self, error: BaseException | None, deadline: Deadline | None) -> None:
-        """Raise what the error of an operation means.
+    def _raise_translated(self, error: BaseException | None, deadline: Deadline | None) -> None:
+        """Raise the library's own error in place of that of an operation, where there is one.
 
         Raises:
             DatabaseTimeoutError: the statement was cancelled because the unit's time is over.
-            DatabaseBusyError: there was no connection for it.
-            DatabaseDownError: the connection for it was closed while it was being set up.
+            DatabaseBusyError: no connection became free.
+            DatabaseDownError: the connection was closed while it was being set up.
         """
         unit = self.unit_of_work
         if error is not None:
@@ -175,7 +177,8 @@ def _inside_the_unit(name: str) -> Callable[..., Any]:
             raise
         self.leave(None)
         options: Mapping[str, Any] | None = kwargs.get("execution_options")
-        if options and options.get("stream_results"):  # `AsyncSession.stream`
+        if options and options.get("stream_results"):
+            # `AsyncSession.stream` sets this option.
             unit = self.unit_of_work
             unit.transaction.streams += (result,)
             if unit.deadline is not None:
@@ -185,7 +188,7 @@ def _inside_the_unit(name: str) -> Callable[..., Any]:
     return guarded
 
 
-# Every public method of `Session` that may talk to the database; tests hold this list against
+# Every public method of `Session` that may talk to the database; a test compares this list with
 # the installed SQLAlchemy.
 OPERATIONS = (
     "begin",
@@ -216,12 +219,12 @@ for _name in OPERATIONS:
     setattr(UnitSession, _name, _inside_the_unit(_name))
 
 
-# -- what SQLAlchemy tells of the transaction --------------------------------------------------
+# -- SQLAlchemy's events of the transaction ----------------------------------------------------
 
 
 @event.listens_for(UnitSession, "after_transaction_create")
 def _transaction_created(session: UnitSession, transaction: SessionTransaction) -> None:
-    """Note a new transaction, and whose work it is, from before its first statement."""
+    """Note a new transaction and its owner, before its first statement."""
     unit = session.unit_of_work
     if transaction.parent is None:
         unit.transaction = Transaction()
@@ -235,7 +238,7 @@ def _transaction_created(session: UnitSession, transaction: SessionTransaction) 
 
 @event.listens_for(UnitSession, "after_begin")
 def _transaction_began(session: UnitSession, _: SessionTransaction, connection: Connection) -> None:
-    """Note the connection, and mark it so that the events of the engine find the unit."""
+    """Note the connection, and mark it so that the events of the engine can find the unit."""
     unit = session.unit_of_work
     transaction = unit.transaction
     if connection not in transaction.connections:
@@ -267,7 +270,7 @@ def _commit_begins(session: UnitSession) -> None:
 
 @event.listens_for(UnitSession, "after_commit")
 def _transaction_committed(session: UnitSession) -> None:
-    """Note that the session has committed; the client is to know."""
+    """Note that the session has committed; the client has to be told."""
     if session.in_nested_transaction():
         return
     unit = session.unit_of_work
@@ -285,7 +288,8 @@ def _rolled_back(session: UnitSession, transaction: SessionTransaction) -> None:
     hooks = session.unit_of_work.hooks
     if hooks is not None:
         while not transaction.nested and transaction.parent is not None:
-            transaction = transaction.parent  # a flush that failed has rolled this back
+            # A failed flush has rolled this part back.
+            transaction = transaction.parent
         if transaction.nested:
             hooks.savepoint_rolled_back(transaction)
         else:
@@ -294,7 +298,7 @@ def _rolled_back(session: UnitSession, transaction: SessionTransaction) -> None:
 
 @event.listens_for(UnitSession, "after_transaction_end")
 def _transaction_ended(session: UnitSession, transaction: SessionTransaction) -> None:
-    """Note that the session has ended its transaction, by itself or by the handler."""
+    """Note that the session has ended its transaction, by itself or for the handler."""
     unit = session.unit_of_work
     if transaction.parent is not None:
         return

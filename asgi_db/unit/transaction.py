@@ -2,11 +2,11 @@
 
     OPEN ──▶ COMMITTING ──▶ SENT ──▶ COMMITTED
       │           │           └────▶ FAILED
-      │           └── a flush, or the COMMIT before it was sent ──▶ FAILED
+      │           └── a flush fails, or COMMIT cannot be sent ──▶ FAILED
       └──▶ ROLLED_BACK
 
-`SENT` begins when the driver sends COMMIT: from then on a connection that is closed leaves the
-outcome unknown. How a unit of work has ended is the last stage of its transaction.
+`SENT` begins when the driver sends COMMIT: from then on the outcome is unknown if the connection is
+closed. The outcome of a unit of work is the last stage of its transaction.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Stage(enum.Enum):
 STAGES: dict[Stage, tuple[Stage, ...]] = {
     Stage.NONE: (),
     Stage.OPEN: (Stage.COMMITTING, Stage.ROLLED_BACK, Stage.FAILED),
-    # Without a connection nothing is sent; with several, COMMIT is sent over each.
+    # Without a connection nothing is sent; with several, COMMIT is sent over each of them.
     Stage.COMMITTING: (Stage.SENT, Stage.COMMITTED, Stage.FAILED),
     Stage.SENT: (Stage.SENT, Stage.COMMITTED, Stage.FAILED),
     Stage.COMMITTED: (),
@@ -51,21 +51,21 @@ OUTCOMES: dict[Stage, Outcome] = {
     Stage.ROLLED_BACK: "rolled_back",
     Stage.FAILED: "failed",
 }
-"""What the statistics call the last stage."""
+"""The names of the last stages in the statistics."""
 
 
 class Transaction:
-    """What a unit of work knows of the transaction that is open, or was open last.
+    """What a unit of work knows about the transaction that is open, or was open last.
 
     Attributes:
         stage: how far it has come.
-        connections: those on which it is open.
-        streams: its results that live on a server-side cursor.
-        has_writes: whether it holds writes.
-        failure: why it cannot be committed any more, if it cannot.
-        was_cancelled: whether a statement of it, or its COMMIT, was running when the request was
-            cancelled.
-        when_sent: called when its COMMIT is sent, to limit the time that it may take.
+        connections: the connections on which it is open.
+        streams: its results with an open server-side cursor.
+        has_writes: whether it contains writes.
+        failure: why it can no longer be committed, if so.
+        was_cancelled: whether one of its statements, or its COMMIT, was running when the request
+            was cancelled.
+        when_sent: called when its COMMIT is sent, to limit the time for the answer.
     """
 
     stage = Stage.OPEN
@@ -81,24 +81,24 @@ class Transaction:
 
     @property
     def commit_was_sent(self) -> bool:
-        """Whether its COMMIT is on its way to the server, or at least may be."""
+        """Whether its COMMIT is, or may be, on its way to the server."""
         return self.stage is Stage.SENT
 
     @property
     def is_open(self) -> bool:
-        """Whether its end is still to come."""
+        """Whether it has not ended yet."""
         return bool(STAGES[self.stage])
 
     @property
     def has_committed_writes(self) -> bool:
-        """Whether it holds writes, and the database has committed them."""
+        """Whether it contains writes, and the database has committed them."""
         return self.has_writes and self.stage is Stage.COMMITTED
 
     def move(self, to: Stage) -> None:
-        """Go on to another stage.
+        """Move to another stage.
 
         Raises:
-            RuntimeError: there is no way from this stage to that one.
+            RuntimeError: the present stage does not lead to that one.
         """
         if to not in STAGES[self.stage]:
             raise RuntimeError(f"a transaction cannot move from {self.stage.name} to {to.name}")
@@ -108,7 +108,7 @@ class Transaction:
         """Begin to commit, unless the database has discarded the transaction already.
 
         Raises:
-            FailedTransactionError: it cannot be committed any more.
+            FailedTransactionError: it can no longer be committed.
         """
         if self.failure is not None:
             raise FailedTransactionError(statement_failed=True) from self.failure
@@ -119,31 +119,33 @@ class Transaction:
 
     def commit_is_sent(self) -> None:
         """Note that the driver is about to send COMMIT."""
-        if self.stage in (Stage.COMMITTING, Stage.SENT):  # else it is not the session's own COMMIT
+        # In any other stage the COMMIT is not that of the session.
+        if self.stage in (Stage.COMMITTING, Stage.SENT):
             self.move(Stage.SENT)
             if self.when_sent is not None:
                 self.when_sent()
 
     def end(self) -> None:
-        """Note that the session has ended it; a COMMIT has moved it on by itself."""
+        """Note that the session has ended it; after a COMMIT the stage has changed already."""
         if self.stage is Stage.OPEN:
             self.stage = Stage.ROLLED_BACK
 
     def fail(self) -> None:
-        """Note that its COMMIT has failed, unless the database has committed it."""
+        """Note that its COMMIT failed, unless the database has committed it."""
         if self.stage is not Stage.COMMITTED:
             self.stage = Stage.FAILED
 
     def note_failure(self, error: BaseException) -> None:
-        """Note that it cannot be committed; the first reason is the cause."""
+        """Note why it can no longer be committed; the first reason counts."""
         if self.failure is None:
             self.failure = error
 
     def note_error(self, error: BaseException, *, in_savepoint: bool) -> None:
-        """Note what the error of an operation means for it; a savepoint confines a failure."""
+        """Note the error of an operation; a failure inside a savepoint is confined to it."""
         if not isinstance(error, Exception):
             self.was_cancelled = True
         elif not isinstance(error, (DBAPIError, PoolTimeoutError)):
-            return  # a row that is missing, for one, is no failure of a statement
+            # No statement has failed; perhaps `get_one` found no row.
+            return
         if not in_savepoint:
             self.note_failure(error)

@@ -1,7 +1,7 @@
-"""The unit of work: one span between two ASGI events in which one transaction may be open.
+"""The unit of work: a span between two ASGI events in which one transaction may be open.
 
-Whether to commit is decided here, once; `Ending` does what is to be awaited, in a task of its own,
-which no cancellation of the request interrupts.
+Whether to commit is decided here, once. `Ending` then does the I/O in a task of its own, which a
+cancellation of the request does not interrupt.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ from asgi_db.unit.transaction import Stage
 
 
 class UnitOfWork(Standing):
-    """Begins and ends what one session does."""
+    """Begins and ends the work of one session."""
 
     # -- how it ends ---------------------------------------------------------------------------
 
     async def wait_for_end(self) -> None:
-        """Wait for a COMMIT or ROLLBACK that another task is waiting for."""
+        """Wait until a COMMIT or ROLLBACK that another task has begun is over."""
         while self.state is State.ENDING and self.operation is not None:
             assert self.operation.task is not None
             await asyncio.wait((self.operation.task,))
 
     async def end(self, *, success: bool, answer: str = "") -> None:
-        """End the unit: COMMIT where it succeeded and its mode commits, else ROLLBACK.
+        """End the unit: COMMIT if it succeeded and its mode commits, otherwise ROLLBACK.
 
-        Then its hooks are run. Costs nothing if no statement has run.
+        Its hooks run afterwards. If no statement has run, this costs nothing.
 
         Args:
-            success: whether what the unit belongs to has succeeded.
-            answer: what waits for the COMMIT, for the log line of one that fails.
+            success: whether the request or block has succeeded.
+            answer: the response that waits for the COMMIT, to be named in the log if it fails.
 
         Raises:
-            SQLAlchemyError: the commit failed; the transaction has been rolled back.
-            ConcurrentUseError: it was to succeed while another task used the session.
-            UncommittedWorkError: it was to be committed, but the handler had closed the session.
+            SQLAlchemyError: the commit failed, and the transaction has been rolled back.
+            ConcurrentUseError: the unit succeeded, but another task was using the session.
+            UncommittedWorkError: there was work to commit, but the handler had closed the session.
             Exception: the error of a hook that is not robust.
         """
         if not self.in_use:
@@ -65,25 +65,29 @@ class UnitOfWork(Standing):
         if self.hooks is None:
             await self._end(success, answer)
             return
-        keeps = success and (self.mode.commits or self.mode.read_only)  # or there is nothing to
+        # A mode that only reads has nothing to commit, and counts as committed.
+        keeps = success and (self.mode.commits or self.mode.read_only)
         outcome: HookOutcome = "rollback"
         try:
             await self._end(success, answer)
             outcome = "commit" if keeps else "rollback"
         except BaseException:
-            self.hooks.settle(outcome)  # unless the COMMIT has succeeded, and they are due
-            with contextlib.suppress(Exception):  # it is logged, and masks no other
+            # After a COMMIT that succeeded they are settled already.
+            self.hooks.settle(outcome)
+            # An error of a hook is logged, and does not mask this one.
+            with contextlib.suppress(Exception):
                 await self.hooks.run(self.describe)
             raise
         self.hooks.settle(outcome)
         await self.hooks.run(self.describe)
-        # What the hooks have done with the session; if that fails, it masks no other error.
+        # The hooks may have used the session. If this end fails, it must not mask another error.
         with contextlib.nullcontext() if success else contextlib.suppress(Exception):
             await self.end(success=True)
 
     async def _end(self, success: bool, answer: str) -> None:
         problem: Exception | None = None
-        if self.state is State.ENDING:  # another task commits or releases the session just now
+        if self.state is State.ENDING:
+            # Another task is committing or releasing the session.
             problem = self._concurrent_use("commit")
             await finish(asyncio.ensure_future(self.wait_for_end()))
         straggler = self.operation
@@ -110,13 +114,14 @@ class UnitOfWork(Standing):
             self.become_idle()
         self.left_over = None
         if success and problem is not None:
-            logger.error("Not committed: %s", brief(problem))  # it names the route
+            logger.error("Not committed: %s", brief(problem))
             raise problem
 
     def _ending(self) -> Ending:
         if self.left_over is LeftOver.KEPT and self.sync_session is not None:
             if not self.sync_session.in_transaction():
-                Session.begin(self.sync_session)  # in which what was kept is flushed, or expired
+                # What `release` kept is flushed or expired in this new transaction.
+                Session.begin(self.sync_session)
         return Ending(self.session, self.transaction, self.deadline, self.describe)
 
     def _warn_of_lost_work(self) -> None:
@@ -141,13 +146,14 @@ class UnitOfWork(Standing):
 
         Raises:
             asyncio.CancelledError: the request was cancelled; the COMMIT has nevertheless ended.
-            ConcurrentUseError: another task uses the session.
-            OutcomeUnknownError: the COMMIT did not end in time.
+            ConcurrentUseError: another task is using the session.
+            OutcomeUnknownError: the COMMIT was not answered in time.
         """
         caller = asyncio.current_task()
 
         def log_failure(error: BaseException) -> None:
-            if caller is not None and caller.cancelling():  # it is not told of the error
+            # A cancelled caller does not get the error, so it is logged.
+            if caller is not None and caller.cancelling():
                 self._log_failed_commit("", error)
 
         self.check_free("commit")
@@ -157,7 +163,8 @@ class UnitOfWork(Standing):
         except asyncio.CancelledError:
             if self.unanswered is not None:
                 self.unanswered.was_cancelled = True
-            with contextlib.suppress(Exception):  # it is logged
+            # An error of a hook is logged, and does not replace the cancellation.
+            with contextlib.suppress(Exception):
                 await self.run_hooks()
             raise
         await self.run_hooks()
@@ -180,7 +187,7 @@ class UnitOfWork(Standing):
             self.become_idle()
 
     async def _end_by(self, name: str, ending: Coroutine[Any, Any, None]) -> None:
-        """Run the end of the transaction to its end, in a task of its own."""
+        """End the transaction in a task of its own, and wait until that is complete."""
         self.move(State.ENDING)
         task = asyncio.ensure_future(ending)
         self.operation = operation = Operation(name, task, time.monotonic())
@@ -189,13 +196,14 @@ class UnitOfWork(Standing):
         try:
             await finish(task)
         finally:
-            if self.transaction.stage is Stage.OPEN:  # its connection was terminated
+            if self.transaction.stage is Stage.OPEN:
+                # The connection was terminated, so no event has reported the end.
                 self.transaction.end()
             self.end_operation(operation)
             self.become_idle()
 
     def close(self) -> None:
-        """Close the session for good: its use is an error from now on."""
+        """Close the session for good; using it is an error from now on."""
         self.move(State.CLOSED)
         self.sync_session = None
         del self.session
@@ -203,7 +211,7 @@ class UnitOfWork(Standing):
     # -- hooks ---------------------------------------------------------------------------------
 
     def add_hook(self, hook: Hook) -> None:
-        """Let a function be called after the COMMIT, or the ROLLBACK, of what is open now.
+        """Have a function called after the COMMIT or ROLLBACK of the current transaction.
 
         Raises:
             SessionExpiredError: the request is over.
@@ -217,7 +225,7 @@ class UnitOfWork(Standing):
         self.hooks.add(hook)
 
     async def run_hooks(self) -> None:
-        """Run the hooks that are due, after the handler itself has committed or rolled back.
+        """Run the hooks that are due after the handler itself has committed or rolled back.
 
         Raises:
             Exception: the error of a hook that is not robust.
@@ -226,10 +234,11 @@ class UnitOfWork(Standing):
             await self.hooks.run(self.describe)
 
     async def run_late_hooks(self) -> None:
-        """Run the hooks that were to wait for the response."""
+        """Run the hooks that waited for the response."""
         if self.hooks is not None:
             try:
                 await self.hooks.run_late(self.describe)
             finally:
-                with contextlib.suppress(Exception):  # it is logged, and the answer has left
+                # The response has been sent, so an error here is only logged.
+                with contextlib.suppress(Exception):
                     await self.end(success=True)

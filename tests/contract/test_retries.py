@@ -121,7 +121,7 @@ async def test_when_the_last_attempt_has_lost_its_error_says_so(
     exchange = await rival.site.answer(rival.work(9, write()), SERIALIZABLE)
     assert exchange.status == 500
     assert rival.attempts == [1, 2, 3, 4]
-    assert "will not be run again after a conflict: 4 attempts have lost" in caplog.text
+    assert "will not be run again after a conflict: 4 attempts have failed" in caplog.text
     assert await left(rival.site) == []
 
 
