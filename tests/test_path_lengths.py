@@ -8,8 +8,8 @@ from tests.servers import run
 from tests.tracing import Path, paths
 
 BOUNDS = {
-    "a read_only read": (75, 60, 39),
-    "a transactional write": (95, 75, 53),
+    "a read_only read": (75, 61, 40),
+    "a transactional write": (95, 76, 54),
 }
 """At most so many calls, hops between files, and hops back into a file already visited."""
 

@@ -306,7 +306,7 @@ def _transaction_ended(session: UnitSession, transaction: SessionTransaction) ->
         unit.transaction.end()
     if unit.state is State.ACTIVE:
         operation = unit.operation
-        if unit.hooks is not None and operation is not None and operation.name in DISCARDING:
-            unit.hooks.settle("rollback")
+        if unit.hooks is not None and operation is not None and operation.name in MAY_BE_LATE:
+            unit.hooks.settle("rollback")  # also where the ROLLBACK itself was cancelled
         if unit.fixed_mode is None or not unit.fixed_mode.autocommit:
             unit.become_idle()

@@ -118,10 +118,10 @@ class UnitOfWork(Standing):
             raise problem
 
     def _ending(self) -> Ending:
-        if self.left_over is LeftOver.KEPT and self.sync_session is not None:
-            if not self.sync_session.in_transaction():
-                # What `release` kept is flushed or expired in this new transaction.
-                Session.begin(self.sync_session)
+        session = self.sync_session
+        if self.left_over is LeftOver.KEPT and session is not None:
+            if not session.in_transaction():  # in which what was kept is flushed, or expired
+                Session.begin(session)
         return Ending(self.session, self.transaction, self.deadline, self.describe)
 
     def _warn_of_lost_work(self) -> None:
