@@ -1,4 +1,4 @@
-"""The `Database`: owns the engine, the sessions and their life."""
+"""The `Database`: owns the engine and the sessions, and their lifecycle."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from sqlalchemy import URL, MetaData, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from asgi_db.drivers.base import lost_connection
+from asgi_db.drivers.base import connection_error
 from asgi_db.engine import isolation_options, refuse_autocommit
 from asgi_db.errors import ConfigurationError, DatabaseBusyError, DatabaseDownError
 from asgi_db.logs import logger
 from asgi_db.modes import Mode, Transactional, plain, transactional
-from asgi_db.pool.abandoned import connection_aside, connection_of
+from asgi_db.pool.abandoned import connection_of, side_connection
 from asgi_db.pool.engines import Engines, EngineSettings
 from asgi_db.pool.life import EngineLife
 from asgi_db.profiles import PoolName, PoolProfile, pool_profile
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
     from asgi_db.testing import Sandbox
 
 DEFAULT_FILE = "app.db"
-"""The SQLite file that serves where nothing else is said."""
+"""The SQLite file that is used when no database is configured."""
 
 PING_TIMEOUT = 2.0
-"""Seconds that `ping` waits for a pooled connection's answer, and then for one beside the pool."""
+"""Seconds that `ping` waits for an answer over the pool, and then over a side connection."""
 
 
 class Database:
-    """Owns the engine, the session factory and their life; the one object that a user makes.
+    """Owns the engine, the sessions and their lifecycle; the one object that a user makes.
 
         database = Database("postgresql+asyncpg://app@localhost/shop")
 
@@ -68,20 +68,19 @@ class Database:
         """Check the settings; nothing is opened yet.
 
         Args:
-            url: where the database is. Without it `DATABASE_URL` or `DATABASE_TYPE` and its
-                companions say so, and without these an SQLite file in the working directory
-                serves.
-            engine: an engine of your own instead; it is used as it is, and never disposed. What an
-                `async_creator` of its own raises comes as it is.
+            url: where the database is. Without it `DATABASE_URL`, or `DATABASE_TYPE` and its
+                companions, say so; without these an SQLite file in the working directory is used.
+            engine: an engine of your own instead; it is used as it is, and never disposed. Errors
+                of an `async_creator` of its own are not translated.
             pool: the pool profile, "low", "medium" or "high", or a `PoolProfile` of your own.
             engine_options: for SQLAlchemy's `create_async_engine`; they override the profile.
-            session_options: for SQLAlchemy's `AsyncSession`, over `autoflush=False` and
+            session_options: for SQLAlchemy's `AsyncSession`; they override `autoflush=False` and
                 `expire_on_commit=False`.
             pooler: "transaction" behind PgBouncer in transaction pooling: asyncpg then keeps no
                 prepared statements.
             wait_for: seconds in which a database that is not there yet may come up at startup.
-            leak_threshold: seconds after which a connection that is still out of the pool is
-                logged, once, with the stack that took it; off if None.
+            leak_threshold: seconds after which a connection that is still checked out is logged,
+                once, with the stack that took it; off if None.
 
         Raises:
             ConfigurationError: a setting cannot work; the message says which, and the remedy.
@@ -116,7 +115,7 @@ class Database:
             "expire_on_commit": False,
             **(session_options or {}),
         }
-        self.statistics = Statistics()  # `asgi_db.opentelemetry` observes them
+        self.statistics = Statistics()
         self._wait_for = wait_for
         profile = pool if isinstance(pool, PoolProfile) else pool_profile(pool)
         settings = EngineSettings(self.url, profile, engine_options, pooler, leak_threshold)
@@ -144,9 +143,10 @@ class Database:
         return cls(url, engine_options=engine_options, **options)
 
     def __repr__(self) -> str:
-        return f"<Database {self.url!r}>"  # SQLAlchemy's URL hides the password in its repr
+        # The `repr` of SQLAlchemy's URL hides the password.
+        return f"<Database {self.url!r}>"
 
-    # -- the engine and its life ---------------------------------------------------------------
+    # -- the engine and its lifecycle ----------------------------------------------------------
 
     @property
     def engine(self) -> AsyncEngine:
@@ -159,15 +159,15 @@ class Database:
 
     @property
     def life(self) -> EngineLife:
-        """The engine of the running event loop, with its life; made at first use."""
+        """The engine of the running event loop, with its pool; made at first use."""
         return self._engines.running
 
     def life_on(self, loop: asyncio.AbstractEventLoop) -> EngineLife:
-        """Return the engine of an event loop, with its life, also to a thread beside the loop."""
+        """Return the engine of an event loop, with its pool; a thread may ask too."""
         return self._engines.on(loop)
 
     async def start(self) -> None:
-        """Make the engine, and wait for the database where `wait_for=` says so.
+        """Make the engine, and wait for the database if `wait_for=` is set.
 
         Raises:
             ConnectionError: the database did not come up within `wait_for` seconds.
@@ -178,7 +178,8 @@ class Database:
         while self._wait_for:
             left = deadline - time.monotonic()
             try:
-                with anyio.fail_after(max(left, 0.1)):  # also where it takes, but never answers
+                # The limit also ends a connect that the server accepts but never answers.
+                with anyio.fail_after(max(left, 0.1)):
                     return await self.ping()
             except (SQLAlchemyError, OSError) as error:
                 left = deadline - time.monotonic()
@@ -199,7 +200,7 @@ class Database:
         )
 
     async def dispose(self) -> None:
-        """Close every connection, also those which are still out after a while.
+        """Close every connection, including those still checked out after a while.
 
         The database can be used again afterwards. An engine of your own is left alone.
         """
@@ -222,11 +223,11 @@ class Database:
         await self.dispose()
 
     async def ping(self) -> None:
-        """Ask the database for a sign of life, whether or not the pool has a connection free.
+        """Check that the database answers, whether or not the pool has a free connection.
 
         Raises:
-            DatabaseBusyError: it lives, but no connection was free within 2 seconds.
-            DatabaseDownError: it cannot be reached, or gave no answer within 2 seconds.
+            DatabaseBusyError: it answers, but no connection was free within 2 seconds.
+            DatabaseDownError: it cannot be reached, or did not answer within 2 seconds.
         """
         try:
             return await _ask(connection_of(self.engine))
@@ -236,27 +237,27 @@ class Database:
             busy = DatabaseBusyError("database.ping()", self.holders())
             cause = error
         try:
-            await _ask(connection_aside(self.engine))
+            await _ask(side_connection(self.engine))
         except (SQLAlchemyError, TimeoutError) as error:
-            raise lost_connection(error) from error
+            raise connection_error(error) from error
         raise busy from cause
 
     async def create_tables(self, metadata: MetaData) -> None:
-        """Create the tables which do not exist yet."""
+        """Create the tables that do not exist yet."""
         async with connection_of(self.engine) as connection, connection.begin():
             await connection.run_sync(metadata.create_all)
 
     async def drop_tables(self, metadata: MetaData) -> None:
-        """Drop the tables which exist."""
+        """Drop the tables that exist."""
         async with connection_of(self.engine) as connection, connection.begin():
             await connection.run_sync(metadata.drop_all)
 
-    # -- who holds what ------------------------------------------------------------------------
+    # -- statistics ----------------------------------------------------------------------------
 
     def stats(self) -> DatabaseStats:
-        """Say what the routes have done, and who has which connection now.
+        """Return what the routes have done, and which of them hold connections now.
 
-        Opens nothing, and needs no event loop: a thread may ask, too. Covers this process.
+        Opens nothing and needs no event loop, so that a thread may ask too. Covers this process.
         """
         lives = self._engines.all()
         holders = [holder for life in lives for holder in life.connections.holders()]
@@ -268,7 +269,7 @@ class Database:
         )
 
     def holders(self) -> list[str]:
-        """Say which routes have the connections that are out of the pool, and for how long."""
+        """Say which routes hold the checked-out connections, and for how long."""
         return self.life.holders()
 
     def engines(self) -> list[AsyncEngine]:
@@ -314,7 +315,7 @@ class Database:
 
     @asynccontextmanager
     async def transaction(self, mode: Transactional = transactional) -> AsyncGenerator[DBSession]:
-        """Open a session which commits at the end of the block, or rolls back if it raises.
+        """Open a session that commits at the end of the block, or rolls back if it raises.
 
             async with database.transaction() as session:
                 session.add(order)
@@ -326,12 +327,12 @@ class Database:
             yield session
 
     def sandbox(self) -> Sandbox:
-        """Begin a sandbox, for a test: nothing that is written in its block stays.
+        """Begin a sandbox for a test; what is written in its block is rolled back at the end.
 
             with database.sandbox():  # or: async with
                 response = client.post("/orders")
 
-        It holds for requests, `session()`, `transaction()` and the engine, in every event loop.
+        It covers requests, `session()`, `transaction()` and the engine, in every event loop.
 
         Raises:
             SandboxError: there is one already, or a connection is still held.
@@ -342,7 +343,7 @@ class Database:
 
 
 class Block(Origin):
-    """An `async with` block, for which a session is."""
+    """An `async with` block of a session."""
 
     def __init__(self, database: Database, mode: Mode, name: str) -> None:
         self._database = database

@@ -1,7 +1,7 @@
-"""What asgi-db asks of a database and of its driver.
+"""What asgi-db has to know about a database and its driver.
 
-`Driver` says what each one answers. `AnyDriver` answers for all of them, as well as that can be
-done without knowing the driver: the others derive from it.
+`Driver` is the interface. `AnyDriver` implements it as far as that is possible without knowing the
+driver; all others derive from it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from asgi_db.errors import DatabaseDownError
 from asgi_db.modes import Mode
 
 BEGIN_OPTION = "asgi_db_begin"
-"""The execution option of an engine which says how its transactions begin: a `Beginning`."""
+"""The execution option of an engine that says how its transactions begin: a `Beginning`."""
 
 GIVE_UP_AFTER = 60.0
 """Seconds for which asgi-db tries to end a statement at a server that does not answer."""
@@ -35,9 +35,8 @@ class Beginning:
     """How a transaction begins, beyond what SQLAlchemy does.
 
     Attributes:
-        statements: what is sent first.
-        autocommit: whether the connection has to be in autocommit, or must not be; None leaves it
-            as it is.
+        statements: the statements to send first.
+        autocommit: whether the connection has to be in autocommit; None leaves it as it is.
     """
 
     statements: tuple[str, ...] = ()
@@ -45,7 +44,7 @@ class Beginning:
 
 
 class Abandoned(NamedTuple):
-    """A connection that was discarded while its server may still run its statement.
+    """A connection that was discarded while its server may be executing its statement.
 
     Attributes:
         connected: when the connection was made, by `time.monotonic()`.
@@ -57,10 +56,10 @@ class Abandoned(NamedTuple):
 
 
 class StandIn:
-    """Stands for a driver's connection where there is none of its own, as in a sandbox."""
+    """Replaces a driver's connection, as in a sandbox."""
 
     def is_closed(self) -> bool:
-        """Whether it cannot be used any more."""
+        """Whether it can no longer be used."""
         raise NotImplementedError
 
     def terminate(self) -> None:
@@ -69,14 +68,14 @@ class StandIn:
 
 
 class Driver(Protocol):
-    """What asgi-db has to know of a database and of the driver that talks to it.
+    """What asgi-db has to know about a database and its driver.
 
-    A connection is the driver's own, not as SQLAlchemy adapts it, unless the type says otherwise.
+    Unless the type says otherwise, a connection is the driver's own, not SQLAlchemy's adapter.
 
     Attributes:
-        name: SQLAlchemy's name of the driver, which stands behind the plus sign in a URL.
-        is_supported: whether asgi-db itself connects, and closes, with this driver; else
-            SQLAlchemy does.
+        name: SQLAlchemy's name of the driver, which follows the plus sign in a URL.
+        is_supported: whether asgi-db itself opens and closes the connections of this driver;
+            otherwise SQLAlchemy does.
         has_deferrable: whether a transaction can wait for a snapshot that needs no locks.
         has_hash_comments: whether `#` begins a comment in this SQL.
         sandbox: the rules of a sandbox for tests; None if there is none.
@@ -91,7 +90,7 @@ class Driver(Protocol):
     # -- the engine
 
     def options(self, url: URL, *, pooler: bool) -> dict[str, Any]:
-        """Return the arguments of `create_async_engine` with which the modes work.
+        """Return the arguments of `create_async_engine` that the modes need.
 
         Args:
             pooler: there is one in between, which pools transactions.
@@ -99,7 +98,7 @@ class Driver(Protocol):
         ...
 
     def is_in_memory(self, url: URL) -> bool:
-        """Say whether each connection to this URL would have a database of its own in memory."""
+        """Return whether each connection to this URL would have its own database in memory."""
         ...
 
     def prepare(self, engine: Engine, *, pooler: bool, durable: bool) -> None:
@@ -107,94 +106,94 @@ class Driver(Protocol):
 
         Args:
             pooler: there is one in between, which pools transactions.
-            durable: whether what is committed has to outlast a crash of the machine.
+            durable: whether commits have to survive a crash of the machine.
         """
 
     # -- a connection
 
     @property
     def connect_errors(self) -> tuple[type[Exception], ...]:
-        """The errors of `connect` which mean that the database cannot be reached."""
+        """The errors of `connect` that mean that the database cannot be reached."""
         ...
 
     def connect(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
-        """Connect; takes what the driver's own function takes."""
+        """Connect; takes the arguments of the driver's own function."""
         ...
 
     def is_closed(self, connection: Any) -> bool:
-        """Say whether the driver knows that this connection is closed; costs no round trip."""
+        """Return whether the driver knows that a connection is closed; costs no round trip."""
         ...
 
     def terminate(self, connection: Any) -> None:
-        """Close a connection at once, without a word to the server, in any event loop or none."""
+        """Close a connection at once, without notice to the server, in any event loop or none."""
 
     def leave_to_parent(self, connection: Any) -> None:
-        """Let this process, which was forked, not touch a connection of its parent."""
+        """Keep this forked process from touching a connection of its parent."""
 
     # -- a transaction
 
     def begin_options(self, mode: Mode, *, is_prepared: bool) -> dict[str, Any]:
-        """Return the execution options of an engine whose transactions begin as the mode says.
+        """Return the execution options of an engine whose transactions begin as the mode requires.
 
         Args:
-            is_prepared: whether the engine is one that `prepare` has prepared.
+            is_prepared: whether `prepare` has prepared the engine.
         """
         ...
 
     def begin(self, pooled: PoolProxiedConnection, beginning: Beginning) -> None:
         """Begin a transaction as an engine's `BEGIN_OPTION` says; SQLAlchemy does the rest."""
 
-    def stand_alone(self, connection: DBAPIConnection) -> None:
-        """Let each statement stand alone, where `begin` has not seen to that."""
+    def enter_autocommit(self, connection: DBAPIConnection) -> None:
+        """Put a connection into autocommit, unless `begin` does."""
 
-    def returned(self, connection: DBAPIConnection) -> None:
-        """Undo `stand_alone`, when the connection is back in the pool; costs no round trip."""
+    def leave_autocommit(self, connection: DBAPIConnection) -> None:
+        """Undo `enter_autocommit` when the connection is returned; costs no round trip."""
 
     # -- an error
 
     def is_own_error(self, error: BaseException) -> bool:
-        """Say whether this is an error of the driver that SQLAlchemy leaves as it is."""
+        """Return whether this is an error of the driver that SQLAlchemy does not wrap."""
         ...
 
     def is_conflict(self, error: BaseException) -> bool:
-        """Say whether the database has ended a transaction in favor of another one."""
+        """Return whether the database has rolled back a transaction in favor of another one."""
         ...
 
     def is_outage(self, error: BaseException) -> bool:
-        """Say whether the server shuts down, starts, or takes no more connections."""
+        """Return whether the server is starting, shutting down, or refusing more connections."""
         ...
 
     def code(self, error: BaseException) -> str | None:
-        """Return the database's code for an error; unlike its text it repeats no value."""
+        """Return the database's code for an error, which unlike its text contains no user data."""
         ...
 
     def advice(self, error: BaseException) -> str | None:
-        """Return a sentence that helps with an error whose cause is seldom what it says."""
+        """Return a sentence of advice for an error whose message seldom names the cause."""
         ...
 
-    # -- a statement that was abandoned
+    # -- an abandoned statement
 
     def id_at_server(self, connection: Any) -> int | None:
         """Return the number by which the server knows this connection, if it has one."""
         ...
 
     def interrupt(self, connection: Any) -> Coroutine[Any, Any, None] | None:
-        """Return what ends the connection's statement, where the driver itself can do that."""
+        """Return a coroutine that ends the connection's statement, if the driver can do that."""
         ...
 
     async def end_statements(
         self, connection: AsyncConnection, abandoned: dict[int, Abandoned]
     ) -> None:
-        """End the statements of abandoned connections, and remove each that has been ended.
+        """End the statements of abandoned connections, and remove those that have been ended.
 
         Args:
-            connection: one to the same server, in autocommit.
-            abandoned: the connections by their numbers at the server.
+            connection: a connection to the same server, in autocommit.
+            abandoned: the abandoned connections, by their numbers at the server.
         """
 
 
 class AnyDriver:
-    """What holds for a database and a driver of which nothing is known."""
+    """The defaults for a database and a driver about which nothing is known."""
 
     name = ""
     is_supported = False
@@ -226,7 +225,7 @@ class AnyDriver:
             return connection.terminate()
         try:
             self._terminate(connection)
-        except RuntimeError:  # its event loop is closed
+        except RuntimeError:  # The event loop of the connection is closed.
             shut_socket(connection)
 
     def _terminate(self, connection: Any) -> None:
@@ -249,10 +248,10 @@ class AnyDriver:
             finally:
                 cursor.close()
 
-    def stand_alone(self, connection: DBAPIConnection) -> None:
+    def enter_autocommit(self, connection: DBAPIConnection) -> None:
         pass
 
-    def returned(self, connection: DBAPIConnection) -> None:
+    def leave_autocommit(self, connection: DBAPIConnection) -> None:
         pass
 
     def is_own_error(self, error: BaseException) -> bool:
@@ -283,34 +282,35 @@ class AnyDriver:
 
 
 def shut_socket(connection: Any) -> None:
-    """Shut a connection's socket without its event loop, so that at least the server notices.
+    """Shut down a connection's socket without its event loop, so that at least the server notices.
 
-    There is no public way to the transport; the test of applications that start again without
+    The transport has no public API; the test of applications that start again without
     having been shut down, in `test_lifespan.py`, breaks when this changes.
     """
-    with contextlib.suppress(OSError, TypeError, AttributeError):  # closed, or left to uvloop
+    # These errors mean that the socket is closed, or belongs to uvloop.
+    with contextlib.suppress(OSError, TypeError, AttributeError):
         connection._transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
 
 class AutocommitRequests:
-    """The connections for which a user of the engine itself has asked for AUTOCOMMIT.
+    """The connections for which a direct user of the engine has asked for AUTOCOMMIT.
 
-    SQLAlchemy does not pass that on to `do_begin`, and a connection of ours does not show it:
-    whether it is in autocommit is decided at each begin.
+    SQLAlchemy does not pass this on to `do_begin`, and the connection does not show it, because
+    asgi-db decides about autocommit at each begin.
     """
 
     def __init__(self) -> None:
         self._connections = WeakSet[Any]()
 
     def watch(self, dialect: Dialect, after: Callable[[Any], None] | None = None) -> None:
-        """Notice what is asked of a dialect.
+        """Record the isolation levels that are set through a dialect.
 
         Args:
-            after: called with the adapted connection after another level than AUTOCOMMIT was set.
+            after: called with the adapted connection after a level other than AUTOCOMMIT was set.
         """
         set_isolation_level = dialect.set_isolation_level
 
-        def noticing(connection: DBAPIConnection, level: Any) -> None:
+        def set_and_record(connection: DBAPIConnection, level: Any) -> None:
             set_isolation_level(connection, level)
             driver_connection = dialect.get_driver_connection(connection)
             if level == "AUTOCOMMIT":
@@ -320,7 +320,7 @@ class AutocommitRequests:
             if after is not None:
                 after(connection)
 
-        dialect.set_isolation_level = noticing  # type: ignore[method-assign, assignment]
+        dialect.set_isolation_level = set_and_record  # type: ignore[method-assign, assignment]
 
     def __contains__(self, connection: Any) -> bool:
         return bool(self._connections) and connection in self._connections
@@ -331,11 +331,11 @@ def cause_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-def lost_connection(error: BaseException, where: str = "") -> DatabaseDownError:
-    """Make the error for a connection which is closed, or could not be made.
+def connection_error(error: BaseException, where: str = "") -> DatabaseDownError:
+    """Make the error for a connection that is closed or could not be opened.
 
     Args:
-        error: what the driver or the network says.
-        where: the request or block, as the beginning of the message.
+        error: the error of the driver or the network.
+        where: names the request or block, at the beginning of the message.
     """
     return DatabaseDownError(f"{where}the database cannot be reached ({cause_of(error)})", error)

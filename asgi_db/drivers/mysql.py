@@ -23,7 +23,7 @@ from asgi_db.drivers.base import (
     AutocommitRequests,
     Beginning,
     StandIn,
-    lost_connection,
+    connection_error,
 )
 from asgi_db.drivers.sandbox import INTERRUPT_AGAIN, SandboxControl, SandboxRules, SandboxStandIn
 from asgi_db.errors import SandboxError
@@ -207,7 +207,7 @@ class Asyncmy(MySQL):
             try:
                 connection.autocommit(was_asked_for or beginning.autocommit)  # often costs nothing
             except Exception as error:  # asyncmy has many, and some are not the driver's own
-                raise lost_connection(error) from error
+                raise connection_error(error) from error
         super().begin(pooled, beginning)
 
 

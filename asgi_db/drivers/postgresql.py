@@ -260,13 +260,13 @@ class Asyncpg(PostgreSQL):
 
     def begin_options(self, mode: Mode, *, is_prepared: bool) -> dict[str, Any]:
         if mode.autocommit:
-            return {}  # `stand_alone` costs nothing; a variant of the engine would
+            return {}  # `enter_autocommit` costs nothing; a variant of the engine would
         return super().begin_options(mode, is_prepared=is_prepared)
 
-    def stand_alone(self, connection: DBAPIConnection) -> None:
+    def enter_autocommit(self, connection: DBAPIConnection) -> None:
         connection.autocommit = True
 
-    def returned(self, connection: DBAPIConnection) -> None:
+    def leave_autocommit(self, connection: DBAPIConnection) -> None:
         connection.autocommit = False
 
 

@@ -1,4 +1,4 @@
-"""The open connections of an engine, and those of them which are checked out."""
+"""The open connections of an engine, and which of them are checked out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
 
 from asgi_db.drivers import driver_of
-from asgi_db.drivers.base import lost_connection
+from asgi_db.drivers.base import connection_error
 from asgi_db.drivers.connecting import connect_is_complete
 from asgi_db.engine import UNIT_INFO, Unit
 from asgi_db.pool.fair import FairPool
@@ -28,14 +28,14 @@ VERIFY_AFTER_IDLE = 1.0
 
 
 _RETURNED = "asgi_db_returned"
-"""The key in a connection's `info` for when it was last returned; one that is new has none."""
+"""The key in a connection's `info` for when it was last returned; a new one has none."""
 
 
 class Held(NamedTuple):
-    """A connection that is out of the pool: since when, and who took it where that is watched.
+    """A connection that is checked out: since when, and the stack if leaks are watched for.
 
-    The proxy is held weakly: a connection that was forgotten frees its place in the pool when its
-    proxy is collected.
+    The proxy is referred to weakly, so that a forgotten connection frees its place in the pool
+    when its proxy is garbage collected.
     """
 
     proxy: weakref.ref[PoolProxiedConnection]
@@ -44,7 +44,7 @@ class Held(NamedTuple):
 
 
 class Connections:
-    """The open connections of an engine, and those of them which are out of the pool."""
+    """The open connections of an engine, and which of them are checked out."""
 
     def __init__(
         self,
@@ -58,12 +58,12 @@ class Connections:
         """Watch an engine.
 
         Args:
-            statistics: counts what those do who use no session.
-            pooler: there is one in between.
-            verify: ping a connection before it is used, if it has been idle for a while.
+            statistics: counts the connections, including those used without a session.
+            pooler: whether there is a pooler in between.
+            verify: ping a connection before it is used if it has been idle for a while.
                 SQLAlchemy's `pool_pre_ping` pings each time, which triples the round trips of a
                 short read.
-            leak_threshold: seconds after which a connection that is still out is logged.
+            leak_threshold: seconds after which a connection that is still checked out is logged.
         """
         self._engine = engine
         self._dialect = engine.dialect
@@ -74,7 +74,8 @@ class Connections:
         self._open: dict[ConnectionPoolEntry, DBAPIConnection] = {}
         self._out: dict[ConnectionPoolEntry, Held] = {}
         self._leaks = None if leak_threshold is None else LeakWatch(leak_threshold, self._suspects)
-        self._returned: anyio.Event | None = None  # while somebody waits for it
+        # This is set while `all_returned` waits.
+        self._returned: anyio.Event | None = None
         target = engine.sync_engine
         event.listen(target, "connect", self._connect)
         event.listen(target, "close", self._close)
@@ -88,7 +89,7 @@ class Connections:
         self._open[entry] = connection
 
     def _still_open(self) -> dict[ConnectionPoolEntry, DBAPIConnection]:
-        """Leave out what SQLAlchemy has closed without an event, as setting it up had failed."""
+        """Leave out connections whose set-up failed, which SQLAlchemy closes without an event."""
         return {
             entry: connection
             for entry, connection in self._open.copy().items()
@@ -106,8 +107,9 @@ class Connections:
         if self._driver.is_closed(self._dialect.get_driver_connection(connection)):
             closed = "the server has closed this connection"
             if returned is not None:
-                raise DisconnectionError(closed)  # the pool makes another, but not for ever
-            raise lost_connection(ConnectionError(closed))
+                # The pool then tries another connection, a limited number of times.
+                raise DisconnectionError(closed)
+            raise connection_error(ConnectionError(closed))
         if self._verify and returned is not None and now - returned > VERIFY_AFTER_IDLE:
             self._ping(connection)
         stack = [] if self._leaks is None else self._leaks.connection_taken()
@@ -116,7 +118,8 @@ class Connections:
     def _ping(self, connection: DBAPIConnection) -> None:
         try:
             self._dialect.do_ping(connection)
-        except Exception as error:  # whatever it is: the pool replaces this and all older ones
+        except Exception as error:
+            # Whatever the error is, the pool replaces this connection and all older ones.
             raise InvalidatePoolError(str(error)) from error
 
     def _checkin(self, _: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
@@ -130,19 +133,20 @@ class Connections:
             self._statistics.connection_returned(now - held.since, tally)
 
     def _detach(self, connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
-        """Take leave of a connection which its user keeps, or has forgotten."""
+        """Forget a connection that its user has detached, or that was garbage collected."""
         self._open.pop(entry, None)
         self._checkin(connection, entry)
 
     def holders(self) -> list[Holder]:
-        """Say who has the connections that are out, the longest first."""
+        """Return the holders of the connections that are checked out, the longest first."""
         now = time.monotonic()
         return [
             Holder(_holder_of(entry), now - held.since) for entry, held in self._out.copy().items()
         ]
 
     def _suspects(self) -> Iterator[Suspect]:
-        for entry, held in self._out.copy().items():  # one may be collected meanwhile
+        # The copy is needed because a connection may be garbage collected meanwhile.
+        for entry, held in self._out.copy().items():
             yield Suspect(held.since, functools.partial(_holder_of, entry), held.stack)
 
     def stats(self) -> PoolStats:
@@ -151,8 +155,8 @@ class Connections:
         size = limit = None
         if isinstance(pool, QueuePool):
             size = pool.size() or None
-            # There is no public way to it; the test of pools in `test_statistics.py` breaks when
-            # this changes.
+            # It has no public API; the test of pools in `test_statistics.py` breaks when this
+            # changes.
             overflow = pool._max_overflow  # pyright: ignore[reportPrivateUsage]
             limit = None if size is None or overflow < 0 else size + overflow
         checked_out = len(self._out)
@@ -172,7 +176,7 @@ class Connections:
             await self._returned.wait()
 
     def terminate(self) -> int:
-        """Close what is open without a word to the server; return how many."""
+        """Close every open connection without notice to the server; return how many there were."""
         if self._leaks is not None:
             self._leaks.stop()
         connections = self._still_open()
@@ -181,7 +185,8 @@ class Connections:
             proxy = None if held is None else held.proxy()
             if self._behind_pooler:
                 self._driver.terminate(self._dialect.get_driver_connection(connection))
-            elif proxy is not None:  # whoever still has it gets an error, also at COMMIT
+            elif proxy is not None:
+                # The holder of the connection then gets an error, even at COMMIT.
                 proxy.invalidate()
             else:
                 self._dialect.do_terminate(connection)
@@ -190,13 +195,13 @@ class Connections:
         return len(connections)
 
     def forget(self, kind: type[object]) -> None:
-        """Take the connections of a kind for closed: there is nothing of them to be closed."""
+        """Forget the connections of a kind, of which none has to be closed."""
         self._open = {
             entry: c for entry, c in self._still_open().items() if not isinstance(c, kind)
         }
 
     def leave_to_parent(self) -> None:
-        """Take each connection for closed, without a move."""
+        """Leave each connection to the parent process, without closing it."""
         for connection in self._open.values():
             self._driver.leave_to_parent(self._dialect.get_driver_connection(connection))
 

@@ -1,4 +1,4 @@
-"""The engines of one database: how each is made, and which event loop has which."""
+"""The engines of one database: how each is made, and which event loop it belongs to."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class EngineSettings:
         url: where the database is.
         profile: how many connections each engine keeps.
         options: the user's options for `create_async_engine`; they override the profile's.
-        pooler: "transaction" if a pooler in transaction pooling stands before the server.
+        pooler: "transaction" if there is a pooler in between that pools transactions.
         leak_threshold: see `Connections`.
     """
 
@@ -48,31 +48,32 @@ class EngineSettings:
 
         Args:
             url: the one of the settings, or the file that serves as a database in memory.
-            durable: whether what is committed has to outlast a crash of the machine.
+            durable: whether commits have to survive a crash of the machine.
         """
         driver = driver_of_url(url)
         pooler = self.pooler is not None
         options: dict[str, Any] = {}
-        # A pool class of the user's own, such as NullPool, need not take the profile's values.
+        # A pool class that the user chose, such as NullPool, may not accept the profile's values.
         if "poolclass" not in self.options:
             options.update(self.profile.engine_options(), poolclass=FairPool)
         options.update(driver.options(url, pooler=pooler))
         for name, value in self.options.items():
             both = isinstance(value, Mapping) and isinstance(options.get(name), Mapping)
             options[name] = {**options[name], **value} if both else value
-        if creator := options.get("async_creator"):  # SQLAlchemy calls it without `do_connect`
+        if creator := options.get("async_creator"):
+            # SQLAlchemy calls it without `do_connect`.
             options["async_creator"] = Connector(driver, creator)
-        # OpenTelemetry replaces this function by its own, so it is looked up at each call.
+        # OpenTelemetry replaces this function, so it is looked up at each call.
         engine = sqlalchemy_asyncio.create_async_engine(url, **options)
         driver.prepare(engine.sync_engine, pooler=pooler, durable=durable)
         return engine
 
 
 class Cover(Protocol):
-    """Connects engines to something else than their server for a while, as a sandbox does."""
+    """Temporarily connects engines to something other than their server, as a sandbox does."""
 
     def cover(self, life: EngineLife) -> None:
-        """Let an engine that has just been made connect there too."""
+        """Connect a new engine there too."""
 
 
 class Engines:
@@ -80,7 +81,7 @@ class Engines:
 
     Attributes:
         settings: what they are made from.
-        statistics: where all of them are counted.
+        statistics: the counters that all of them share.
         active_cover: what they connect to instead of their server, if anything.
     """
 
@@ -90,7 +91,7 @@ class Engines:
         """Prepare them; each is made when its event loop first asks for it.
 
         Args:
-            given: an engine of the user's own, which serves every event loop and is not disposed.
+            given: the user's own engine, which serves every event loop and is not disposed.
         """
         self.settings = settings
         self.statistics = statistics
@@ -101,17 +102,18 @@ class Engines:
                 given, statistics, given=True, leak_threshold=settings.leak_threshold
             )
         self._lives: dict[asyncio.AbstractEventLoop, EngineLife] = {}
-        self._lock = threading.RLock()  # held while an engine is added or removed
+        self._lock = threading.RLock()  # It is held while an engine is added or removed.
         self._folder: TemporaryFolder | None = None
-        self._of_parent: list[EngineLife] = []
+        self._inherited: list[EngineLife] = []
         _all_engines.add(self)
 
     def __repr__(self) -> str:
-        return f"<Engines {self.settings.url!r}>"  # SQLAlchemy's URL hides the password here
+        # The `repr` of SQLAlchemy's URL hides the password.
+        return f"<Engines {self.settings.url!r}>"
 
     @property
     def running(self) -> EngineLife:
-        """The engine of the running event loop, with its life; made at first use.
+        """The engine of the running event loop, with its pool; made at first use.
 
         Raises:
             RuntimeError: there is no running event loop.
@@ -119,18 +121,18 @@ class Engines:
         return self._given or self.on(asyncio.get_running_loop())
 
     def on(self, loop: asyncio.AbstractEventLoop) -> EngineLife:
-        """Return the engine of an event loop, with its life; made at first use.
+        """Return the engine of an event loop, with its pool; made at first use.
 
-        A thread may ask for the engine of a loop that runs elsewhere.
+        A thread may ask for the engine of a loop that runs in another thread.
         """
         return self._given or self._lives.get(loop) or self._begin_life(loop)
 
     def all(self) -> list[EngineLife]:
-        """Return the engines that have been made, each with its life."""
+        """Return the engines that have been made, each with its pool."""
         return list(self._lives.values()) if self._given is None else [self._given]
 
-    def make_side_life(self) -> EngineLife:
-        """Make an engine that is made as the others are, and is not among them.
+    def make_side_engine(self) -> EngineLife:
+        """Make an engine like the others, which is not counted among them.
 
         Raises:
             SandboxError: the engine's only connection cannot be replaced.
@@ -149,7 +151,8 @@ class Engines:
         return EngineLife(side_engine, Statistics())
 
     def _begin_life(self, loop: asyncio.AbstractEventLoop) -> EngineLife:
-        with self._lock:  # a loop's first requests may be those of synchronous handlers, in threads
+        # Several threads may ask at once: those of synchronous handlers.
+        with self._lock:
             life = self._lives.get(loop)
             if life is None:
                 self._forget_closed_loops()
@@ -164,8 +167,8 @@ class Engines:
         url = settings.url
         in_memory = driver_of_url(url).is_in_memory(url)
         if in_memory:
-            # Each connection to SQLite's own `:memory:` is a database of its own. A private file
-            # is one database for all of them, with transactions that do not see each other.
+            # Each connection to SQLite's `:memory:` would have a database of its own. A private
+            # file is one database for all of them, with isolated transactions.
             self._folder = self._folder or TemporaryFolder()
             url = url.set(database=os.path.join(self._folder.path, "memory.db"))
         return EngineLife(
@@ -186,29 +189,32 @@ class Engines:
         try:
             if life is not None:
                 await run_to_completion(life.dispose())
-            await background_is_over(DISPOSE_TIMEOUT)  # SQLite's connections close in threads
+            # SQLite's connections are closed in threads.
+            await background_is_over(DISPOSE_TIMEOUT)
         finally:
             self._remove_unused_folder()
 
     def _forget_closed_loops(self) -> None:
-        """Drop the engines of loops that ended without `dispose`: their connections are dead."""
+        """Drop the engines of loops closed without `dispose`, whose connections are unusable."""
         for loop in [loop for loop in self._lives if loop.is_closed()]:
             self._lives.pop(loop).terminate()
 
     def _remove_unused_folder(self) -> None:
-        """Remove a database in memory after its last engine, that of a sandbox included."""
+        """Remove the folder of a database in memory once no engine or sandbox needs it."""
         with self._lock:
             if self._folder is not None and not self._lives and self.active_cover is None:
                 self._folder.remove()
                 self._folder = None
 
     def leave_to_parent(self) -> None:
-        """After a fork: leave the parent's connections alone, whose sockets this process shares."""
-        self._lock = threading.RLock()  # a thread of the parent may hold the other one for ever
+        """After a fork, leave alone the parent's connections, whose sockets this process shares."""
+        # The old lock may be held by a thread that exists only in the parent.
+        self._lock = threading.RLock()
         self._folder = None
         for life in self.all():
             life.leave_to_parent()
-        self._of_parent.extend(self._lives.values())  # collecting them would close something
+        # They are kept because collecting them would close connections of the parent.
+        self._inherited.extend(self._lives.values())
         self._lives.clear()
 
 

@@ -1,4 +1,4 @@
-"""Connections that are out for too long: each is logged once, with the stack that took it."""
+"""Logs each connection that is held for too long, once, with the stack that took it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ import sqlalchemy
 from asgi_db.logs import logger
 
 Stack = list[tuple[CodeType, int]]
-"""Where a connection was taken, the innermost call first. It refers to no frame, and so to no
-local variable."""
+"""Where a connection was taken, the innermost call first. It keeps no frame, and thus no local
+variable, alive."""
 
 
 @dataclass(frozen=True, slots=True)
 class Suspect:
-    """A connection that is out.
+    """A connection that is checked out.
 
     Attributes:
         since: when it was taken, by `time.monotonic()`.
-        describe: says who has it now.
+        describe: names its present holder.
         stack: where it was taken.
     """
 
@@ -37,9 +37,9 @@ class Suspect:
 
 
 class LeakWatch:
-    """Looks at the oldest connection that is out when it comes of age.
+    """Reports connections that have been checked out for longer than a threshold.
 
-    One timer for all of them, which is set only while a connection is out.
+    There is one timer for all of them, which is set only while a connection is checked out.
     """
 
     def __init__(self, threshold: float, suspects: Callable[[], Iterable[Suspect]]) -> None:
@@ -47,25 +47,26 @@ class LeakWatch:
 
         Args:
             threshold: seconds.
-            suspects: returns the connections that are out, the oldest first.
+            suspects: returns the connections that are checked out, the oldest first.
         """
         self._threshold = threshold
         self._suspects = suspects
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._looked_until = 0.0
-        """Who has had a connection since then, or for longer, has been reported."""
+        """Connections taken before this time have been reported."""
 
     def connection_taken(self) -> Stack:
-        """Set the timer where it is not set, and return the stack."""
+        """Set the timer if necessary, and return the stack of the caller."""
         loop = asyncio.get_running_loop()
-        if self._timer is None or self._loop is not loop:  # an application that started anew
+        # The event loop is another one if the application was started again.
+        if self._timer is None or self._loop is not loop:
             self._loop = loop
             self._timer = loop.call_later(self._threshold, self._look)
         return stack_of_caller()
 
     def stop(self) -> None:
-        """Let the timer go."""
+        """Cancel the timer."""
         if self._timer is not None:
             self._timer.cancel()
         self._timer = None
@@ -94,7 +95,7 @@ class LeakWatch:
 
 
 def stack_of_caller() -> Stack:
-    """Return the calls that led here, also from below SQLAlchemy's greenlets."""
+    """Return the calls that led here, including those outside SQLAlchemy's greenlets."""
     stack: Stack = []
     current: greenlet.greenlet | None = greenlet.getcurrent()
     frame: FrameType | None = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
@@ -108,10 +109,10 @@ def stack_of_caller() -> Stack:
 
 
 _BELOW = (
-    "<sqlalchemy",  # what it generates
+    "<sqlalchemy",  # SQLAlchemy's generated code has such file names.
     *(os.path.dirname(os.path.abspath(file)) for file in (__file__, sqlalchemy.__file__)),
 )
-"""The code at the inner end of a stack, which says nothing about who took the connection."""
+"""Where the inner end of a stack lies, which does not tell what code took the connection."""
 
 
 def _format(stack: Stack) -> str:

@@ -1,4 +1,4 @@
-"""The pool's care: who is checked out, what is verified before use, how the engine ends."""
+"""The lifecycle of an engine: its connections, its variants, and its end."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from asgi_db.pool.connections import Connections
 from asgi_db.statistics import Statistics
 
 DISPOSE_TIMEOUT = 10.0
-"""Seconds that `dispose` waits for connections which are out, before it terminates them."""
+"""Seconds that `dispose` waits for checked-out connections before it terminates them."""
 
 
 class EngineLife:
-    """An engine in the event loop that uses it, with its connections, until it is disposed."""
+    """An engine with its connections, from its making until it is disposed."""
 
     def __init__(
         self,
@@ -35,9 +35,9 @@ class EngineLife:
         """Look after an engine.
 
         Args:
-            statistics: where its connections are counted.
-            given: it belongs to the user: it is not disposed.
-            pooler: there is a pooler between it and its server.
+            statistics: counts its connections.
+            given: whether it belongs to the user, so that it is not disposed.
+            pooler: whether there is a pooler between it and its server.
             verify: ping its connections before use; see `Connections`.
             leak_threshold: see `Connections`.
         """
@@ -50,14 +50,14 @@ class EngineLife:
         self._abandoned = AbandonedStatements(engine, pooler=pooler)
         self._given = given
         self._variants: dict[tuple[Engine, tuple[object, ...]], Engine] = {}
-        self._lock = threading.Lock()  # held while a variant is made
+        self._lock = threading.Lock()  # It is held while a variant is made.
 
     def bind_for(self, bind: Engine | Connection, mode: Mode) -> Engine | Connection:
-        """Return the variant of an engine on which transactions begin as the mode says.
+        """Return the variant of an engine whose transactions begin as the mode requires.
 
         Args:
             bind: this engine, or another one that the user's session is bound to.
-            mode: modes that begin alike share one variant.
+            mode: the mode; modes that begin alike share one variant.
         """
         if isinstance(bind, Connection):
             return bind
@@ -69,17 +69,18 @@ class EngineLife:
         return found
 
     def holders(self) -> list[str]:
-        """Say which routes have the connections that are out of the pool, and for how long."""
+        """Say which routes hold the checked-out connections, and for how long."""
         return [str(holder) for holder in self.connections.holders()]
 
     def leave_to_parent(self) -> None:
-        """Let this process, which was forked, not touch the sockets that it shares."""
-        self._lock = threading.Lock()  # a thread of the parent may hold the other one for ever
+        """Keep this forked process from touching the sockets that it shares with its parent."""
+        # The old lock may be held by a thread that exists only in the parent.
+        self._lock = threading.Lock()
         if not self._given:
             self.connections.leave_to_parent()
 
     async def dispose(self) -> None:
-        """Close every connection; those that are out get `DISPOSE_TIMEOUT` to come back."""
+        """Close every connection; those checked out have `DISPOSE_TIMEOUT` to be returned."""
         if not self._given:
             with anyio.move_on_after(DISPOSE_TIMEOUT):
                 await self.connections.all_returned()
@@ -90,7 +91,7 @@ class EngineLife:
         await self._abandoned.all_ended()
 
     def terminate(self) -> None:
-        """Cut off whatever is still open."""
+        """Terminate every connection that is still open."""
         if self._given:
             return
         terminated = self.connections.terminate()

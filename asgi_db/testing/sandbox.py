@@ -13,7 +13,7 @@ from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from asgi_db.drivers import driver_of, drivers_with_sandbox
-from asgi_db.drivers.base import lost_connection
+from asgi_db.drivers.base import connection_error
 from asgi_db.drivers.sandbox import SandboxRules
 from asgi_db.errors import SandboxError
 from asgi_db.pool.engines import Engines
@@ -107,7 +107,7 @@ class Sandbox:
         return portal
 
     async def _open(self, portal: BlockingPortal) -> None:
-        self._life = self._engines.make_side_life()
+        self._life = self._engines.make_side_engine()
         self._shared = SharedConnection(self._life.engine, portal, _rules(self._life))
         await self._shared.open()
 
@@ -162,7 +162,7 @@ class Sandbox:
     def _stand_in(self, entry: ConnectionPoolEntry) -> Any:
         assert self._shared is not None
         if not self._shared.is_usable:
-            raise lost_connection(ConnectionError("the sandbox's connection is closed"))
+            raise connection_error(ConnectionError("the sandbox's connection is closed"))
         return StandInConnection(self._shared, entry)
 
     def _connected(self, connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:

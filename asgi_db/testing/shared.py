@@ -28,7 +28,7 @@ from asgi_db.drivers import driver_of
 from asgi_db.drivers.sandbox import SandboxRules
 from asgi_db.errors import SandboxError
 from asgi_db.logs import logger
-from asgi_db.pool.abandoned import connection_aside
+from asgi_db.pool.abandoned import side_connection
 from asgi_db.testing.cursor import execute
 from asgi_db.testing.set_up import Creator, RecordedConnection, replace_creator
 from asgi_db.testing.transaction import SandboxedTransaction, Statement
@@ -118,7 +118,7 @@ class SharedConnection:
 
     def side_connection(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """Open another connection to the same server, in autocommit."""
-        return connection_aside(self._engine)
+        return side_connection(self._engine)
 
     # -- what is sent --------------------------------------------------------------------------
 
