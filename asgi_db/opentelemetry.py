@@ -61,8 +61,8 @@ def instrument(
 
     Metrics have the names of OpenTelemetry's conventions where it has one, and begin with
     `asgi_db.` where it has none. Each statement is a span by OpenTelemetry's own instrumentation of
-    SQLAlchemy, which this switches on if nobody has: that is for the whole process. Each unit of
-    work is a span too, beside those of its statements, with its outcome.
+    SQLAlchemy, which this function enables for the whole process if it is not enabled yet. Each
+    unit of work is a span too, with its outcome, next to those of its statements.
 
     Args:
         databases: all databases of the application.
@@ -80,15 +80,16 @@ def instrument(
         instrumentor.instrument(
             engines=[engine.sync_engine for each in databases for engine in each.engines()],
             tracer_provider=_SafeTracerProvider(tracer_provider or get_tracer_provider()),
-            meter_provider=NoOpMeterProvider(),  # its metric of the pool has a name that is no more
-            # It says of itself that it ends before SQLAlchemy 2.1, and else does nothing; the tests
-            # of spans say that it does not.
+            # Its metric of the pool has an outdated name.
+            meter_provider=NoOpMeterProvider(),
+            # It declares no support for SQLAlchemy 2.1, and would then do nothing; the tests of
+            # spans show that it works.
             skip_dep_check=True,
         )
 
 
 class _Recorder:
-    """Records what one database tells as it happens."""
+    """Records the events of one database as they happen."""
 
     def __init__(self, database: Database, meter: Meter, tracer: Tracer) -> None:
         self._attributes = {POOL_NAME: database.stats().name}
@@ -113,7 +114,7 @@ class _Recorder:
         self._use_time.record(held, self._attributes)
 
     def unit_ended(self, route: str, mode: str, tally: Tally) -> None:
-        """Make the span of the unit when it is over: until then it is nobody's current span."""
+        """Make the span of the unit after its end, so that it is never the current span."""
         end = time.time_ns()
         lasted = 0.0 if tally.began is None else time.monotonic() - tally.began
         span = self._tracer.start_span(
@@ -226,14 +227,14 @@ def _reader(field: str) -> Read:
     ]
 
 
-# -- spans of statements that harm none --------------------------------------------------------
+# -- spans whose errors do not reach the statements ---------------------------------------------
 #
 # OpenTelemetry's instrumentation of SQLAlchemy begins and ends its spans in the middle of a
-# statement, where an error of a span processor would be one of the statement.
+# statement, where an error of a span processor would become an error of the statement.
 
 
 class _SafeTracerProvider(TracerProvider):
-    """Gives out tracers whose spans raise nothing when they begin or end."""
+    """Provides tracers whose spans raise no error when they begin or end."""
 
     def __init__(self, provider: TracerProvider) -> None:
         self._provider = provider

@@ -29,35 +29,35 @@ _COUNTERS = {
     "timeouts": "How often no connection became free in time.",
 }
 _SECONDS = {
-    "held": "Time in which connections were out of the pool.",
-    "waited": "Time until a connection was there, be it from the pool or new.",
+    "held": "Time for which connections were checked out.",
+    "waited": "Time spent waiting for connections, from the pool or new.",
     "busy": "Time within calls of the session.",
 }
 _GAUGES = {
     "size": "Connections that the pool keeps.",
-    "limit": "Connections that there may be at most.",
-    "waiting": "Who waits for a connection.",
+    "limit": "The most connections that the pool may open.",
+    "waiting": "Tasks that wait for a connection.",
 }
 
 
 class DatabaseCollector(Collector):
-    """Reads `database.stats()` each time it is asked; nothing is done in between.
+    """Reads `database.stats()` at each scrape, and does nothing in between.
 
-    Where several processes serve one application (`PROMETHEUS_MULTIPROC_DIR`), prometheus_client
-    cannot use collectors like this: let each process be asked by itself.
+    If several processes serve one application (`PROMETHEUS_MULTIPROC_DIR`), prometheus_client
+    cannot use collectors like this one: have each process scraped separately.
     """
 
     def __init__(self, *databases: Database) -> None:
         """Prepare the collector, for a registry of `prometheus_client`.
 
         Args:
-            databases: all databases of the application; one registry takes one collector. Those
-                of one name, such as two on one URL, are added up.
+            databases: all databases of the application; a registry takes one collector. Databases
+                with the same name, such as two with one URL, are added up.
         """
         self._databases = databases
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the metrics; `prometheus_client` calls this, from a thread of its own as a rule."""
+        """Yield the metrics; `prometheus_client` calls this, usually in a thread of its own."""
         stats = [database.stats() for database in self._databases]
         yield from _of_pools(stats)
         yield from _of_routes(stats)
@@ -66,7 +66,7 @@ class DatabaseCollector(Collector):
 def _of_pools(all_stats: list[DatabaseStats]) -> Iterator[Metric]:
     open_now = GaugeMetricFamily(
         "asgi_db_pool_connections",
-        "Open connections, by what they are: used or idle.",
+        "Open connections, by state: used or idle.",
         labels=["database", "state"],
     )
     by_name = defaultdict[str, list[PoolStats]](list)
@@ -88,7 +88,7 @@ def _of_pools(all_stats: list[DatabaseStats]) -> Iterator[Metric]:
 def _of_routes(all_stats: list[DatabaseStats]) -> Iterator[Metric]:
     units = CounterMetricFamily(
         "asgi_db_units",
-        "Units of work that have ended, by how; none: there was no transaction to end.",
+        "Units of work that have ended, by outcome; none: there was no transaction to end.",
         labels=["database", "route", "outcome"],
     )
     sums = defaultdict[tuple[str, ...], float](float)

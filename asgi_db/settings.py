@@ -38,7 +38,7 @@ _INSTALL = {
     "aiosqlite": "aiosqlite",
 }
 _accepted: set[str] = set()
-"""Drivers that were registered beyond those above, for any database."""
+"""Further drivers that were registered, for any database."""
 _MYSQL = ("mysql", "mariadb")
 _MEMORY = ":memory:"
 _TYPES = ", ".join(f'"{name}"' for name in _DRIVERS)
@@ -156,8 +156,8 @@ class _Parts:
         return name
 
     def check_length(self, name: str) -> None:
-        # PostgreSQL cuts a longer name off, without an error: "<63 bytes>_test" is no test database
-        # but the real one.
+        # PostgreSQL truncates a longer name without an error: "<63 bytes>_test" would name the real
+        # database, and not one for tests.
         size, limit = (
             (len(name), "64 characters")
             if self.type in _MYSQL
@@ -200,12 +200,12 @@ def _is_charset(name: object) -> bool:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_]+", name):
         return False
     if find_spec("asyncmy") is None:
-        return True  # as far as can be said without the driver
+        return True  # Without the driver more cannot be checked.
     return import_module("asyncmy.charset").charset_by_name(name) is not None
 
 
 def accept_driver(name: str) -> None:
-    """Let URLs name this driver, too, as in `sqlite+name://`; they are taken as they are."""
+    """Accept URLs that name this driver, as in `sqlite+name://`, without changing them."""
     if name not in _DRIVERS.values():
         _accepted.add(name)
 

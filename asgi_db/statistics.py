@@ -1,8 +1,8 @@
-"""What each route has done to the database, and which of them have a connection now.
+"""What each route has done to the database, and which of them hold a connection now.
 
-A unit of work counts in a `Tally` of its own, which is added to that of its route when the unit
-ends: only then is it certain which route it was. A route is named by its template, never by the
-path of a request, so there are as many tallies as the application has routes.
+A unit of work counts in its own `Tally`, which is added to that of its route when the unit ends:
+only then is the route certain. A route is named by its template, never by the path of a request,
+so there are as many tallies as the application has routes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Outcome: TypeAlias = Literal["committed", "rolled_back", "failed"]
 _OUTCOMES = ("committed", "rolled_back", "failed", "none")
 
 WITHOUT_SESSION = "the engine, without a session"
-"""The name under which connections are counted that come from `database.engine` itself."""
+"""The name for the counters of connections taken from `database.engine` itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,23 +30,22 @@ class RouteStats:
     """What one route has done since the process began; all times are seconds.
 
     Attributes:
-        units: units of work that have ended, each from its first statement on; those of all four
-            outcomes.
-        committed: those which ended with COMMIT.
-        rolled_back: those which ended with ROLLBACK; in `plain` also those that only read.
-        failed: those whose COMMIT failed, or has an outcome that is not known.
-        none: those which ended with neither: `read_only` has no transaction.
+        units: units of work that sent a statement and have ended, with any of the four outcomes.
+        committed: units that ended with COMMIT.
+        rolled_back: units that ended with ROLLBACK; in `plain` also those that only read.
+        failed: units whose COMMIT failed, or has an unknown outcome.
+        none: units that ended with neither: `read_only` has no transaction.
         statements: statements sent, without those that begin and end transactions.
         retries: requests that were run again.
         connections: how often a connection was taken from the pool.
-        timeouts: how often none became free in time.
-        held: time in which connections were out of the pool.
-        held_max: the longest of it in one piece.
-        waited: time until a connection was there, be it from the pool or new.
-        waited_max: the longest of it in one piece.
+        timeouts: how often no connection became free in time.
+        held: time for which connections were checked out.
+        held_max: the longest time for which one was checked out.
+        waited: time spent waiting for connections, from the pool or new.
+        waited_max: the longest wait for one connection.
         busy: time within calls of the session: waiting for a connection and for the database, and
-            making objects of rows. A route which holds for much longer than it is busy does
-            something else meanwhile: `await session.release()` is for that.
+            making objects from rows. A route that holds connections for much longer than it is
+            busy does something else meanwhile, and should call `await session.release()`.
     """
 
     units: int = 0
@@ -65,7 +64,7 @@ class RouteStats:
     busy: float = 0.0
 
     def outcomes(self) -> dict[str, int]:
-        """Return how many units ended how; "none": there was no transaction to end."""
+        """Return the number of units by outcome; "none" means that there was no transaction."""
         return {outcome: getattr(self, outcome) for outcome in _OUTCOMES}
 
 
@@ -74,11 +73,11 @@ class PoolStats:
     """The connections of a pool, at one moment.
 
     Attributes:
-        size: how many it keeps; None where it has no bound.
-        limit: how many there may be at most, `max_overflow` included; None where there is no bound.
-        checked_out: how many are out.
+        size: how many it keeps; None without a limit.
+        limit: the most that it may open, including `max_overflow`; None without a limit.
+        checked_out: how many are checked out.
         idle: how many are open and free.
-        waiting: how many wait for one; None for a pool of the user's own, which does not say so.
+        waiting: how many tasks wait for one; None if a pool of the user's own does not tell.
     """
 
     size: int | None = None
@@ -90,7 +89,7 @@ class PoolStats:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who has a connection that is out of the pool.
+    """The holder of a connection that is checked out.
 
     Attributes:
         route: the request or block, as in the log: `POST /orders (create_order)`.
@@ -106,12 +105,12 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class DatabaseStats:
-    """What `database.stats()` says: one moment of this process.
+    """What `database.stats()` returns: the state of this process at one moment.
 
     Attributes:
         name: the database, without user and password: `db.example.org:5432/shop`.
         pool: its connections.
-        holders: who has those which are out, the longest first.
+        holders: the holders of those checked out, the longest first.
         routes: the counters of each route that has used the database.
     """
 
@@ -122,10 +121,10 @@ class DatabaseStats:
 
 
 class Tally:
-    """What has been counted: of one unit of work, or of all units of a route; see `RouteStats`.
+    """The counters of one unit of work, or of all units of a route; see `RouteStats`.
 
-    Each value is written at once, because another thread may read between two of them. The number
-    of units is the sum of their outcomes, so that the two agree at every moment.
+    Each value is always valid, because another thread may read at any time. The number of units is
+    the sum of their outcomes, so that the two agree at every moment.
 
     Attributes:
         asked: when a unit last asked for a connection, by `time.monotonic()`.
@@ -141,12 +140,12 @@ class Tally:
     held = held_max = waited = waited_max = busy = 0.0
 
     def add_wait(self, seconds: float) -> None:
-        """Count the time in which a connection was waited for."""
+        """Count the time spent waiting for a connection."""
         self.waited += seconds
         self.waited_max = max(self.waited_max, seconds)
 
     def add_hold(self, seconds: float) -> None:
-        """Count a connection that has come back, and the time for which it was out."""
+        """Count a returned connection, and the time for which it was checked out."""
         self.connections += 1
         self.held += seconds
         self.held_max = max(self.held_max, seconds)
@@ -174,16 +173,16 @@ _COUNTED = tuple(field.name for field in fields(RouteStats) if field.name != "un
 
 
 class Observer(Protocol):
-    """What is told of each event as it happens, such as OpenTelemetry.
+    """Called for each event as it happens; OpenTelemetry is one.
 
-    An error that it raises is logged, and reaches nothing else.
+    An error that it raises is only logged.
     """
 
     def connection_taken(self, waited: float) -> None:
-        """A connection is there, after so many seconds."""
+        """A connection was taken after this many seconds of waiting."""
 
     def connection_returned(self, held: float) -> None:
-        """A connection is back, after so many seconds."""
+        """A connection was returned after this many seconds of use."""
 
     def unit_ended(self, route: str, mode: str, tally: Tally) -> None:
         """A unit of work has ended."""
@@ -196,7 +195,7 @@ class Statistics:
     """The tallies of one `Database`.
 
     Attributes:
-        observers: what is told of each event.
+        observers: called for each event.
     """
 
     def __init__(self) -> None:
@@ -206,7 +205,7 @@ class Statistics:
 
     @property
     def routes(self) -> Mapping[str, RouteStats]:
-        """What has been counted for each route until now."""
+        """The counters of each route until now."""
         return {route: tally.stats() for route, tally in list(self._tallies.items())}
 
     def unit_ended(self, route: str, mode: str, tally: Tally) -> None:
@@ -220,23 +219,23 @@ class Statistics:
         self._tallies[route].retries += 1
 
     def connection_taken(self, waited: float) -> None:
-        """Tell the observers of a connection that is there."""
+        """Tell the observers that a connection was taken."""
         if self.observers:
             self._tell("connection_taken", waited)
 
     def connection_returned(self, held: float, tally: Tally | None) -> None:
-        """Count a connection that is back, and tell the observers.
+        """Count a returned connection, and tell the observers.
 
         Args:
-            held: seconds for which it was out.
-            tally: that of the unit which had it; None if it was taken without a session.
+            held: seconds for which it was checked out.
+            tally: the tally of its unit; None if it was taken without a session.
         """
         (self._tallies[WITHOUT_SESSION] if tally is None else tally).add_hold(held)
         if self.observers:
             self._tell("connection_returned", held)
 
     def _tell(self, event: _Event, *what: object) -> None:
-        """Tell every observer; the only place where one is called."""
+        """Call every observer; this is the only place that does."""
         for observer in self.observers:
             try:
                 getattr(observer, event)(*what)
@@ -267,7 +266,7 @@ def _sum(first: int | None, second: int | None) -> int | None:
 
 
 def name_of(url: URL) -> str:
-    """Name a database, as OpenTelemetry names its pool: `server:port/database`."""
+    """Name a database as OpenTelemetry names its pool: `server:port/database`."""
     port = "" if url.port is None else f":{url.port}"
     server = f"{url.host}{port}/" if url.host else ""
     return f"{server}{url.database or ''}" or url.get_backend_name()

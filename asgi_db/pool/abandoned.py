@@ -115,8 +115,7 @@ class AbandonedStatements:
 
     def _discard_remaining(self, error: Exception) -> None:
         logger.error(
-            "%d abandoned statements may still run on the server, which could not be told to"
-            " end them (%s)",
+            "%d statements may still run on the server, which could not be told to end them (%s)",
             len(self._abandoned),
             type(error).__name__,
         )
