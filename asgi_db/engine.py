@@ -1,8 +1,8 @@
 """What an engine does for the modes: how transactions begin, what may be sent, what errors mean.
 
-One engine and one pool serve all modes. For a mode that begins in another way there is a variant
-of the engine (`Engine.execution_options()`, which shares the pool). What a variant asks for, and
-the unit of work that has a connection, stand in the `info` of the pooled connection.
+One engine and one pool serve all modes. A mode whose transactions begin differently has a variant
+of the engine (`Engine.execution_options()`, which shares the pool). The `info` of a pooled
+connection holds what the variant asks for, and the unit of work that uses the connection.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from asgi_db.drivers import driver_of
-from asgi_db.drivers.base import BEGIN_OPTION, Beginning, Driver, cause_of, lost_connection
+from asgi_db.drivers.base import BEGIN_OPTION, Beginning, Driver, cause_of, connection_error
 from asgi_db.drivers.connecting import let_driver_connect
 from asgi_db.errors import (
     ConfigurationError,
@@ -33,39 +33,39 @@ from asgi_db.modes import Mode
 from asgi_db.statistics import Tally
 
 UNIT_INFO = "asgi_db_unit_of_work"
-"""The key in a pooled connection's `info` under which the unit stands that has it."""
+"""The key in a pooled connection's `info` for the unit that uses the connection."""
 
 _BEGINNING = "asgi_db_beginning"
 """The key in a pooled connection's `info` for how the transactions of a variant begin."""
 
 
 class UnitTransaction(Protocol):
-    """What the events of an engine know of a unit's transaction, and what they tell it.
+    """What the events of an engine know about a unit's transaction, and what they report to it.
 
     Attributes:
-        has_writes: whether it holds writes.
+        has_writes: whether it contains writes.
     """
 
     has_writes: bool
 
     @property
     def commit_was_sent(self) -> bool:
-        """Whether a COMMIT is on its way to the server, or at least may be."""
+        """Whether a COMMIT is, or may be, on its way to the server."""
         ...
 
     def commit_is_sent(self) -> None:
-        """Note that the driver is about to send COMMIT, over a connection that is open."""
+        """Note that the driver is about to send COMMIT over an open connection."""
 
     def note_failure(self, error: BaseException) -> None:
-        """Note that it cannot be committed any more."""
+        """Note that it can no longer be committed."""
 
 
 class Unit(Protocol):
-    """What the events of an engine know of a unit of work, and what they tell it.
+    """What the events of an engine know about a unit of work, and what they report to it.
 
     Attributes:
         fixed_mode: the mode that its first statement has fixed.
-        conflict: the last error with which the database has preferred another transaction.
+        conflict: the last error of the database about a conflict with another transaction.
     """
 
     fixed_mode: Mode | None
@@ -86,18 +86,18 @@ class Unit(Protocol):
         ...
 
     def overdue_stream(self) -> DatabaseTimeoutError | None:
-        """Return the error for a server-side cursor that is read after the end of `timeout=`."""
+        """Return the error for reading a server-side cursor after the end of `timeout=`."""
         ...
 
     @property
     def tally(self) -> Tally:
-        """What the unit has done so far; its connections are added when they are back."""
+        """What the unit has done so far; its connections are added when they are returned."""
         ...
 
 
 _units: WeakKeyDictionary[Connection, ref[Unit]] = WeakKeyDictionary()
-"""Where the unit is found that has a connection, also when that was invalidated and so has no
-`info` any more: what is read from a stream of a unit whose time is over tells the unit."""
+"""The unit that uses a connection. This also finds the unit of an invalidated connection, which no
+longer has an `info`: reading from a stream of a unit whose time is over has to raise its error."""
 
 
 def _unit_of(connection: Connection | None) -> Unit | None:
@@ -109,29 +109,30 @@ def _unit_of(connection: Connection | None) -> Unit | None:
 
 
 def refuse_autocommit(setting: str, options: Mapping[str, Any]) -> None:
-    """Refuse an engine whose every statement is committed by itself: no mode could roll back.
+    """Refuse an engine that commits each statement by itself, so that no mode could roll back.
 
     Args:
-        setting: the setting of `Database` that it comes from.
-        options: those of `create_engine`.
+        setting: the setting of `Database` that the options come from.
+        options: the options of `create_engine`.
 
     Raises:
         ConfigurationError: its isolation level is AUTOCOMMIT.
     """
     of_connections: Mapping[str, Any] = options.get("execution_options") or {}
     for level in (options.get("isolation_level"), of_connections.get("isolation_level")):
-        if str(level).replace("_", " ").upper() == "AUTOCOMMIT":  # as SQLAlchemy reads it
+        # SQLAlchemy reads the level in the same way.
+        if str(level).replace("_", " ").upper() == "AUTOCOMMIT":
             raise ConfigurationError(
                 f"{setting} has the isolation level AUTOCOMMIT, with which transactional could not"
-                " roll back: leave it out. To read without a transaction is what read_only does."
+                " roll back: leave it out. To read without a transaction, use read_only."
             )
 
 
 def isolation_options(engine: Engine) -> dict[str, Any]:
-    """Return the options of `create_engine` which say in what isolation an engine begins.
+    """Return the options of `create_engine` that set the isolation level of an engine.
 
-    For one of the two there is no public way; the test of engines in autocommit, in
-    `test_database.py`, breaks when this changes.
+    One of the two cannot be read through a public API; the test of engines in autocommit in
+    `test_database.py` breaks when this changes.
     """
     return {
         "isolation_level": getattr(engine.dialect, "_on_connect_isolation_level", None),
@@ -143,7 +144,7 @@ def variant_options(engine: Engine, mode: Mode) -> dict[str, Any]:
     """Return the execution options with which an engine serves this mode.
 
     Raises:
-        ConfigurationError: the mode asks for what this database does not have.
+        ConfigurationError: the mode asks for a feature that this database does not have.
     """
     dialect = engine.dialect
     driver = driver_of(dialect)
@@ -157,21 +158,23 @@ def variant_options(engine: Engine, mode: Mode) -> dict[str, Any]:
 
 
 def variant(engine: Engine, mode: Mode) -> Engine:
-    """Return the variant of an engine on which transactions begin as the mode says.
+    """Return the variant of an engine whose transactions begin as the mode requires.
 
     Raises:
-        ConfigurationError: the mode asks for what this database does not have.
+        ConfigurationError: the mode asks for a feature that this database does not have.
     """
     watch(engine)
     options = variant_options(engine, mode)
     if options.items() <= engine.get_execution_options().items():
-        return engine  # which does not look up its events in another, as a variant does
+        # The engine itself is faster than a variant, which looks up its events in the engine.
+        return engine
     varied = engine.execution_options(**options)
     if (beginning := options.get(BEGIN_OPTION)) is not None:
 
         def raw_connection() -> PoolProxiedConnection:
             pooled = engine.raw_connection()
-            pooled.info[_BEGINNING] = beginning  # `do_begin` sees no more than this
+            # `do_begin` sees only this connection.
+            pooled.info[_BEGINNING] = beginning
             return pooled
 
         varied.raw_connection = raw_connection  # type: ignore[method-assign]
@@ -179,40 +182,41 @@ def variant(engine: Engine, mode: Mode) -> Engine:
 
 
 def begin_unit(connection: Connection, unit: Unit, mode: Mode) -> None:
-    """Let the engine and the pool find the unit that now has this connection."""
+    """Mark a connection so that the engine and the pool can find the unit that now uses it."""
     pooled = connection.connection
     pooled.info[UNIT_INFO] = unit
     _units[connection] = ref(unit)
     if mode.autocommit and pooled.dbapi_connection is not None:
-        driver_of(connection.dialect).stand_alone(pooled.dbapi_connection)
+        driver_of(connection.dialect).enter_autocommit(pooled.dbapi_connection)
 
 
-# -- what is sent, and what comes of it --------------------------------------------------------
+# -- statements and errors ---------------------------------------------------------------------
 
 _WRITING = "INSERT|UPDATE|DELETE|MERGE|REPLACE"
 _WRITE = re.compile(
-    r"\s*(?:(?:EXPLAIN\b[^;]*?)?\bANALY[SZ]E\b(?:[^)]*\))?(?:\s+VERBOSE)?\s*)?"  # which executes it
+    # EXPLAIN ANALYZE executes the statement.
+    r"\s*(?:(?:EXPLAIN\b[^;]*?)?\bANALY[SZ]E\b(?:[^)]*\))?(?:\s+VERBOSE)?\s*)?"
     rf"(?:(?:{_WRITING}|TRUNCATE|CREATE|ALTER|DROP|RENAME|LOAD|GRANT|REVOKE|CALL|DO)\b"
     r"|WITH\b.*?(?:\bAS\s*(?:NOT\s+)?(?:MATERIALIZED\s*)?\(|\))"
     rf"\s*(?:{_WRITING})\b)",
     re.IGNORECASE | re.DOTALL,
 )
 _CALL = re.compile(r"\s*(?:CALL|DO)\b", re.IGNORECASE)
-"""What may write or not; in a transaction that only reads the server itself knows."""
+"""Statements that may or may not write; in a read-only transaction the server checks them."""
 
 
 _NOT_CODE = re.compile(r"""'[^']*'|"[^"]*"|/\*.*?\*/|--[^\n]*""", re.DOTALL)
 """Literals, quoted names and comments."""
 _NOT_CODE_WITH_HASH = re.compile(_NOT_CODE.pattern + r"|\#[^\n]*", re.DOTALL)
-"""Where `#` begins a comment. Elsewhere it is an operator: `data #>> '{a}'`."""
+"""The same where `#` begins a comment; elsewhere it is an operator: `data #>> '{a}'`."""
 
 
 @functools.lru_cache(maxsize=1024)
 def writes(statement: str, *, has_hash_comments: bool = False) -> bool:
-    """Say whether this SQL changes data or tables, or may do so, by its keywords.
+    """Return whether this SQL changes data or tables, or may do so, judged by its keywords.
 
-    A function with side effects cannot be seen from here; in `read_only(snapshot=True)` and
-    `transactional(read_only=True)` PostgreSQL and MySQL refuse those themselves.
+    Functions with side effects are not recognized; in `read_only(snapshot=True)` and
+    `transactional(read_only=True)` PostgreSQL and MySQL refuse them.
     """
     not_code = _NOT_CODE_WITH_HASH if has_hash_comments else _NOT_CODE
     return _WRITE.match(not_code.sub(" ", statement)) is not None
@@ -221,7 +225,7 @@ def writes(statement: str, *, has_hash_comments: bool = False) -> bool:
 def _do_execute(
     driver: Driver, _cursor: Any, statement: str, _parameters: Any, context: ExecutionContext
 ) -> None:
-    """Hold a statement that is about to be sent against the mode."""
+    """Check a statement against the mode before it is sent."""
     found = _units.get(context.root_connection)
     unit = None if found is None else found()
     if unit is None:
@@ -258,14 +262,14 @@ def _where(unit: Unit | None) -> str:
 def _handle_error(context: ExceptionContext) -> None:
     """Note the failure of statements that bypass the session: `(await session.connection())…`.
 
-    A savepoint confines a failure, unless to roll back to it fails as well: after a deadlock
-    MariaDB has rolled back the whole transaction, savepoints included.
+    A savepoint confines a failure, unless the rollback to it fails as well: after a deadlock
+    MariaDB has rolled back the whole transaction, including its savepoints.
 
     Raises:
-        DatabaseDownError: in place of the driver's many words for a connection that is closed.
+        DatabaseDownError: replaces the various errors of the driver for a closed connection.
     """
     connection, original = context.connection, context.original_exception
-    if isinstance(original, DatabaseDownError):  # of a driver's `begin`
+    if isinstance(original, DatabaseDownError):  # A driver's `begin` has raised it.
         context.is_disconnect = True
         return
     driver = driver_of(context.dialect)
@@ -287,7 +291,7 @@ def _handle_error(context: ExceptionContext) -> None:
         context.is_disconnect = True
         if unit is not None and unit.transaction.commit_was_sent:
             raise _outcome_unknown(original, unit)
-        raise lost_connection(original, _where(unit))
+        raise connection_error(original, _where(unit))
 
 
 def _outcome_unknown(error: BaseException, unit: Unit) -> OutcomeUnknownError:
@@ -298,18 +302,17 @@ def _outcome_unknown(error: BaseException, unit: Unit) -> OutcomeUnknownError:
     )
 
 
-# -- where it takes effect ---------------------------------------------------------------------
+# -- installation in SQLAlchemy's engine -------------------------------------------------------
 
 _watched: WeakSet[Dialect] = WeakSet()
-"""The dialects of the engines that are watched: an engine and its variants share theirs."""
+"""The dialects of all watched engines; an engine and its variants share one dialect."""
 
 
 def watch(engine: Engine) -> None:
-    """Let the modes take effect on this engine and its variants; harmless to other users of it.
+    """Apply the modes to this engine and its variants, without harm to other users of it.
 
-    An engine that has a single event of its own, such as `begin`, pays at each turn of each
-    connection. The events of its dialect and its pool, and the methods of its dialect, cost no
-    more than what they do.
+    A single event of the engine itself, such as `begin`, slows down every step of every
+    connection. Events of its dialect and its pool, and methods of its dialect, have no such cost.
     """
     dialect = engine.dialect
     if dialect in _watched:
@@ -327,7 +330,7 @@ def watch(engine: Engine) -> None:
 
 
 def _wrap(dialect: Dialect, driver: Driver, beginning: Beginning | None) -> None:
-    """Let the methods of a dialect do what no event does.
+    """Extend the methods of a dialect where no event would do.
 
     Args:
         beginning: how transactions begin where no variant says otherwise.
@@ -342,10 +345,10 @@ def _wrap(dialect: Dialect, driver: Driver, beginning: Beginning | None) -> None
 
 
 def _terminate(dialect: Dialect, driver: Driver, connection: DBAPIConnection) -> None:
-    """Close a connection that is discarded, without waiting for anything.
+    """Close a discarded connection without waiting for anything.
 
-    SQLAlchemy's own way says goodbye to the server first; and if a cancellation interrupts it
-    there, the pool has one connection less for ever.
+    SQLAlchemy itself says goodbye to the server first. If a cancellation interrupts that, the pool
+    has permanently one connection less.
     """
     driver.terminate(dialect.get_driver_connection(connection))
 
@@ -365,7 +368,7 @@ def _begin(
 def _commit(
     commit: Callable[[PoolProxiedConnection], None], driver: Driver, pooled: PoolProxiedConnection
 ) -> None:
-    """Commit, and tell the unit that has this connection that its COMMIT is sent now, if it is."""
+    """Commit; tell the unit that uses this connection first, if COMMIT can be sent at all."""
     unit: Unit | None = pooled.info.get(UNIT_INFO)
     if unit is not None and pooled.is_valid and not driver.is_closed(pooled.driver_connection):
         unit.transaction.commit_is_sent()
@@ -386,4 +389,4 @@ def _checkin(
 ) -> None:
     entry.info.pop(_BEGINNING, None)
     if connection is not None:
-        driver.returned(connection)
+        driver.leave_autocommit(connection)

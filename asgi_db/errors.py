@@ -1,4 +1,4 @@
-"""The errors of asgi-db: each message names the cause, then the way out."""
+"""The errors of asgi-db: each message names the cause, and then the remedy."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class MissingMiddlewareError(RuntimeError):
 
 
 class ModeConflictError(RuntimeError):
-    """Raised when a mode is asked for that does not go together with an earlier one."""
+    """Raised when a mode is asked for that is incompatible with an earlier one."""
 
     @classmethod
     def too_late(cls, asked: str, begun: str, route: str) -> Self:
-        """Make the error for a mode that is asked for after a weaker one has run a statement."""
+        """Make the error for a mode that is asked for after a statement in a weaker one."""
         return cls(
             f"{route}: the {asked} mode was asked for after a statement had already run in the"
             f" {begun} mode. Put @{asked} on the route, so that the mode is known from the start,"
@@ -36,19 +36,19 @@ class ModeConflictError(RuntimeError):
 
     @classmethod
     def at_odds(cls, asked: str, earlier: str, route: str) -> Self:
-        """Make the error for two dependencies which ask for the same mode in two ways."""
+        """Make the error for two dependencies that ask for one mode with different options."""
         return cls(
             f"{route}: {asked} was asked for, and {earlier} by another dependency: put the one that"
-            " is meant on the route, which then holds for both."
+            " is meant on the route, where it applies to both."
         )
 
 
 class ReadOnlyError(InvalidRequestError):
-    """Raised when a read-only unit of work is asked for what it cannot do; nothing was sent."""
+    """Raised when a read-only unit of work is asked to do more than it can; nothing was sent."""
 
 
 class SessionExpiredError(RuntimeError):
-    """Raised when a session is used after the request or block that it belonged to has ended."""
+    """Raised when a session is used after the end of the request or block it belonged to."""
 
     def __init__(self, operation: str, owner: str) -> None:
         super().__init__(
@@ -70,11 +70,11 @@ class ConcurrentUseError(RuntimeError):
 
 
 class FailedTransactionError(PendingRollbackError):
-    """Raised in place of a COMMIT which could not keep what it says.
+    """Raised in place of a COMMIT that could not keep its promise.
 
-    A statement of the transaction had failed, and is the `__cause__`: PostgreSQL answers such a
-    COMMIT with ROLLBACK and no error, so the work would be lost in silence; the rule is the same
-    on every database. Or the connection was terminated, because the database was disposed.
+    Either a statement of the transaction failed; its error is the `__cause__`. PostgreSQL answers
+    such a COMMIT with ROLLBACK and no error, so the work would be lost silently; the rule is the
+    same on every database. Or the connection was terminated because the database was disposed.
     """
 
     def __init__(self, statement_failed: bool) -> None:
@@ -89,14 +89,14 @@ class FailedTransactionError(PendingRollbackError):
 
 
 class SandboxError(InvalidRequestError):
-    """Raised when a test asks of a sandbox what it cannot do."""
+    """Raised when a test asks a sandbox for something that it cannot do."""
 
 
 class UncommittedWorkError(InvalidRequestError):
-    """Raised where work that is not committed would be thrown away, or has been.
+    """Raised when uncommitted work would be discarded, or has been.
 
-    `release()` refuses to; a `transactional` request whose handler has closed the session with
-    work in it is not acknowledged.
+    `release()` refuses to discard it, and a `transactional` request fails if its handler has closed
+    a session with uncommitted work.
     """
 
     def __init__(self, route: str, *, is_lost: bool) -> None:
@@ -111,7 +111,7 @@ class UncommittedWorkError(InvalidRequestError):
 
 
 class UnavailableError(Exception):
-    """Raised when the database cannot serve the request now; the base of what becomes a 503.
+    """Raised when the database cannot serve the request now; the base of all that become 503.
 
     Unless the application handles it, the client gets `application/problem+json` with
     `Retry-After`; the message itself, which names routes, stays in the log.
@@ -126,16 +126,17 @@ class UnavailableError(Exception):
 
 
 def unavailable_in(error: BaseException | None) -> UnavailableError | None:
-    """Return the error itself, or the first of a task group in which there is no other."""
+    """Return the error itself, or the first of a group that contains no other kind of error."""
     if isinstance(error, UnavailableError):
         return error
-    errors: tuple[BaseException, ...] = getattr(error, "exceptions", ())  # an ExceptionGroup's
+    # Only an `ExceptionGroup` has this attribute.
+    errors: tuple[BaseException, ...] = getattr(error, "exceptions", ())
     found = [unavailable_in(one) for one in errors]
     return found[0] if found and all(found) else None
 
 
 class DatabaseBusyError(UnavailableError, PoolTimeoutError):
-    """Raised when no connection has become free within `pool_timeout`."""
+    """Raised when no connection became free within `pool_timeout`."""
 
     reason = "busy"
     public_message = "The database has too much to do at the moment. Try again."
@@ -150,10 +151,10 @@ class DatabaseBusyError(UnavailableError, PoolTimeoutError):
 
 
 class DatabaseDownError(UnavailableError, OperationalError):
-    """Raised when the database cannot be reached, or the connection to it is lost.
+    """Raised when the database cannot be reached, or has closed the connection.
 
-    Stands for whatever the driver raises then, which is the `orig` and the `__cause__`. Nothing
-    of the transaction has been applied.
+    The error of the driver is the `orig` and the `__cause__`. Nothing in the transaction has been
+    applied.
     """
 
     reason = "down"
@@ -165,10 +166,10 @@ class DatabaseDownError(UnavailableError, OperationalError):
 
 
 class OutcomeUnknownError(DatabaseDownError):
-    """Raised when COMMIT was sent and its answer was lost, or did not come in time.
+    """Raised when COMMIT was sent, but its answer did not arrive, or not in time.
 
-    The transaction may have been applied or not. Whoever tries again has to look first, or to
-    send what can be applied twice.
+    The transaction may or may not have been applied. Before trying again, the client has to check
+    which, unless the request may be applied twice.
     """
 
     reason = "outcome-unknown"
@@ -178,7 +179,7 @@ class OutcomeUnknownError(DatabaseDownError):
 
 
 class DatabaseTimeoutError(UnavailableError, TimeoutError):
-    """Raised when the `timeout=` of the mode is over; the running statement has been ended."""
+    """Raised when the `timeout=` of the mode is over; the running statement was cancelled."""
 
     reason = "timeout"
     public_message = "The database took too long. Try again."

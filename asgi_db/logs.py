@@ -1,4 +1,4 @@
-"""The log of the library, which never hurts: a handler that raises reaches no request."""
+"""The log of the library: an error of a log handler never reaches a request."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class SafeLogger(logging.LoggerAdapter[logging.Logger]):
     """A logger that swallows the errors of handlers and filters.
 
     Python's logging lets an error of `Handler.emit` through unless the handler itself catches it.
-    There it would stop a unit of work in the middle of its end.
+    Such an error would stop a unit of work in the middle of its end.
     """
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
-        """Log a line; where that fails, write the error to stderr, as Python's handlers do."""
+        """Log a line; if that fails, write the error to stderr, as Python's handlers do."""
         try:
-            # The line is the caller's, and not this one's.
+            # The log shall show the line of the caller.
             super().log(level, msg, *args, stacklevel=2, **kwargs)
         except Exception:
             if logging.raiseExceptions:
@@ -29,21 +29,21 @@ class SafeLogger(logging.LoggerAdapter[logging.Logger]):
 
 
 logger = SafeLogger(logging.getLogger("asgi_db"))
-"""What every module of the library logs with; to users it is the logger "asgi_db"."""
+"""The logger of every module of the library; its name is "asgi_db"."""
 
 
 class ErrorsOnce:
-    """Logs the first error of each kind, where every request may bring another one."""
+    """Logs only the first error of each kind, where every request may raise another one."""
 
     def __init__(self) -> None:
         self._seen: set[Hashable] = set()
 
     def log(self, where: Hashable, name: object, error: Exception) -> None:
-        """Log an error that is being handled, unless there was one like it.
+        """Log the error that is being handled, unless one of its kind was logged before.
 
         Args:
-            where: where it came from; together with its type this is its kind.
-            name: names that place in the log.
+            where: where it came from, which together with its type is its kind.
+            name: the name of that place in the log.
         """
         kind = where, type(error).__qualname__
         if kind not in self._seen:

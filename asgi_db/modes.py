@@ -1,6 +1,6 @@
 """The modes: how a request's unit of work begins and ends.
 
-A mode is a small immutable value which is also the decorator that sets it on a route:
+A mode is a small immutable value that is also the decorator which sets it on a route:
 
     @app.post("/orders")
     @transactional
@@ -33,7 +33,7 @@ Target = TypeVar("Target", bound=Callable[..., Any])
 MODE_ATTRIBUTE = "__asgi_db_mode__"
 
 retrying: set[int] = set()
-"""The `retries=` of all modes that were ever made: without any, no request is prepared for that."""
+"""The `retries=` of all modes ever made; while it is empty, requests need no preparation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +47,10 @@ class Mode:
         snapshot: several statements see one consistent view.
         commit_on: replaces the rule "any status below 400 commits".
         timeout: seconds from the first statement to the end of the unit; no limit if None.
-        retries: how often a request is run again that has lost against another transaction.
-        autocommit: whether each statement stands alone, outside any transaction.
-        characteristics: what its transactions look like to the database: equal for modes that
-            begin alike.
+        retries: how often a request is run again after a conflict with another transaction.
+        autocommit: whether each statement runs by itself, outside any transaction.
+        characteristics: what distinguishes its transactions for the database; equal for modes
+            whose transactions begin alike.
     """
 
     name: ClassVar[str] = "mode"
@@ -84,12 +84,12 @@ class Mode:
                 "deferrable=True has an effect only together with isolation='SERIALIZABLE' and"
                 " read_only=True (see PostgreSQL's SET TRANSACTION): add both, or leave it out."
             )
-        # Every request reads these two, so they are worked out once.
+        # Every request reads these two, so they are computed once.
         like = self.name, self.isolation, self.read_only, self.deferrable, self.snapshot
         object.__setattr__(self, "characteristics", like)
-        object.__setattr__(self, "autocommit", self._stands_alone())
+        object.__setattr__(self, "autocommit", self._is_autocommit())
 
-    def _stands_alone(self) -> bool:
+    def _is_autocommit(self) -> bool:
         return False
 
     def covers(self, other: Mode) -> bool:
@@ -105,7 +105,8 @@ class Mode:
         if type(target) in (staticmethod, classmethod):
             self._mark(cast(Any, target).__func__)
             return target
-        with contextlib.suppress(AttributeError):  # a bound method, for one, takes no attribute
+        # Some objects, such as a bound method, accept no attribute.
+        with contextlib.suppress(AttributeError):
             if _can_be_an_endpoint(target):
                 setattr(target, MODE_ATTRIBUTE, self)
                 return target
@@ -190,12 +191,11 @@ class Transactional(Mode):
                 `isolation="SERIALIZABLE", read_only=True`.
             commit_on: `(status) -> bool`, replaces the rule "any status below 400 commits".
             timeout: seconds from the first statement to the end of the unit; then the running
-                statement is ended, on the server too, and `DatabaseTimeoutError` is raised. It
-                counts for all attempts together.
-            retries: how often a request is run again, with its body and a session as new, whose
-                transaction the database has ended in favour of another one: a serialization
-                failure, a deadlock, a lock that was not to be had. Everything that the endpoint
-                does besides must bear being done twice.
+                statement is cancelled, on the server too, and `DatabaseTimeoutError` is raised.
+                All attempts together have this time.
+            retries: how often a request is run again, with the same body and a new session, after
+                a conflict with another transaction: a serialization failure, a deadlock or a lock
+                timeout. Everything else that the endpoint does must be safe to repeat.
 
         Raises:
             ValueError: an option has a value that cannot work.
@@ -205,7 +205,7 @@ class Transactional(Mode):
 
 @dataclass(frozen=True, slots=True)
 class ReadOnly(Mode):
-    """No transaction: each statement stands alone, and no connection is held in between."""
+    """No transaction: each statement runs by itself, and no connection is held in between."""
 
     name: ClassVar[str] = "read_only"
     strength: ClassVar[int] = 0
@@ -213,7 +213,7 @@ class ReadOnly(Mode):
 
     read_only: bool = True
 
-    def _stands_alone(self) -> bool:
+    def _is_autocommit(self) -> bool:
         return not self.snapshot
 
     @overload
@@ -242,16 +242,16 @@ _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 
 
 def by_method(scope: Scope) -> Mode:
-    """A default mode for the middleware: safe methods `read_only`, the rest `transactional`.
+    """A default mode for the middleware: `read_only` for safe methods, otherwise `transactional`.
 
-    Source of what is safe: RFC 9110, section 9.2.1. A WebSocket has no method, hence
-    `transactional`.
+    RFC 9110, section 9.2.1, defines which methods are safe. A WebSocket has no method, and is
+    therefore `transactional`.
     """
     return read_only if scope.get("method") in _SAFE_METHODS else transactional
 
 
 def should_commit(mode: Mode, status: int, error: BaseException | None) -> bool:
-    """Say whether a response lets the unit of work commit.
+    """Return whether the unit of work commits, judged by the response.
 
     | the application                                         | outcome  |
     | ------------------------------------------------------- | -------- |
@@ -260,7 +260,7 @@ def should_commit(mode: Mode, status: int, error: BaseException | None) -> bool:
     | raised, and a handler made a response of it             | ROLLBACK |
     | raised a redirect (a handler made a 3xx response of it) | COMMIT   |
 
-    `commit_on=` replaces the two rules of the status, not those of the exception.
+    `commit_on=` replaces the first two rules, not those for an exception.
 
     Args:
         mode: the mode of the unit of work.

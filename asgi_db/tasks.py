@@ -1,4 +1,4 @@
-"""Awaiting what must not be interrupted in the middle."""
+"""Awaiting work that must not be interrupted in the middle."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ T = TypeVar("T")
 
 
 async def run_to_completion(coroutine: Coroutine[Any, Any, T], *, grace: float | None = None) -> T:
-    """Await the coroutine to its end, also when this task is cancelled meanwhile, even twice.
+    """Await a coroutine to its end, even if this task is cancelled meanwhile, once or more.
 
     It runs in a task of its own, because a cancelled task throws into whatever it awaits.
 
     Args:
-        coroutine: what is to be awaited.
-        grace: seconds that it still gets when this task is cancelled; no limit if None.
+        coroutine: the coroutine.
+        grace: seconds that it still has if this task is cancelled; no limit if None.
 
     Raises:
         asyncio.CancelledError: this task was cancelled; the coroutine has nevertheless ended.
@@ -28,11 +28,11 @@ async def run_to_completion(coroutine: Coroutine[Any, Any, T], *, grace: float |
 
 
 async def finish(task: asyncio.Task[T], *, grace: float | None = None) -> T:
-    """Wait for the end of a task, also when this one is cancelled meanwhile, even twice.
+    """Wait for the end of a task, even if this one is cancelled meanwhile, once or more.
 
     Args:
-        task: what is to be awaited.
-        grace: seconds that it still gets when this task is cancelled; no limit if None.
+        task: the task.
+        grace: seconds that it still has if this task is cancelled; no limit if None.
 
     Raises:
         asyncio.CancelledError: this task was cancelled; the other one has nevertheless ended.
@@ -42,7 +42,8 @@ async def finish(task: asyncio.Task[T], *, grace: float | None = None) -> T:
     except asyncio.CancelledError:
         await _wait_shielded(task, grace)
         if not task.cancelled():
-            task.exception()  # it counts as retrieved: the task itself has logged what failed
+            # This marks the exception as retrieved; the task itself has logged it.
+            task.exception()
         raise
     return task.result()
 
@@ -50,8 +51,8 @@ async def finish(task: asyncio.Task[T], *, grace: float | None = None) -> T:
 async def _wait_shielded(task: asyncio.Task[Any], grace: float | None) -> None:
     """Wait for a task, however often this one is cancelled meanwhile.
 
-    The shield is against anyio's cancellation, which raises again at each await: without it the
-    loop would spin. asyncio's own `shield` does not help there.
+    The shield protects from anyio's cancellation, which raises again at each await, so that the
+    loop would spin. asyncio's own `shield` does not help against that.
     """
     timer = None if grace is None else task.get_loop().call_later(grace, task.cancel)
     with anyio.CancelScope(shield=True):
@@ -82,7 +83,7 @@ _background: set[asyncio.Future[Any]] = set()
 
 
 def in_background(work: Awaitable[Any]) -> asyncio.Future[Any]:
-    """Let something that ends by itself go on beside everything else."""
+    """Run work that ends by itself in the background."""
     task = asyncio.ensure_future(work)
     _background.add(task)
     task.add_done_callback(_background.discard)
@@ -90,12 +91,12 @@ def in_background(work: Awaitable[Any]) -> asyncio.Future[Any]:
 
 
 async def wait_for_background(within: float) -> None:
-    """Wait for what runs in the background of this event loop, up to so many seconds."""
+    """Wait a limited time for the background tasks of this event loop."""
     if tasks := of_this_loop(_background):
         await asyncio.wait(tasks, timeout=within)
 
 
 def of_this_loop(futures: Iterable[asyncio.Future[Any]]) -> list[asyncio.Future[Any]]:
-    """Return those futures which belong to the running event loop."""
+    """Return the futures that belong to the running event loop."""
     loop = asyncio.get_running_loop()
     return [future for future in futures if future.get_loop() is loop]

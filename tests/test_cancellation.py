@@ -275,7 +275,9 @@ async def test_no_connect_that_was_cancelled_outlives_the_database(
             asyncio.get_running_loop().call_later(0.1, relay.thaw)
         async with asyncio.timeout(20):
             await database.dispose()
-        assert [task for task in asyncio.all_tasks() if "connect_whole" in repr(task)] == []
+        assert [
+            task for task in asyncio.all_tasks() if "_connect_uninterrupted" in repr(task)
+        ] == []
     await assert_disconnected(url)
 
 

@@ -339,7 +339,7 @@ def test_a_place_where_sqlite_cannot_work_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "letter.db").write_text("Dear Anna, this is no database but a letter." * 99)
     done = asgi_db("check", "--url", f"sqlite:///{tmp_path}/letter.db")
     assert done.returncode == 1
-    assert_found(done.stdout, "error", "file is not a database", "Look whether the file")
+    assert_found(done.stdout, "error", "file is not a database", "Check that the file")
 
 
 AS_NOBODY = """

@@ -3,7 +3,8 @@
     @app.post("/orders")
     async def create_order(session: CurrentSessionTransaction) -> None: ...
 
-None of these needs an exit, so none can come too late: the middleware ends the transaction.
+None of these dependencies has exit code that could run too late: the middleware ends the
+transaction.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ async def get_db_transaction(connection: HTTPConnection) -> DBSession:
 
 
 async def get_db_read_only(connection: HTTPConnection) -> DBSession:
-    """Return the session, in the `read_only` mode: no transaction, each read stands alone."""
+    """Return the session, in the `read_only` mode: no transaction, each read runs by itself."""
     return session_of(connection.scope, read_only)
 
 

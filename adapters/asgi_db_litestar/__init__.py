@@ -104,19 +104,21 @@ class DatabasePlugin(InitPlugin):
 
 
 def copy_connection_state(scope: Scope) -> None:
-    """Give a copied scope a note of its own of what Litestar finds out about the request.
+    """Give a copied scope its own copy of what Litestar records about the request.
 
-    It is Litestar's own, as in `reopen_response`; `test_retries.py` breaks when it changes.
+    This uses a private part of Litestar, like `reopen_response`; `test_retries.py` breaks when it
+    changes.
     """
     scope["state"][CONNECTION_STATE_KEY] = copy.copy(ScopeState.from_scope(scope))
 
 
 def reopen_response(scope: Scope) -> None:
-    """Tell Litestar that the response which it noted as begun was not sent.
+    """Tell Litestar that the response that it marked as begun was not sent.
 
-    The note is Litestar's own (`ScopeState` calls itself internal), and there is no public way
-    to it; `test_litestar.py` breaks when it changes.
+    The mark is private (`ScopeState` calls itself internal), and there is no public API for it;
+    `test_litestar.py` breaks when it changes.
     """
     state = ScopeState.from_scope(scope)
     state.response_started = False
-    state.is_cached = True  # or the response cache would keep the half of it that it has seen
+    # Otherwise the response cache would store the part of the response that it has seen.
+    state.is_cached = True

@@ -5,8 +5,8 @@ It does nothing before it is told where the database is:
     [tool.pytest.ini_options]
     asgi_db_url = "postgresql://app@localhost/shop"  # the tests get shop_test, or shop_test_gw0, …
 
-pytest loads this package in every project in whose environment it is installed, so it imports
-nothing of asgi-db before there is something to do.
+pytest loads this package in every project whose environment has it, so it imports nothing of
+asgi-db before that is needed.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> Generator[None
 
 
 class WithDatabase:
-    """What there is for tests as soon as it is known where the database is."""
+    """The fixtures that exist once the URL of the database is set."""
 
     @pytest.fixture(scope="session", autouse=True)
     @staticmethod
     def asgi_db_url(pytestconfig: pytest.Config) -> Iterator[str]:
-        """The URL of this worker's database, which is created for the session, and dropped."""
+        """The URL of this worker's database, which is created for the session and then dropped."""
         from asgi_db.testing import temporary_database
 
         url = pytestconfig.stash[_key]
@@ -75,6 +75,6 @@ def asgi_db_database() -> Database:
 
 @pytest.fixture
 def sandbox(asgi_db_database: Database) -> Iterator[Sandbox]:
-    """A sandbox around the test: nothing that is written in it stays."""
+    """A sandbox around the test: everything written in it is rolled back."""
     with asgi_db_database.sandbox() as sandbox:
         yield sandbox

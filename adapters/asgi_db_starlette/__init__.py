@@ -38,16 +38,16 @@ def lifespan(
     database: Database,
     app_lifespan: Callable[[App], AbstractAsyncContextManager[Any]] | None = None,
 ) -> Callable[[App], AbstractAsyncContextManager[Any]]:
-    """Make a lifespan which starts and disposes the database around the application's own.
+    """Make a lifespan that starts and disposes the database around the application's own.
 
-    Only for an application without `DBSessionMiddleware`, which does the same by itself; for
-    instance a worker that uses `database.session()` alone.
+    Only for an application without `DBSessionMiddleware`, which does the same; for example a
+    worker that only uses `database.session()`.
 
         app = Starlette(lifespan=lifespan(database, my_lifespan))
 
     Args:
-        database: what to start and dispose.
-        app_lifespan: the application's own; it may use the database.
+        database: the database to start and dispose.
+        app_lifespan: the application's own lifespan, which may use the database.
     """
 
     @asynccontextmanager
@@ -72,12 +72,12 @@ async def answer_error(
 ) -> None:
     """Answer a failed COMMIT with the application's own exception handlers.
 
-    Starlette's middleware for errors is run once more, around an application that raises: so
-    each handler is found and called exactly as for an error of the endpoint. The page for
-    server errors is left to the enclosing application, where there is one.
+    Starlette's error middleware is run again, around an application that raises the error, so that
+    each handler is found and called exactly as for an error of the endpoint. The page for server
+    errors is left to the enclosing application, if there is one.
 
     Raises:
-        Exception: no handler takes the error; also after the page for server errors was sent.
+        Exception: no handler takes the error; it is raised after the page for server errors too.
     """
     raised = _raised_by_application(error, commit_error)
 
@@ -96,9 +96,9 @@ async def answer_error(
 def _raised_by_application(error: Exception, commit_error: Exception) -> Exception:
     """Find what the application would have raised, had the response not begun.
 
-    A dependency may have turned the commit error into one of its own. Starlette wraps what it
-    refuses to handle once a response has begun, as does Litestar, in which it may be mounted;
-    `test_starlette.py` and `test_composition.py` watch their words.
+    A dependency may have turned the commit error into one of its own. Starlette wraps an error that
+    it refuses to handle once a response has begun, and so does Litestar, in which it may be
+    mounted; `test_starlette.py` and `test_composition.py` break when their messages change.
     """
     while str(error) in _REFUSED and error.__cause__ is not None:
         error = error.__cause__  # type: ignore[assignment]

@@ -114,7 +114,7 @@ class Exchange(Call):
             self._attempts.ends_at = at
 
     def _note_conflict(self, error: BaseException | None) -> None:
-        """Have the request run again if the database rolled it back in favour of another one."""
+        """Have the request run again if the database rolled it back in favor of another one."""
         unit, attempts = self._session.unit, self._attempts
         if unit is None or attempts is None or unit.conflict is None or self.needs_retry:
             return

@@ -33,7 +33,7 @@ SLOW_ROUND_TRIP = 5.0
 
 
 async def check(database: Database, plan: Plan) -> Report:
-    """Look at a database, and never raise because of what it finds."""
+    """Check a database; what it finds is in the report, and never raised."""
     report = Report()
     report.facts["database"] = repr(database.url)
     report.facts["versions"] = ", ".join(
@@ -77,7 +77,7 @@ async def _measure(report: Report, connection: AsyncConnection) -> None:
     """Measure the round trip of a statement."""
     driver: Any = (await connection.get_raw_connection()).driver_connection
     is_postgresql = connection.dialect.name == "postgresql"
-    # SQLAlchemy prepares a statement on PostgreSQL, which is a round trip more.
+    # SQLAlchemy prepares a statement on PostgreSQL, which takes one more round trip.
     ping: Callable[[str], Awaitable[Any]] = (
         driver.execute if is_postgresql else connection.exec_driver_sql
     )
@@ -109,7 +109,9 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-_LOGIN = "Correct the user and the password, and whom the server lets in (pg_hba.conf, GRANT)."
+_LOGIN = (
+    "Correct the user and the password, or the access rules of the server (pg_hba.conf, GRANT)."
+)
 _DATABASE = "Create it with CREATE DATABASE, or correct its name."
 _FULL = "Close connections, or raise max_connections."
 
@@ -125,12 +127,14 @@ _REMEDIES: dict[str | int, str] = {
     1040: _FULL,
     1203: _FULL,
 }
-"""By SQLSTATEs of PostgreSQL and error numbers of MySQL."""
+"""The remedies, by SQLSTATEs of PostgreSQL and error numbers of MySQL."""
 
 
 def _remedy(error: BaseException, url: URL) -> str:
     if url.get_backend_name() == "sqlite":
-        return "Look whether the file is an SQLite database, and who may read it and its folder."
+        return (
+            "Check that the file is an SQLite database, and the permissions of it and its folder."
+        )
     place = f"{url.host}, port {url.port or 'by default'}"
     for cause in _causes(error):
         for code in (getattr(cause, "sqlstate", None), next(iter(cause.args), None)):

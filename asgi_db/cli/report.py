@@ -70,13 +70,13 @@ class Plan:
 
     @property
     def is_remote(self) -> bool:
-        """Whether the way to the server leaves this machine, as far as the URL tells."""
+        """Whether the server is on another machine, judged by the URL."""
         host = self.url.host or self.url.normalized_query.get("host", ("localhost",))[0]
-        if host == "localhost" or host.startswith("/"):  # the folder of a socket
+        if host == "localhost" or host.startswith("/"):  # This is the folder of a socket.
             return False
         try:
             return not ip_address(host).is_loopback
-        except ValueError:  # a name
+        except ValueError:  # It is a host name.
             return True
 
     def check_connections(self, report: Report, limits: Mapping[str, int]) -> None:
@@ -99,11 +99,11 @@ class Plan:
             )
 
     def check_encryption(self, report: Report, encrypted: bool, remedy: str) -> None:
-        """Warn where passwords and rows cross a network in the clear."""
+        """Warn if rows cross a network unencrypted."""
         report.facts["encryption"] = "on" if encrypted else "off"
         if self.is_remote and not encrypted:
             report.warning(
-                f"The connection to {self.url.host} is not encrypted: who is on the way reads"
-                " the rows.",
+                f"The connection to {self.url.host} is not encrypted: anyone on the network"
+                " path can read the rows.",
                 f"{remedy} Inside a private network you may leave it.",
             )

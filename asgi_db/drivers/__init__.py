@@ -1,7 +1,7 @@
-"""One file for each database: what asgi-db has to know of it, and of its driver.
+"""One file for each database: what asgi-db has to know about it and its driver.
 
-To add one, write a class that derives from `AnyDriver`, or from the driver that comes nearest, and
-`register` an instance of it.
+To add one, derive a class from `AnyDriver`, or from the most similar driver, and `register` an
+instance of it.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ _other_drivers: dict[str, Driver] = {
     "mariadb": MySQL(),
     "sqlite": SQLite(),
 }
-"""What is known of a database where an engine of the user's own has another driver."""
+"""What is known about a database if a user's own engine has another driver for it."""
 
 _unknown = AnyDriver()
 
 
 def register(driver: Driver) -> None:
-    """Let a driver be used, by its name in the URL; it replaces the one of that name."""
+    """Register a driver under its name in the URL; it replaces any other of that name."""
     _drivers[driver.name] = driver
     accept_driver(driver.name)
 
 
 def driver_of(dialect: Dialect) -> Driver:
-    """Return what is known of the driver of an engine, also of an engine of the user's own."""
+    """Return what is known about an engine's driver, including that of a user's own engine."""
     return _drivers.get(dialect.driver) or _other_drivers.get(dialect.name, _unknown)
 
 
@@ -51,12 +51,12 @@ def drivers_with_sandbox() -> list[str]:
 
 
 def is_conflict(error: BaseException) -> bool:
-    """Say whether the database has ended a transaction in favor of another one."""
+    """Return whether the database has rolled back a transaction in favor of another one."""
     original = error.orig if isinstance(error, DBAPIError) else error
     return original is not None and any(d.is_conflict(original) for d in _drivers.values())
 
 
 def error_code(error: BaseException) -> str | None:
-    """Return the database's code for an error; unlike its text it repeats no value."""
+    """Return the database's code for an error, which unlike its text contains no user data."""
     codes = (driver.code(error) for driver in _drivers.values())
     return next((code for code in codes if code), None)

@@ -144,11 +144,11 @@ class Driver(Protocol):
     def begin(self, pooled: PoolProxiedConnection, beginning: Beginning) -> None:
         """Begin a transaction as an engine's `BEGIN_OPTION` says; SQLAlchemy does the rest."""
 
-    def stand_alone(self, connection: DBAPIConnection) -> None:
+    def enter_autocommit(self, connection: DBAPIConnection) -> None:
         """Let each statement stand alone, where `begin` has not seen to that."""
 
-    def returned(self, connection: DBAPIConnection) -> None:
-        """Undo `stand_alone`, when the connection is back in the pool; costs no round trip."""
+    def leave_autocommit(self, connection: DBAPIConnection) -> None:
+        """Undo `enter_autocommit`, when the connection is back in the pool; costs no round trip."""
 
     # -- an error
 
@@ -249,10 +249,10 @@ class AnyDriver(Driver):
             finally:
                 cursor.close()
 
-    def stand_alone(self, connection: DBAPIConnection) -> None:
+    def enter_autocommit(self, connection: DBAPIConnection) -> None:
         pass
 
-    def returned(self, connection: DBAPIConnection) -> None:
+    def leave_autocommit(self, connection: DBAPIConnection) -> None:
         pass
 
     def is_own_error(self, error: BaseException) -> bool:
@@ -331,7 +331,7 @@ def cause_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-def lost_connection(error: BaseException, where: str = "") -> DatabaseDownError:
+def connection_error(error: BaseException, where: str = "") -> DatabaseDownError:
     """Make the error for a connection which is closed, or could not be made.
 
     Args:

@@ -1,4 +1,4 @@
-"""How a driver connects: uninterrupted, and with one error for all that can go wrong."""
+"""How a driver connects: without interruption, and with one error for every failure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from asgi_db.drivers import driver_of
-from asgi_db.drivers.base import Driver, lost_connection
+from asgi_db.drivers.base import Driver, connection_error
 from asgi_db.errors import ConfigurationError, DatabaseDownError
 from asgi_db.tasks import current_task, of_this_loop, wait_for_background
 
@@ -19,7 +19,7 @@ from asgi_db.tasks import current_task, of_this_loop, wait_for_background
 def let_driver_connect(
     dialect: Dialect, _: ConnectionPoolEntry | None, __: list[Any], parameters: dict[str, Any]
 ) -> None:
-    """Let the driver connect in its own way, but uninterrupted; SQLAlchemy keeps the parameters."""
+    """Have the driver connect without interruption; SQLAlchemy then uses the changed parameters."""
     driver = driver_of(dialect)
     if driver.is_supported and not isinstance(parameters.get(_CREATOR), Connector):
         parameters[_CREATOR] = Connector(driver, parameters.get(_CREATOR))
@@ -29,14 +29,14 @@ _CREATOR = "async_creator_fn"
 
 
 class Connector:
-    """Connects, undisturbed by cancellation, and with one error for all that can go wrong."""
+    """Connects without interruption by a cancellation, and with one error for every failure."""
 
     def __init__(self, driver: Driver, connect: Callable[..., Awaitable[Any]] | None) -> None:
         """Prepare to connect.
 
         Args:
-            driver: the driver whose connection it is.
-            connect: the user's own function; the driver's if None.
+            driver: the driver that connects.
+            connect: the user's own function; if None, the driver's.
         """
         self._driver = driver
         self._connect = connect or driver.connect
@@ -46,13 +46,13 @@ class Connector:
         """Return the driver's connection.
 
         Raises:
-            DatabaseDownError: there is none.
-            ConfigurationError: the driver does not take what the URL asks for.
+            DatabaseDownError: the connection failed.
+            ConfigurationError: the driver does not accept the options or the URL.
         """
         try:
             return await _connect_uninterrupted(self._driver, self._connect, *args, **kwargs)
         except self._errors as error:
-            raise lost_connection(error) from error
+            raise connection_error(error) from error
         except UnicodeEncodeError as error:
             encoding = error.encoding
         except (TypeError, ValueError) as error:
@@ -60,8 +60,8 @@ class Connector:
                 "The driver does not take the options in the URL, in connect_args or of"
                 f" async_creator: {error}."
             ) from error
-        # Outside the `except`: Python's error has the whole password in it, and would stay
-        # reachable as the `__context__` of ours even with `from None`.
+        # This is raised outside the `except`, because Python's error contains the whole password
+        # and would remain reachable as the `__context__` even with `from None`.
         raise ConfigurationError(
             "The user name, the password or another part of the URL has a character that the"
             f" driver, which sends it as {encoding}, cannot send: change it."
@@ -69,18 +69,18 @@ class Connector:
 
 
 def raise_if_connect_failed(error: BaseException) -> None:
-    """Look after the connection that was being set up when this error came, if one was.
+    """Discard the connection that was being set up when this error was raised, if any.
 
-    SQLAlchemy leaves what the driver says there as it is.
+    SQLAlchemy does not translate the driver's errors in that phase.
 
     Raises:
-        DatabaseDownError: the server had closed it.
+        DatabaseDownError: the server had closed the connection.
     """
     made = _being_set_up_here()
     was_closed = made is not None and made.driver.is_closed(made.connection)
     abandon_connect()
     if was_closed and isinstance(error, Exception) and not isinstance(error, DatabaseDownError):
-        raise lost_connection(error) from error
+        raise connection_error(error) from error
 
 
 class _Made(NamedTuple):
@@ -96,11 +96,11 @@ _being_set_up: WeakKeyDictionary[asyncio.Task[Any], _Made] = WeakKeyDictionary()
 async def _connect_uninterrupted(
     driver: Driver, connect: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any
 ) -> Any:
-    """Connect, without being interrupted in the handshake.
+    """Connect without being interrupted in the handshake.
 
-    Interrupted there, asyncpg leaves an exception behind that nobody retrieves, and aiosqlite a
-    connection that nobody closes. A request that is cancelled does not wait; the connection is
-    terminated as soon as it is there.
+    If interrupted there, asyncpg leaves an exception that is never retrieved, and aiosqlite a
+    connection that is never closed. A cancelled request does not wait; its connection is
+    terminated as soon as it has been made.
     """
 
     async def make() -> _Made:
@@ -119,22 +119,22 @@ async def _connect_uninterrupted(
 
 
 def connect_is_complete() -> None:
-    """Say that the connection which this task has made is set up, and in the care of the pool."""
+    """Note that the connection made by this task is set up and belongs to the pool now."""
     if (task := current_task()) is not None:
         _being_set_up.pop(task, None)
 
 
 def _being_set_up_here() -> _Made | None:
-    """Return the connection which this task has made and is setting up, if it is."""
+    """Return the connection that this task is setting up, if any."""
     task = current_task()
     return None if task is None else _being_set_up.get(task)
 
 
 def abandon_connect() -> None:
-    """Terminate the connection which this task has made, if it was interrupted in setting it up.
+    """Terminate the connection that this task was setting up when it was interrupted, if any.
 
-    SQLAlchemy sends statements to set up a new connection, and forgets it if it is interrupted
-    there.
+    SQLAlchemy sends statements to set up a new connection, and forgets the connection if it is
+    interrupted meanwhile.
     """
     if not _being_set_up:
         return
@@ -155,13 +155,13 @@ def _terminate_abandoned(task: asyncio.Task[_Made]) -> None:
 
 
 CONNECT_GRACE = 1.0
-"""Seconds that a connect which was abandoned gets to end, before it is cancelled after all."""
+"""Seconds that an abandoned connect has to end before it is cancelled."""
 
 
 async def background_is_over(within: float) -> None:
-    """Wait for what runs in the background of this event loop, up to so many seconds.
+    """Wait a limited time for the background tasks of this event loop.
 
-    Connects that were abandoned come first: they may leave something to the background.
+    Abandoned connects come first, because they may start background tasks.
     """
     if connects := of_this_loop(_abandoned):
         _, late = await asyncio.wait(connects, timeout=CONNECT_GRACE)

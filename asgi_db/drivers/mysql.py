@@ -1,4 +1,4 @@
-"""MySQL and MariaDB, by asyncmy."""
+"""MySQL and MariaDB, with asyncmy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from asgi_db.drivers.base import (
     AutocommitRequests,
     Beginning,
     StandIn,
-    lost_connection,
+    connection_error,
 )
 from asgi_db.drivers.sandbox import INTERRUPT_AGAIN, SandboxControl, SandboxRules, SandboxStandIn
 from asgi_db.errors import SandboxError
@@ -35,7 +35,7 @@ def _number(error: BaseException | None) -> object:
 
 
 class MySQL(AnyDriver):
-    """What holds for MySQL and MariaDB with any driver."""
+    """MySQL and MariaDB with any driver."""
 
     has_hash_comments = True
 
@@ -56,7 +56,8 @@ class MySQL(AnyDriver):
         return str(number) if isinstance(number, int) else None
 
     def id_at_server(self, connection: Any) -> int | None:
-        with contextlib.suppress(AttributeError, TypeError):  # it is closed already
+        # These errors mean that the connection is closed already.
+        with contextlib.suppress(AttributeError, TypeError):
             return int(connection.thread_id())
         return None
 
@@ -66,14 +67,14 @@ class MySQL(AnyDriver):
         started = await _latest_start(connection)
         while abandoned:
             id, (connected, since) = next(iter(abandoned.items()))
-            # A server that was started again gives the same numbers to other connections.
+            # After a restart the server gives the same numbers to other connections.
             if connected >= started or await _runs(connection, id, time.monotonic() - since):
                 await _kill(connection, id)
             abandoned.pop(id, None)
 
 
 def _statements(mode: Mode) -> tuple[str, ...]:
-    """`SET TRANSACTION` holds for the next transaction alone, so nothing has to be set back."""
+    """`SET TRANSACTION` applies only to the next transaction, so nothing has to be reset."""
     if mode.autocommit:
         return ()
     isolation = "REPEATABLE READ" if mode.snapshot else mode.isolation
@@ -87,13 +88,13 @@ def _statements(mode: Mode) -> tuple[str, ...]:
 
 
 _CONFLICTS = (1213, 1205)
-"""A deadlock, and a lock that was not to be had in time."""
+"""A deadlock, and a timeout while waiting for a lock."""
 
 _OUTAGES = (1040, 1053)
-"""The server takes no more connections, or shuts down."""
+"""The server refuses more connections, or is shutting down."""
 
 _UNKNOWN_THREAD = 1094
-"""A connection has ended already."""
+"""The connection has ended already."""
 
 
 class AsyncmySandbox(SandboxRules):
@@ -103,7 +104,7 @@ class AsyncmySandbox(SandboxRules):
         return _SandboxControl(stand_in)
 
     def begin_nothing(self) -> None:
-        # Should the server end the transaction, no statement is committed by itself.
+        # If the server ends the transaction, statements must not be committed one by one.
         self.connection.adapted.autocommit(False)
 
     def is_in_transaction(self) -> bool:
@@ -112,7 +113,8 @@ class AsyncmySandbox(SandboxRules):
     async def interrupt(self, running: asyncio.Future[Any], *, only_reads: bool) -> None:
         id = self.connection.driver.thread_id()
         async with self.connection.side_connection() as side:
-            while not running.done():  # the first KILL may come before the statement
+            while not running.done():
+                # The first KILL may precede the statement, so it is repeated.
                 await side.exec_driver_sql(f"KILL QUERY {id}")
                 await asyncio.wait((running,), timeout=INTERRUPT_AGAIN)
 
@@ -125,7 +127,7 @@ class AsyncmySandbox(SandboxRules):
 
 
 class _SandboxControl:
-    """The methods of a connection by which SQLAlchemy's asyncmy dialect asks for autocommit."""
+    """The methods through which SQLAlchemy's asyncmy dialect controls autocommit."""
 
     def __init__(self, stand_in: SandboxStandIn) -> None:
         self._stand_in = stand_in
@@ -133,7 +135,7 @@ class _SandboxControl:
 
     def autocommit(self, value: object) -> None:
         if value and not self.is_autocommit:
-            self._stand_in.commit()  # as the server does
+            self._stand_in.commit()  # The server does so too.
         self.is_autocommit = bool(value)
 
     def get_autocommit(self) -> bool:
@@ -148,7 +150,7 @@ _COMMITS = re.compile(
 
 
 class Asyncmy(MySQL):
-    """MySQL and MariaDB by asyncmy."""
+    """MySQL and MariaDB with asyncmy."""
 
     name = "asyncmy"
     is_supported = True
@@ -158,19 +160,19 @@ class Asyncmy(MySQL):
         self._autocommit_requests = AutocommitRequests()
 
     def options(self, url: URL, *, pooler: bool) -> dict[str, Any]:
-        # It costs a round trip to change autocommit, so a connection stays as it was last used,
-        # and each begin makes sure. SQLAlchemy's own `isolation_level="AUTOCOMMIT"` changes it
-        # twice per request, and listens to an event of the engine.
+        # Changing autocommit costs a round trip, so a connection keeps its last setting and each
+        # begin corrects it if necessary. SQLAlchemy's own `isolation_level="AUTOCOMMIT"` would
+        # change it twice per request, and listen to an event of the engine.
         return {
             "execution_options": {BEGIN_OPTION: Beginning(autocommit=False)},
             "skip_autocommit_rollback": True,
-            "pool_reset_on_return": None,  # `prepare` does it
+            "pool_reset_on_return": None,  # `prepare` installs its own reset.
         }
 
     def prepare(self, engine: Engine, *, pooler: bool, durable: bool) -> None:
-        """Roll back on return to the pool only what is open.
+        """Roll back only an open transaction when a connection is returned to the pool.
 
-        SQLAlchemy does so after each COMMIT too. The server says in each answer whether a
+        SQLAlchemy would roll back after each COMMIT too. The server says in each answer whether a
         transaction is open.
         """
         dialect = engine.dialect
@@ -193,8 +195,8 @@ class Asyncmy(MySQL):
     def is_closed(self, connection: Any) -> bool:
         if isinstance(connection, StandIn):
             return connection.is_closed()
-        # asyncmy has no public word for what the server has closed; the test of closed connections
-        # in `test_engine.py` breaks when this changes.
+        # asyncmy has no public API to tell that the server has closed a connection; the test of
+        # closed connections in `test_engine.py` breaks when this changes.
         return bool(connection._stream_broken)
 
     def _terminate(self, connection: Any) -> None:
@@ -205,25 +207,27 @@ class Asyncmy(MySQL):
             connection: Any = pooled.dbapi_connection
             was_asked_for = pooled.driver_connection in self._autocommit_requests
             try:
-                connection.autocommit(was_asked_for or beginning.autocommit)  # often costs nothing
-            except Exception as error:  # asyncmy has many, and some are not the driver's own
-                raise lost_connection(error) from error
+                # This costs a round trip only if autocommit changes.
+                connection.autocommit(was_asked_for or beginning.autocommit)
+            except Exception as error:
+                # asyncmy raises many kinds of errors, some of which are not its own.
+                raise connection_error(error) from error
         super().begin(pooled, beginning)
 
 
 async def _latest_start(connection: AsyncConnection) -> float:
-    """The time at which a MySQL server was running for sure; it says so in whole seconds."""
+    """A time at which a MySQL server was certainly running; it counts in whole seconds."""
     uptime = (await connection.execute(text("SHOW GLOBAL STATUS LIKE 'Uptime'"))).one()[1]
     return time.monotonic() - float(uptime) + 1
 
 
 async def _runs(connection: AsyncConnection, id: int, age: float) -> bool:
-    """Say whether a connection's statement has run for so many seconds.
+    """Return whether a connection's statement has been running for that many seconds.
 
-    That of another connection with the same number has begun after ours was abandoned.
+    A statement of another connection with the same number began after ours was abandoned.
     """
     is_mariadb = getattr(connection.dialect, "is_mariadb", False)
-    seconds = "time_ms / 1000" if is_mariadb else "time + 1"  # MySQL counts whole ones
+    seconds = "time_ms / 1000" if is_mariadb else "time + 1"  # MySQL counts whole seconds.
     statement = (
         f"SELECT 1 FROM information_schema.processlist WHERE id = {id} AND {seconds} >= {age}"
     )

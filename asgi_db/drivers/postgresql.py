@@ -1,4 +1,4 @@
-"""PostgreSQL, by asyncpg."""
+"""PostgreSQL, with asyncpg."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ def _sqlstate(error: BaseException) -> str | None:
 
 
 class PostgreSQL(AnyDriver):
-    """What holds for PostgreSQL with any driver."""
+    """PostgreSQL with any driver."""
 
     has_deferrable = True
 
     def begin_options(self, mode: Mode, *, is_prepared: bool) -> dict[str, Any]:
         options = super().begin_options(mode, is_prepared=is_prepared)
-        if mode.isolation == "READ UNCOMMITTED":  # PostgreSQL treats it as READ COMMITTED
+        if mode.isolation == "READ UNCOMMITTED":
+            # PostgreSQL treats the two alike.
             options["isolation_level"] = "READ COMMITTED"
         if mode.read_only and not mode.autocommit:
             options["postgresql_readonly"] = True
@@ -42,7 +43,8 @@ class PostgreSQL(AnyDriver):
         return options
 
     def is_own_error(self, error: BaseException) -> bool:
-        return hasattr(error, "sqlstate")  # out of a server-side cursor
+        # SQLAlchemy does not wrap the errors of a server-side cursor.
+        return hasattr(error, "sqlstate")
 
     def is_conflict(self, error: BaseException) -> bool:
         return _sqlstate(error) in _CONFLICTS
@@ -63,7 +65,8 @@ class PostgreSQL(AnyDriver):
         return None
 
     def id_at_server(self, connection: Any) -> int | None:
-        with contextlib.suppress(AttributeError, TypeError):  # it is closed already
+        # These errors mean that the connection is closed already.
+        with contextlib.suppress(AttributeError, TypeError):
             return int(connection.get_server_pid())
         return None
 
@@ -83,12 +86,12 @@ _CONFLICTS = frozenset({"40001", "40P01"})
 _OUTAGES = frozenset(
     {"08000", "08001", "08003", "08004", "08006", "57P01", "57P02", "57P03", "53300"}
 )
-"""The connection failed, or the server shuts down, starts, or takes no more connections."""
+"""The connection failed, or the server is starting, shutting down or refusing connections."""
 
 _NO_STATEMENT = frozenset({"26000", "42P05"})
-"""A prepared statement is not there, or one of its name is there already."""
+"""A prepared statement does not exist, or its name is in use already."""
 
-# The server gives the number of a connection that has ended to another one at any time.
+# The server may give the number of a connection that has ended to a new one at any time.
 _TERMINATE = """
     SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = :id
     AND backend_start <= clock_timestamp() - make_interval(secs => :age)
@@ -108,11 +111,12 @@ class AsyncpgSandbox(SandboxRules):
         return bool(self.connection.driver.is_in_transaction())
 
     async def interrupt(self, running: asyncio.Future[Any], *, only_reads: bool) -> None:
-        running.cancel()  # asyncpg tells the server
+        running.cancel()  # asyncpg then sends a cancel request.
 
     async def begun(self, control: Any) -> None:
         if control.readonly:
-            await self.connection.fetch("SET TRANSACTION READ ONLY")  # until the savepoint ends
+            # This applies until the savepoint ends.
+            await self.connection.fetch("SET TRANSACTION READ ONLY")
 
     def local_settings(self, sql: str, parameters: Any) -> Sequence[str]:
         if found := _SET_LOCAL.match(sql):
@@ -141,7 +145,7 @@ class AsyncpgSandbox(SandboxRules):
 
 
 class _SandboxControl:
-    """The attributes of a connection by which SQLAlchemy's asyncpg dialect begins transactions."""
+    """The attributes through which SQLAlchemy's asyncpg dialect begins transactions."""
 
     def __init__(self, stand_in: SandboxStandIn) -> None:
         self._stand_in = stand_in
@@ -163,7 +167,8 @@ class _SandboxControl:
 
     def set_isolation_level(self, level: str) -> None:
         self._stand_in.rollback()
-        self.isolation_level = level  # no other than autocommit has an effect in a sandbox
+        # In a sandbox no level other than autocommit has an effect.
+        self.isolation_level = level
 
 
 _FAILED_TRANSACTION = "25P02"
@@ -179,7 +184,7 @@ _SET_CONFIG = re.compile(
 
 
 class Asyncpg(PostgreSQL):
-    """PostgreSQL by asyncpg."""
+    """PostgreSQL with asyncpg."""
 
     name = "asyncpg"
     is_supported = True
@@ -201,14 +206,14 @@ class Asyncpg(PostgreSQL):
             self._watch_connections(engine)
 
     def _watch_connections(self, engine: Engine) -> None:
-        """Let the server watch its clients, and notice a pooler that the settings do not name.
+        """Have the server check its clients, and warn of a pooler that the settings do not name.
 
-        A statement runs on at the server when its client's process is killed, unless the server
-        checks from time to time whether the client is still there (PostgreSQL 14 and later; a value
+        When a client's process is killed, its statement continues at the server unless the server
+        regularly checks whether the client is still connected (PostgreSQL 14 and later; a value
         that the user has set is kept).
 
-        In transaction pooling asyncpg's prepared statements fail, or answer with the rows of other
-        clients' statements. PgBouncer invents the process number that it tells its clients.
+        In transaction pooling asyncpg's prepared statements fail, or return the rows of other
+        clients' statements. PgBouncer is recognized by the invented process number it reports.
         """
         warned = False
 
@@ -223,7 +228,7 @@ class Asyncpg(PostgreSQL):
             except engine.dialect.loaded_dbapi.Error:
                 if self.is_closed(driver_connection):
                     raise
-                return  # the server cannot watch its clients on every system
+                return  # On some systems the server cannot check its clients.
             finally:
                 cursor.close()
                 connection.autocommit = False
@@ -239,7 +244,8 @@ class Asyncpg(PostgreSQL):
 
     @property
     def connect_errors(self) -> tuple[type[Exception], ...]:
-        driver = import_module("asyncpg")  # whose errors SQLAlchemy leaves as they are here
+        # SQLAlchemy does not wrap the errors of asyncpg while it connects.
+        driver = import_module("asyncpg")
         return OSError, driver.PostgresError, driver.InterfaceError
 
     def connect(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
@@ -253,20 +259,21 @@ class Asyncpg(PostgreSQL):
         connection.terminate()
 
     def leave_to_parent(self, connection: Any) -> None:
-        # An asyncpg connection that is collected leaves its event loop, which the parent still
-        # uses. There is no public way to keep it from that; the test of forked processes in
-        # `test_shutdown.py` breaks when this changes.
+        # A garbage collected asyncpg connection would remove itself from the event loop, which the
+        # parent still uses. There is no public API to prevent this; the test of forked processes
+        # in `test_shutdown.py` breaks when this changes.
         connection._aborted = True
 
     def begin_options(self, mode: Mode, *, is_prepared: bool) -> dict[str, Any]:
         if mode.autocommit:
-            return {}  # `stand_alone` costs nothing; a variant of the engine would
+            # `enter_autocommit` is free, whereas a variant of the engine has a cost.
+            return {}
         return super().begin_options(mode, is_prepared=is_prepared)
 
-    def stand_alone(self, connection: DBAPIConnection) -> None:
+    def enter_autocommit(self, connection: DBAPIConnection) -> None:
         connection.autocommit = True
 
-    def returned(self, connection: DBAPIConnection) -> None:
+    def leave_autocommit(self, connection: DBAPIConnection) -> None:
         connection.autocommit = False
 
 
@@ -276,19 +283,19 @@ _WATCH_CLIENT = """
 """
 
 PATIENCE = 2.0
-"""Seconds in which a request to cancel a statement may get through a pooler."""
+"""Seconds that a cancel request may take to pass through a pooler."""
 
 
 def patient_connection_class() -> type[Any]:
     """Make the class of asyncpg's connections behind a pooler.
 
-    There the server's own numbers are not known, so it is left to asyncpg to ask that an abandoned
-    statement be cancelled: `terminate` gives it the time.
+    There the server's own connection numbers are unknown, so it is left to asyncpg to send the
+    cancel request for an abandoned statement, and `terminate` gives it the time to do so.
     """
     from asyncpg import Connection
 
     class PatientConnection(Connection):
-        """Closes in the background, so that the request to cancel gets out."""
+        """Closes in the background, so that the cancel request can be sent."""
 
         __slots__ = ("_closing",)
 
@@ -302,8 +309,8 @@ def patient_connection_class() -> type[Any]:
             await asyncio.wait((self._close_once(),))
 
         def _close_once(self) -> asyncio.Future[None]:
-            # A second `close` would interrupt the first one's request to cancel the statement, at
-            # which PgBouncer 1.18 falls over (its issue 801).
+            # A second `close` would interrupt the cancel request of the first one, which makes
+            # PgBouncer 1.18 crash (its issue 801).
             if not hasattr(self, "_closing"):
                 self._closing = in_background(self._close_in_time())
             return self._closing
@@ -311,7 +318,8 @@ def patient_connection_class() -> type[Any]:
         async def _close_in_time(self) -> None:
             try:
                 await super().close(timeout=PATIENCE)
-            except Exception:  # whatever it is, the connection is closed
+            except Exception:
+                # Whatever the error is, the connection has to be closed.
                 super().terminate()
 
     return PatientConnection

@@ -1,4 +1,4 @@
-"""What a sandbox has to know of a database: each driver's file has its rules, or none."""
+"""What a sandbox has to know about a database; each driver's file defines its rules."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 INTERRUPT_AGAIN = 0.05
-"""Seconds after which a statement is interrupted again: the first time may have been too early."""
+"""Seconds after which an interrupt is repeated, because the first may have come too early."""
 
 
 class SandboxConnection(Protocol):
@@ -18,7 +18,7 @@ class SandboxConnection(Protocol):
 
     @property
     def adapted(self) -> Any:
-        """The driver's connection as SQLAlchemy has adapted it."""
+        """SQLAlchemy's adapter of the driver's connection."""
         ...
 
     @property
@@ -41,21 +41,21 @@ class SandboxConnection(Protocol):
 
 
 class SandboxStandIn(Protocol):
-    """What stands for a connection in a sandbox; its transactions are savepoints."""
+    """Replaces a connection in a sandbox; its transactions are savepoints."""
 
     def commit(self) -> None:
-        """Commit what is open."""
+        """Commit the open transaction."""
 
     def rollback(self) -> None:
-        """Roll back what is open."""
+        """Roll back the open transaction."""
 
 
 class SandboxControl(Protocol):
-    """How an application controls transactions on a connection that SQLAlchemy has adapted.
+    """How SQLAlchemy controls the transactions of a stand-in for a connection.
 
-    SQLAlchemy asks each driver for autocommit in another way. An object of this kind has the
-    attributes and methods with which it does so; each stand-in for a connection has one, and takes
-    everything else from the real connection.
+    SQLAlchemy sets autocommit differently for each driver. This object has the attributes and
+    methods with which it does so. Each stand-in has one; everything else comes from the real
+    connection.
     """
 
     @property
@@ -65,10 +65,10 @@ class SandboxControl(Protocol):
 
 
 class SandboxRules:
-    """What is special about a database in a sandbox; this class has nothing special.
+    """The peculiarities of a database in a sandbox; this base class has none.
 
     Attributes:
-        begin: begins the transaction that is rolled back at the end of the sandbox.
+        begin: the statement that begins the transaction of the sandbox.
     """
 
     begin: ClassVar[str] = "BEGIN"
@@ -77,12 +77,12 @@ class SandboxRules:
         """Prepare the rules for one sandbox.
 
         Args:
-            connection: it is not open yet.
+            connection: the connection of the sandbox, which is not open yet.
         """
         self.connection = connection
 
     def control(self, stand_in: SandboxStandIn) -> SandboxControl:
-        """Return what a stand-in for a connection has of its own."""
+        """Return the transaction controls of a stand-in for a connection."""
         raise NotImplementedError
 
     def begin_nothing(self) -> None:
@@ -94,7 +94,7 @@ class SandboxRules:
         raise NotImplementedError
 
     async def interrupt(self, running: asyncio.Future[Any], *, only_reads: bool) -> None:
-        """Interrupt a statement whose result nobody awaits any more, if that harms no other.
+        """Interrupt an abandoned statement, if that does not harm any other.
 
         Args:
             running: done when the statement has ended.
@@ -103,51 +103,51 @@ class SandboxRules:
         raise NotImplementedError
 
     async def before_close(self) -> None:
-        """Interrupt what keeps a connection from being closed that was invalidated."""
+        """Interrupt a statement that keeps the connection from being closed."""
 
     async def opened(self) -> None:
-        """Note what was there when the sandbox began."""
+        """Record the initial state when the sandbox begins."""
 
     def check(self, sql: str) -> None:
-        """Refuse a statement which would end the transaction.
+        """Refuse a statement that would end the transaction.
 
         Raises:
-            SandboxError: it would.
+            SandboxError: the statement would do so.
         """
 
     def is_ignored(self, sql: str) -> bool:
-        """Return whether a statement sets up a connection, and the real one was set up so."""
+        """Return whether a statement sets up a connection in a way the real one already is."""
         return False
 
     async def begun(self, control: Any) -> None:
         """Give a savepoint the characteristics that its transaction asks for.
 
         Args:
-            control: what `control` has returned for its stand-in.
+            control: the controls that `control` has returned for its stand-in.
         """
 
     def local_settings(self, sql: str, parameters: Any) -> Sequence[str]:
-        """Return the names of what a statement sets until the end of its transaction."""
+        """Return the names of the settings that a statement changes until its transaction ends."""
         return ()
 
     async def read_setting(self, name: str) -> str:
-        """Return the value that a setting has now."""
+        """Return the present value of a setting."""
         raise NotImplementedError
 
     async def check_deferred(self) -> None:
-        """Check the constraints which a COMMIT would check now.
+        """Check the constraints that a COMMIT would check now.
 
         Raises:
-            Exception: what the driver raises for one that is violated.
+            Exception: a constraint is violated; this is the error of the driver.
         """
 
     def is_rolled_back(self, error: Exception) -> bool:
-        """Return whether a COMMIT would have been a ROLLBACK, instead of raising this error."""
+        """Return whether a real COMMIT would silently roll back instead of raising this error."""
         return False
 
     async def committed(self, settings: Mapping[str, str]) -> None:
-        """Undo what lasts until COMMIT and no longer.
+        """Undo the settings that end with a COMMIT.
 
         Args:
-            settings: what `local_settings` has named, and the values from before.
+            settings: the earlier values of the settings that `local_settings` named.
         """

@@ -1,4 +1,4 @@
-"""SQLite, by aiosqlite."""
+"""SQLite, with aiosqlite."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from asgi_db.modes import Mode
 from asgi_db.tasks import in_background
 
 SQLITE_BUSY_TIMEOUT = 30.0
-"""Seconds that SQLite waits for another connection's lock, unless the user has said how many."""
+"""Seconds that SQLite waits for a lock of another connection, unless the user sets others."""
 
 
 class SQLite(AnyDriver):
-    """What holds for SQLite with any driver."""
+    """SQLite with any driver."""
 
     def begin_options(self, mode: Mode, *, is_prepared: bool) -> dict[str, Any]:
         """Begin explicitly.
 
-        SQLite has one isolation level, SERIALIZABLE, which fulfils the others too. A transaction
-        that will write takes the lock at its begin: one that only finds out later cannot wait for
-        the lock, and fails with "database is locked".
+        SQLite has one isolation level, SERIALIZABLE, which satisfies the others too. A transaction
+        that will write takes the lock when it begins: if it did so later, it could not wait for
+        the lock, and would fail with "database is locked".
         """
         if mode.autocommit:
             return {BEGIN_OPTION: Beginning()}
@@ -50,7 +50,7 @@ class SQLite(AnyDriver):
 
     def is_conflict(self, error: BaseException) -> bool:
         code: object = getattr(error, "sqlite_errorcode", None)
-        # The higher bits say more precisely why.
+        # The higher bits give a more specific reason.
         return isinstance(code, int) and code & 0xFF == sqlite3.SQLITE_BUSY
 
     def code(self, error: BaseException) -> str | None:
@@ -58,9 +58,10 @@ class SQLite(AnyDriver):
 
 
 class AiosqliteSandbox(SandboxRules):
-    """SQLite checks deferred foreign keys at COMMIT, and sets up a connection outside of one."""
+    """SQLite checks deferred foreign keys at COMMIT, and some settings need no transaction."""
 
-    begin: ClassVar[str] = "BEGIN IMMEDIATE"  # nobody else can write into the file meanwhile
+    # No other connection can write into the file meanwhile.
+    begin: ClassVar[str] = "BEGIN IMMEDIATE"
 
     def __init__(self, connection: SandboxConnection) -> None:
         super().__init__(connection)
@@ -86,12 +87,15 @@ class AiosqliteSandbox(SandboxRules):
         return set(await self.connection.fetch("PRAGMA foreign_key_check"))
 
     async def interrupt(self, running: asyncio.Future[Any], *, only_reads: bool) -> None:
-        while only_reads and not running.done():  # a write takes the transaction with it
-            await self.connection.driver.interrupt()  # is forgotten if it precedes the statement
+        # Interrupting a write would roll back the whole transaction.
+        while only_reads and not running.done():
+            # SQLite ignores an interrupt that precedes the statement, so it is repeated.
+            await self.connection.driver.interrupt()
             await asyncio.wait((running,), timeout=INTERRUPT_AGAIN)
 
     async def before_close(self) -> None:
-        while self.connection.is_busy:  # the thread in which it is closed does nothing else
+        while self.connection.is_busy:
+            # The thread that closes the connection is executing the statement.
             await self.connection.driver.interrupt()
             await asyncio.sleep(INTERRUPT_AGAIN)
 
@@ -108,7 +112,7 @@ class AiosqliteSandbox(SandboxRules):
 
 
 class _SandboxControl:
-    """The attribute of a connection by which SQLAlchemy's aiosqlite dialect asks for autocommit."""
+    """The attribute through which SQLAlchemy's aiosqlite dialect controls autocommit."""
 
     def __init__(self) -> None:
         self.isolation_level: str | None = ""
@@ -124,7 +128,7 @@ _PRAGMA = re.compile(
 
 
 class Aiosqlite(SQLite):
-    """SQLite by aiosqlite."""
+    """SQLite with aiosqlite."""
 
     name = "aiosqlite"
     is_supported = True
@@ -134,7 +138,8 @@ class Aiosqlite(SQLite):
         self._autocommit_requests = AutocommitRequests()
 
     def options(self, url: URL, *, pooler: bool) -> dict[str, Any]:
-        has_own = "timeout" in url.query  # which connect_args would override
+        # `connect_args` would override a timeout in the URL.
+        has_own = "timeout" in url.query
         return {
             "execution_options": {BEGIN_OPTION: Beginning(("BEGIN",))},
             "connect_args": {} if has_own else {"timeout": SQLITE_BUSY_TIMEOUT},
@@ -146,7 +151,7 @@ class Aiosqlite(SQLite):
     def prepare(self, engine: Engine, *, pooler: bool, durable: bool) -> None:
         """Set up connections: explicit BEGIN, foreign keys and WAL.
 
-        The driver's own transaction control starts none for a SELECT, which loses updates.
+        The driver's own transaction control begins none before a SELECT, so that updates get lost.
         Source: https://docs.sqlalchemy.org/en/21/dialects/sqlite.html#pysqlite-serializable
         """
 
@@ -156,7 +161,8 @@ class Aiosqlite(SQLite):
             cursor.execute("PRAGMA foreign_keys = ON")
             try:
                 cursor.execute("PRAGMA journal_mode = WAL")
-            except sqlite3.OperationalError as error:  # a file for reading alone keeps its journal
+            except sqlite3.OperationalError as error:
+                # A read-only file keeps its journal mode.
                 if error.sqlite_errorcode != sqlite3.SQLITE_READONLY:
                     raise
             if not durable:
@@ -169,13 +175,13 @@ class Aiosqlite(SQLite):
     def connect(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
         kwargs.setdefault("factory", _Connection)
         connection = import_module("aiosqlite").connect(*args, **kwargs)
-        # As SQLAlchemy does where it connects by itself; there is no public way. Otherwise a
-        # program that does not dispose its database could not end.
+        # Without this a program that does not dispose its database could not end. SQLAlchemy does
+        # the same when it connects itself; there is no public API.
         connection._thread.daemon = True
         stop = connection.stop
 
         def stop_once() -> Any:
-            # Its `close` ends with a `stop`, and waits for a thread that an earlier one has ended.
+            # `close` ends with `stop`, and would wait for a thread that an earlier `stop` ended.
             stopped = stop() if connection._running else None
             if stopped is not None:
                 in_background(stopped)
@@ -193,19 +199,19 @@ class Aiosqlite(SQLite):
             super().begin(pooled, beginning)
 
     def interrupt(self, connection: Any) -> Coroutine[Any, Any, None] | None:
-        """Interrupt what the connection runs, until it is closed.
+        """Interrupt the statements of a connection until it is closed.
 
-        One that is idle would not close in good order afterwards.
+        An idle connection would not close properly after an interrupt.
         """
         return _interrupt(connection)
 
 
 class _Connection(sqlite3.Connection):
-    """Is closed, and its transaction over, once `close` returns.
+    """A connection that is really closed, and its transaction over, once `close` returns.
 
-    To SQLite a connection is closed only when its last statement is gone: one that was interrupted
-    would keep the transaction, and its lock, until the garbage collector finds it. And while it
-    is there, a connection that has been interrupted refuses to roll back.
+    SQLite closes a connection only when its last statement is finalized: an interrupted statement
+    would keep the transaction and its lock until it is garbage collected, and meanwhile the
+    interrupted connection would refuse to roll back.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -224,18 +230,19 @@ class _Connection(sqlite3.Connection):
 
 
 def _begin_nothing_by_itself(connection: Any) -> None:
-    """Let the driver send no BEGIN of its own accord."""
+    """Keep the driver from sending BEGIN by itself."""
     connection.isolation_level = None
 
 
 INTERRUPT_AGAIN = 0.05
-"""Seconds after which SQLite is interrupted again: time enough to end a statement and to close."""
+"""Seconds between two interrupts: enough time to end a statement and to close."""
 
 
 async def _interrupt(connection: Any) -> None:
-    # SQLite forgets an interrupt that comes before the statement has begun, and the statement may
-    # still be on its way to the connection's thread. There it is closed too, after the statement.
-    with contextlib.suppress(ValueError, sqlite3.Error):  # it is closed
+    # SQLite ignores an interrupt that precedes the statement, which may still be on its way to the
+    # connection's thread. That thread also closes the connection after the statement, and then the
+    # interrupt raises one of these errors.
+    with contextlib.suppress(ValueError, sqlite3.Error):
         with anyio.move_on_after(GIVE_UP_AFTER):
             while True:
                 await connection.interrupt()
@@ -243,7 +250,7 @@ async def _interrupt(connection: Any) -> None:
 
 
 class TemporaryFolder:
-    """A folder for a database in memory; it is gone when the program ends, at the latest."""
+    """A folder for a database in memory; it is removed at the latest when the program ends."""
 
     def __init__(self) -> None:
         self.path = tempfile.mkdtemp(prefix="asgi-db-")
@@ -251,7 +258,7 @@ class TemporaryFolder:
 
 
 def _remove_folder(path: str, owner: int) -> None:
-    if os.getpid() == owner:  # not in a process that was forked
+    if os.getpid() == owner:  # A forked process must not remove it.
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -1,1 +1,1 @@
-"""The engines of a database, and the care for their pools."""
+"""The engines of a database, and the care of their pools."""

@@ -1,9 +1,9 @@
-"""Statements that nobody waits for any more are ended at the server.
+"""Ends abandoned statements at the server.
 
-A connection that is discarded in the middle of a statement is closed, but its server goes on with
-the statement, and notices nothing until it has rows to send. So it is told, over another
-connection. The driver's own way, asyncpg's cancel request, is interrupted itself by a cancellation
-that comes twice, and asyncmy has none.
+A connection that is discarded in the middle of a statement is closed, but its server continues the
+statement and notices nothing until it has rows to send. So the statement is ended over another
+connection. asyncpg's own cancel request does not survive a second cancellation, and asyncmy has
+none.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from asgi_db.logs import logger
 from asgi_db.tasks import in_background, running_loop
 
 ATTEMPT_TIMEOUT = 5.0
-"""Seconds that one attempt may take; `dispose` waits as long."""
+"""Seconds that one attempt may take; `dispose` waits equally long."""
 
 
 _CONNECTED = "asgi_db_connected"
-"""The key in a connection's `info` for the event loop and the time of its making."""
+"""The key in a connection's `info` for the event loop and the time in which it was made."""
 
 
 @asynccontextmanager
@@ -46,27 +46,27 @@ async def connection_of(engine: AsyncEngine) -> AsyncGenerator[AsyncConnection]:
 
 
 @asynccontextmanager
-async def connection_aside(engine: AsyncEngine) -> AsyncGenerator[AsyncConnection]:
-    """Open a connection beside the pool, in autocommit, for a moment; made as the pool's are."""
-    aside = create_async_engine(engine.url, pool=engine.pool.recreate())
+async def side_connection(engine: AsyncEngine) -> AsyncGenerator[AsyncConnection]:
+    """Briefly open a connection outside the pool, in autocommit; it is made as the pool's are."""
+    side_engine = create_async_engine(engine.url, pool=engine.pool.recreate())
     try:
-        async with connection_of(aside) as connection:
+        async with connection_of(side_engine) as connection:
             await connection.execution_options(isolation_level="AUTOCOMMIT")
             yield connection
     finally:
         with anyio.CancelScope(shield=True), anyio.move_on_after(ATTEMPT_TIMEOUT):
-            await aside.dispose()
+            await side_engine.dispose()
 
 
 class AbandonedStatements:
-    """The statements of an engine that were abandoned, until they have been ended at the server."""
+    """The abandoned statements of an engine, until they have been ended at the server."""
 
     def __init__(self, engine: AsyncEngine, *, pooler: bool) -> None:
         """Watch an engine.
 
         Args:
-            pooler: there is one in between, so that the server's own numbers of connections are
-                not known; see `patient_connection_class`.
+            pooler: whether there is a pooler in between, so that the server's own connection
+                numbers are unknown; see `patient_connection_class`.
         """
         self._engine = engine
         self._driver = driver_of(engine.dialect)
@@ -82,12 +82,12 @@ class AbandonedStatements:
     def _invalidate(
         self, adapted: DBAPIConnection, entry: ConnectionPoolEntry, error: BaseException | None
     ) -> None:
-        """Take note of a connection that is discarded while its server may be busy for it."""
+        """Note a connection that is discarded while its server may be executing a statement."""
         if isinstance(error, Exception):
-            return  # the connection itself has failed: there is nobody to tell
+            return  # The connection itself has failed, and its statement with it.
         connection = self._engine.dialect.get_driver_connection(adapted)
         if isinstance(connection, StandIn):
-            return  # the sandbox ends its statements itself, and goes on
+            return  # The sandbox ends its statements itself and keeps its connection.
         if error is not None and running_loop() is not None:
             if (interrupting := self._driver.interrupt(connection)) is not None:
                 in_background(interrupting)
@@ -105,29 +105,28 @@ class AbandonedStatements:
         while self._abandoned:
             try:
                 with anyio.fail_after(ATTEMPT_TIMEOUT):
-                    async with connection_aside(self._engine) as connection:
+                    async with side_connection(self._engine) as connection:
                         await self._driver.end_statements(connection, self._abandoned)
             except (SQLAlchemyError, OSError) as error:
                 if time.monotonic() > deadline:
-                    self._give_up(error)
+                    self._discard_remaining(error)
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, 1.0)
 
-    def _give_up(self, error: Exception) -> None:
+    def _discard_remaining(self, error: Exception) -> None:
         logger.error(
-            "%d statements may still run on the server, although nobody waits for them any more:"
-            " the server cannot be told (%s)",
+            "%d statements may still run on the server, which could not be told to end them (%s)",
             len(self._abandoned),
             type(error).__name__,
         )
         self._abandoned.clear()
 
     async def all_ended(self) -> None:
-        """Wait, within a bound, until every abandoned statement has been ended at the server."""
+        """Wait for a limited time until every abandoned statement has been ended at the server."""
         await background_is_over(ATTEMPT_TIMEOUT)
         if self._ending is not None and self._ending.get_loop() is running_loop():
             await asyncio.wait((self._ending,), timeout=ATTEMPT_TIMEOUT)
             if not self._ending.done():
                 self._ending.cancel()
                 await asyncio.wait((self._ending,))
-                self._give_up(TimeoutError())
+                self._discard_remaining(TimeoutError())

@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
 
 from asgi_db.drivers import driver_of
-from asgi_db.drivers.base import lost_connection
+from asgi_db.drivers.base import connection_error
 from asgi_db.drivers.connecting import connect_is_complete
 from asgi_db.engine import UNIT_INFO, Unit
 from asgi_db.pool.fair import FairPool
@@ -110,7 +110,7 @@ class Connections:
             closed = "the server has closed this connection"
             if returned is not None:
                 raise DisconnectionError(closed)  # the pool tries another one, a few times
-            raise lost_connection(ConnectionError(closed))
+            raise connection_error(ConnectionError(closed))
         if self._verify and returned is not None and now - returned > VERIFY_AFTER_IDLE:
             self._ping(connection)
         stack = [] if self._leaks is None else self._leaks.connection_taken()

@@ -129,7 +129,7 @@ class Engines:
         """Return the engines that have been made, each with its life."""
         return list(self._lives.values()) if self._given is None else [self._given]
 
-    def make_side_life(self) -> EngineLife:
+    def make_side_engine(self) -> EngineLife:
         """Make an engine that is made as the others are, and is not among them.
 
         Raises:

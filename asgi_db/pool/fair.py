@@ -1,8 +1,8 @@
-"""A pool that serves those who wait for a connection in the order in which they came.
+"""A pool that serves its waiters in the order in which they came.
 
-SQLAlchemy's keeps its connections in an `asyncio.Queue`. There a newcomer may take the connection
-for which a waiter has just been woken, which then waits again behind all others: under load some
-requests run into `pool_timeout` while others are served again and again.
+SQLAlchemy's pool keeps its connections in an `asyncio.Queue`. There a newcomer may take the
+connection for which a waiter has just been woken, and the waiter goes to the end of the queue:
+under load some requests run into `pool_timeout` while others are served again and again.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class FairQueue(QueueCommon[T]):
         return False
 
     def keep(self, item: T) -> None:
-        """Hand an item to a waiter, or keep it even if there is no room: it may not be lost."""
+        """Hand an item to a waiter, or keep it even if there is no room, so as not to lose it."""
         if not self.hand(item):
             self._items.append(item)
 
@@ -90,7 +90,7 @@ class FairQueue(QueueCommon[T]):
         """Take an item, or wait for one; waiters are served in the order in which they came.
 
         Raises:
-            Empty: there is no item, or none has come within `timeout` seconds.
+            Empty: there is no item, or none came within `timeout` seconds.
         """
         if self._items:
             return self._items.pop() if self.use_lifo else self._items.popleft()
@@ -117,7 +117,8 @@ class FairQueue(QueueCommon[T]):
             if waiter in self._waiting:
                 self._waiting.remove(waiter)
             elif not waiter.cancelled() and waiter.exception() is None:
-                self.take_back(waiter.result())  # the item came at the last moment
+                # The item came at the last moment.
+                self.take_back(waiter.result())
             raise
         finally:
             if timer is not None:
@@ -134,10 +135,10 @@ def _time_out(waiter: asyncio.Future[T]) -> None:
 
 
 class _Entry(_ConnectionRecord):
-    """A place in the pool that is free again even if a listener of "checkin" raises.
+    """A place in the pool that becomes free again even if a listener of "checkin" raises.
 
-    SQLAlchemy itself would never return the connection then, and the pool would be smaller for
-    good. There is no public way; a test in `test_fair_pool.py` breaks when this changes.
+    SQLAlchemy itself would then never return the connection, and the pool would be smaller for
+    good. There is no public API for this; a test in `test_fair_pool.py` breaks when this changes.
     """
 
     def __init__(self, pool: FairPool) -> None:
@@ -157,10 +158,11 @@ class _Entry(_ConnectionRecord):
 class FairPool(AsyncAdaptedQueuePool):
     """SQLAlchemy's pool with a fair queue.
 
-    There is no public way to give it one; the tests in `test_fair_pool.py` break when this changes.
+    SQLAlchemy has no public API for this; the tests in `test_fair_pool.py` break when it changes.
     """
 
-    __module__ = "sqlalchemy.pool"  # SQLAlchemy derives the name of its logger from it
+    # SQLAlchemy derives the name of its logger from this.
+    __module__ = "sqlalchemy.pool"
 
     _queue_class = FairQueue[ConnectionPoolEntry]
 
@@ -181,7 +183,7 @@ class FairPool(AsyncAdaptedQueuePool):
         self._return_conn(entry)
 
     def _dec_overflow(self) -> Literal[True]:
-        """Let a waiter open a connection in place of one that was closed, and not a newcomer."""
+        """Let a waiter, rather than a newcomer, open a connection in place of a closed one."""
         return True if self._queue.hand(_ROOM) else super()._dec_overflow()
 
     def _receive(self, item: Any) -> Any:
@@ -200,9 +202,9 @@ class FairPool(AsyncAdaptedQueuePool):
             self._queue.keep(item)
 
     def waiting(self) -> int:
-        """Return the number of tasks that wait for a connection."""
+        """Return the number of tasks that are waiting for a connection."""
         return self._queue.waiting()
 
 
 _ROOM = object()
-"""What a waiter is handed when it may open a connection."""
+"""Handed to a waiter that may open a new connection."""

@@ -9,9 +9,9 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from asgi_db.drivers.base import lost_connection
+from asgi_db.drivers.base import connection_error
 from asgi_db.errors import DatabaseBusyError, DatabaseDownError
-from asgi_db.pool.abandoned import connection_aside, connection_of
+from asgi_db.pool.abandoned import connection_of, side_connection
 from asgi_db.pool.life import EngineLife
 
 PING_TIMEOUT = 2.0
@@ -33,9 +33,9 @@ async def ping(life: EngineLife) -> None:
         busy = DatabaseBusyError("database.ping()", life.holders())
         cause = error
     try:
-        await _ask(connection_aside(life.engine))
+        await _ask(side_connection(life.engine))
     except (SQLAlchemyError, TimeoutError) as error:
-        raise lost_connection(error) from error
+        raise connection_error(error) from error
     raise busy from cause
 
 

@@ -1,4 +1,4 @@
-"""For the tests of applications: sandboxes, and databases that last as long as a test run."""
+"""For tests of applications: sandboxes, and databases that last as long as a test run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cursors whose rows are fetched at once, and how the real connection gets their statements."""
+"""Cursors whose rows are fetched at once, and the execution of their statements."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from asgi_db.testing.transaction import Statement
 
 
 def execute(adapted: Any, statement: Statement) -> Any:
-    """Execute a statement on the real connection, in the greenlet that it needs.
+    """Execute a statement on the real connection; called in a greenlet of SQLAlchemy.
 
     Returns:
         the adapted connection's cursor, which has fetched its rows. The driver's own cursor is
-        closed, in the way in which SQLAlchemy's `AsyncSession` closes it.
+        closed in the same way as by SQLAlchemy's `AsyncSession`.
     """
     cursor = adapted.cursor()
     try:
@@ -33,7 +33,7 @@ def execute(adapted: Any, statement: Statement) -> Any:
 
 
 class StandInCursor:
-    """Stands for a cursor of the real connection, which it shows once that has been executed."""
+    """Replaces a cursor, and shows the real one once a statement has been executed."""
 
     __slots__ = ("_asked", "_cursor", "_run", "_unused")
 
@@ -52,7 +52,7 @@ class StandInCursor:
         return self._asked[name] if name in self._asked else getattr(self._cursor, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # SQLAlchemy's asyncpg dialect says in an attribute of the cursor when its caches are stale.
+        # SQLAlchemy's asyncpg dialect uses an attribute of the cursor to mark stale caches.
         if name in StandInCursor.__slots__:
             super().__setattr__(name, value)
         else:
@@ -67,7 +67,7 @@ class StandInCursor:
         self._cursor = self._run(statement) or self._unused
 
     def executemany(self, sql: str, parameters: Any) -> None:
-        """Execute a statement for each of several parameters."""
+        """Execute a statement for each of several sets of parameters."""
         statement = Statement(sql, parameters, True, current_task(), self._asked)
         self._cursor = self._run(statement) or self._unused
 
@@ -76,4 +76,4 @@ class StandInCursor:
         self._cursor = self._unused
 
     async def _async_soft_close(self) -> None:
-        """Do nothing, for the same reason."""
+        """Do nothing, because the driver's own cursor is closed already."""

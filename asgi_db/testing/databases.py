@@ -19,29 +19,28 @@ def test_database_url(url: str | URL, *, worker: str | None = None) -> URL:
     """Return the URL of a database for tests: `shop_test` beside `shop`.
 
     Args:
-        url: of the real database, or of one for tests already.
-        worker: name of one of several processes, such as pytest-xdist's `gw0`, that have one
-            each: `shop_test_gw0`.
+        url: the URL of the real database, or of a database for tests.
+        worker: the name of a worker process, such as pytest-xdist's `gw0`, which gets a database
+            of its own: `shop_test_gw0`.
 
     Raises:
-        ConfigurationError: the URL cannot be used, or the name would become too long.
+        ConfigurationError: the URL cannot be used, or the name would be too long.
     """
     return with_database_for_tests(parse_database_url(url), worker)
 
 
-test_database_url.__test__ = False  # type: ignore[attr-defined]  # pytest takes it for a test
+test_database_url.__test__ = False  # type: ignore[attr-defined]  # pytest would collect it.
 
 
 @contextmanager
 def temporary_database(url: str | URL) -> Generator[URL]:
     """Create an empty database for tests, and drop it at the end.
 
-    One of this name that is left from before is dropped first: the name has to say that it is for
-    tests.
+    An existing database of this name is dropped first, so the name has to say that it is for tests.
 
     Args:
-        url: of the database; its name ends with `_test`, or has `_test_` in it. The folders of
-            an SQLite file do not count.
+        url: the URL of the database, whose name ends with `_test` or contains `_test_`. The folders
+            of an SQLite file do not count.
 
     Raises:
         ConfigurationError: the name does not say that it is for tests.
@@ -78,7 +77,8 @@ def _replace(url: URL, *, create: bool) -> None:
             with suppress(FileNotFoundError):
                 os.remove(f"{_file_of(url)}{suffix}")
         return
-    with start_blocking_portal() as portal:  # also where an event loop runs
+    # This also works while an event loop is running.
+    with start_blocking_portal() as portal:
         portal.call(_replace_on_server, url, create)
 
 

@@ -1,4 +1,4 @@
-"""For the tests of applications: sandboxes, and databases that last as long as a test run."""
+"""The sandbox: a block in which everything is rolled back at the end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from asgi_db.drivers import driver_of, drivers_with_sandbox
-from asgi_db.drivers.base import lost_connection
+from asgi_db.drivers.base import connection_error
 from asgi_db.drivers.sandbox import SandboxRules
 from asgi_db.errors import SandboxError
 from asgi_db.pool.engines import Engines
@@ -25,21 +25,21 @@ from asgi_db.testing.stand_in import StandInConnection
 
 
 class Sandbox:
-    """A span of time in which nothing that is written through a `Database` stays.
+    """A block in which everything that is written through a `Database` is rolled back at the end.
 
         with database.sandbox():  # or: async with
             ...
 
     Everything runs on one connection, whose transaction is rolled back at the end: what the
-    application and the test commit meanwhile is there for both of them, and for nobody else. It
-    works in every event loop and thread of the process.
+    application and the test commit meanwhile is visible to both of them, and to no other
+    connection. It works in every event loop and thread of the process.
     """
 
     def __init__(self, engines: Engines) -> None:
         """Prepare it; use `database.sandbox()`.
 
         Args:
-            engines: what is written through them is undone.
+            engines: the engines whose writes are rolled back.
         """
         self._engines = engines
         self._portals = ExitStack()
@@ -107,7 +107,7 @@ class Sandbox:
         return portal
 
     async def _open(self, portal: BlockingPortal) -> None:
-        self._life = self._engines.make_side_life()
+        self._life = self._engines.make_side_engine()
         self._shared = SharedConnection(self._life.engine, portal, _rules(self._life))
         await self._shared.open()
 
@@ -145,7 +145,7 @@ class Sandbox:
         return self._shared
 
     def cover(self, life: EngineLife) -> None:
-        """Let an engine of the database connect to the sandbox instead of the server."""
+        """Connect an engine of the database to the sandbox instead of the server."""
         if life in self._covered:
             return
         engine = life.engine.sync_engine
@@ -162,7 +162,7 @@ class Sandbox:
     def _stand_in(self, entry: ConnectionPoolEntry) -> Any:
         assert self._shared is not None
         if not self._shared.is_usable:
-            raise lost_connection(ConnectionError("the sandbox's connection is closed"))
+            raise connection_error(ConnectionError("the sandbox's connection is closed"))
         return StandInConnection(self._shared, entry)
 
     def _connected(self, connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
@@ -173,13 +173,14 @@ class Sandbox:
         self, connection: DBAPIConnection, _: ConnectionPoolEntry, __: PoolProxiedConnection
     ) -> None:
         if isinstance(connection, StandInConnection):
-            connection.commit()  # what other listeners have sent
+            # Other listeners may have sent statements.
+            connection.commit()
         elif self._is_active:
             raise DisconnectionError("This connection is from before the sandbox.")
 
     @property
     def _is_active(self) -> bool:
-        # A pool that was made anew, when an engine was disposed, keeps what the old one had.
+        # When an engine is disposed, its new pool keeps the creator of the old one.
         return self._engines.active_cover is self
 
 

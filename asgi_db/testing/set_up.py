@@ -1,8 +1,8 @@
-"""How the real connection is set up: by each `connect` listener of the application once.
+"""How the real connection is set up: by each `connect` listener of the application, once.
 
 SQLAlchemy calls these listeners for the real connection, and again for each stand-in. A statement
-such as `ATTACH DATABASE` or `CREATE TEMPORARY TABLE` would fail the second time, so what returns no
-rows is sent once.
+such as `ATTACH DATABASE` or `CREATE TEMPORARY TABLE` would fail the second time, so statements that
+return no rows are sent only once.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from asgi_db.testing.transaction import Statement
 
 
 class RecordedConnection:
-    """The real connection, as its pool has it: records the statements that are sent there.
+    """The real connection in its pool, which records the statements that are sent there.
 
-    Everything else is left to the connection as SQLAlchemy has adapted it.
+    Everything else is left to SQLAlchemy's adapter of the connection.
     """
 
     __slots__ = ("_adapted", "_set_up")
@@ -61,11 +61,10 @@ Creator = Callable[[ConnectionPoolEntry], Any]
 
 
 def replace_creator(pool: Pool, replacement: Callable[[Creator], Creator]) -> Creator:
-    """Replace how a pool makes its connections, and return how it did before.
+    """Replace the function with which a pool makes its connections, and return the old one.
 
-    The event `do_connect` does not come where an engine has a `creator` or an `async_creator`, and
-    there is no other public way; the test of such engines in `test_sandbox.py` breaks when this
-    changes.
+    The event `do_connect` is not sent if an engine has a `creator` or an `async_creator`, and there
+    is no other public API; the test of such engines in `test_sandbox.py` breaks when this changes.
     """
     creator: Creator = pool._invoke_creator  # pyright: ignore[reportPrivateUsage]
     restore_creator(pool, replacement(creator))
@@ -73,5 +72,5 @@ def replace_creator(pool: Pool, replacement: Callable[[Creator], Creator]) -> Cr
 
 
 def restore_creator(pool: Pool, creator: Creator) -> None:
-    """Let a pool make its connections in this way."""
-    setattr(pool, "_creator", creator)  # noqa: B010  # its type is private too
+    """Set the function with which a pool makes its connections."""
+    setattr(pool, "_creator", creator)  # noqa: B010  # Its type is private too.

@@ -7,8 +7,8 @@
         ROLLBACK TO its ROLLBACK
     ROLLBACK        the end of the sandbox
 
-One of these transactions can be open at a time. One that has only read gives way to another: its
-savepoint is released, which does no harm, and it begins anew with its next statement.
+Only one of these transactions can be open at a time. A transaction that has only read gives way to
+another one: its savepoint is released, which does no harm, and its next statement sets a new one.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from asgi_db.drivers import driver_of
 from asgi_db.drivers.sandbox import SandboxRules
 from asgi_db.errors import SandboxError
 from asgi_db.logs import logger
-from asgi_db.pool.abandoned import connection_aside
+from asgi_db.pool.abandoned import side_connection
 from asgi_db.testing.cursor import execute
 from asgi_db.testing.set_up import Creator, RecordedConnection, replace_creator
 from asgi_db.testing.transaction import SandboxedTransaction, Statement
 
 WAIT_TIMEOUT = 5.0
-"""Seconds that a transaction waits for another, which has written, to end."""
+"""Seconds that a transaction waits for the end of another one that has written."""
 
 CLOSE_TIMEOUT = 5.0
-"""Seconds that the end of a sandbox waits for a statement that is still executed."""
+"""Seconds that the end of a sandbox waits for a running statement."""
 
 _SAVEPOINT = "asgi_db_sandbox"
 
@@ -54,9 +54,9 @@ class SharedConnection:
         """Prepare it; nothing is opened yet.
 
         Args:
-            engine: for this connection alone.
-            portal: into the event loop where the connection lives.
-            rules: those of the engine's database.
+            engine: an engine for this connection alone.
+            portal: gives access to the event loop of the connection.
+            rules: the rules of the engine's database.
         """
         self.portal = portal
         self.rules = rules(self)
@@ -95,7 +95,8 @@ class SharedConnection:
                 self._floor.interrupt()
             async with asyncio.timeout(CLOSE_TIMEOUT), self._turn:
                 await self.fetch("ROLLBACK")
-        except Exception as error:  # the server rolls back when the connection is closed
+        except Exception as error:
+            # The server rolls back when the connection is closed.
             logger.warning("The sandbox's connection is terminated: %s", type(error).__name__)
             await self.rules.before_close()
             await self._connection.invalidate()
@@ -108,7 +109,7 @@ class SharedConnection:
 
     @property
     def is_usable(self) -> bool:
-        """Whether the sandbox has not ended, nor lost its connection."""
+        """Whether the sandbox has not ended, and its connection is open."""
         return not (self.is_closed or self._is_disconnected())
 
     @property
@@ -118,17 +119,17 @@ class SharedConnection:
 
     def side_connection(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """Open another connection to the same server, in autocommit."""
-        return connection_aside(self._engine)
+        return side_connection(self._engine)
 
-    # -- what is sent --------------------------------------------------------------------------
+    # -- statements ----------------------------------------------------------------------------
 
     async def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call something of the adapted connection, in the greenlet that it needs."""
+        """Call a function of the adapted connection in a greenlet of SQLAlchemy."""
         assert self._connection is not None
         return await self._connection.run_sync(lambda _: function(*args, **kwargs))
 
     async def fetch(self, sql: str, parameters: Any = None) -> Sequence[Any]:
-        """Execute a statement at once, without a turn, and return its rows."""
+        """Execute a statement without waiting for a turn, and return its rows."""
         cursor = await self._send(Statement(sql, parameters, many=False, task=None))
         rows: Sequence[Any] = cursor.fetchall()
         return rows
@@ -137,13 +138,13 @@ class SharedConnection:
         return await self.call(execute, self.adapted, statement)
 
     async def execute(self, transaction: SandboxedTransaction, statement: Statement) -> Any:
-        """Execute a statement in a transaction, when it is its turn.
+        """Execute a statement in a transaction when its turn comes.
 
         Returns:
             the cursor, which has fetched its rows.
 
         Raises:
-            SandboxError: another transaction has written, and does not end.
+            SandboxError: another transaction has written and does not end.
         """
         async with self._turn:
             self.rules.check(statement.sql)
@@ -175,7 +176,7 @@ class SharedConnection:
         try:
             await asyncio.wait((running, interrupted), return_when=asyncio.FIRST_COMPLETED)
             if not running.done():
-                # Within this turn, so that the interrupt cannot meet the next statement.
+                # This turn must not end before, or the interrupt could hit the next statement.
                 await self._interrupt(running, statement)
                 await asyncio.wait((running,))
             return running.result()
@@ -196,9 +197,9 @@ class SharedConnection:
         task: asyncio.Task[Any] | None,
         function: Callable[[], Coroutine[Any, Any, Any]],
     ) -> Any:
-        """Await something of the real connection that is no statement, when it is its turn.
+        """Await a method of the real connection other than a statement, when its turn comes.
 
-        In a transaction it counts as a write: COPY is one.
+        In a transaction it counts as a write, because it may be COPY.
         """
         async with self._turn:
             if not transaction.has_begun:
@@ -221,7 +222,8 @@ class SharedConnection:
         if self._floor is not transaction:
             await self._wait_for_floor(transaction, task)
             self._check_usable(transaction)
-            if self._floor is not None:  # it has only read, and begins anew with its next statement
+            if self._floor is not None:
+                # Its holder has only read, and sets a new savepoint with its next statement.
                 await (self._undo(self._floor) if self._floor.has_failed else self._release())
             await self.fetch(f"SAVEPOINT {_SAVEPOINT}")
             self._floor = transaction
@@ -245,7 +247,8 @@ class SharedConnection:
         if transaction.is_closed:
             raise SandboxError("The connection was closed before the statement had ended.")
         if not self._is_in_transaction():
-            self.is_closed = True  # what is sent now would be committed
+            # Anything that is sent from now on would be committed.
+            self.is_closed = True
             raise SandboxError(
                 "The sandbox has ended early: the database itself has ended its transaction, for"
                 " instance after a deadlock, or at a statement that commits."
@@ -255,7 +258,7 @@ class SharedConnection:
         return driver_of(self._engine.dialect).is_closed(self.driver)
 
     def _is_in_transaction(self) -> bool:
-        # On a connection that is closed the next statement says so better than we can.
+        # On a closed connection the error of the next statement explains the problem better.
         return self._is_disconnected() or self.rules.is_in_transaction()
 
     def check_open(self) -> None:
@@ -271,21 +274,21 @@ class SharedConnection:
             )
 
     async def commit(self, transaction: SandboxedTransaction) -> None:
-        """Keep what a transaction has done for as long as the sandbox lasts."""
+        """Keep the work of a transaction until the sandbox ends."""
         async with self._turn:
             if self._floor is transaction:
                 await self._keep(transaction)
             transaction.ended()
 
     async def rollback(self, transaction: SandboxedTransaction) -> None:
-        """Undo what a transaction has done."""
+        """Undo the work of a transaction."""
         async with self._turn:
             if self._floor is transaction and self._is_in_transaction():
                 await self._undo(transaction)
             transaction.ended()
 
     async def abandon(self, transaction: SandboxedTransaction) -> None:
-        """Undo what a transaction has done whose connection was closed, maybe in a statement."""
+        """Undo a transaction whose connection was closed, perhaps during a statement."""
         transaction.interrupt()
         if not self.is_closed:
             await self.rollback(transaction)
@@ -312,7 +315,8 @@ class SharedConnection:
             await self.fetch(f"ROLLBACK TO SAVEPOINT {_SAVEPOINT}")
             await self.fetch(f"RELEASE SAVEPOINT {_SAVEPOINT}")
         except Exception:
-            self.is_closed = True  # the savepoint is gone, and so is the transaction around it
+            # The savepoint no longer exists, nor does the transaction around it.
+            self.is_closed = True
             raise
         finally:
             transaction.undone()
@@ -338,9 +342,10 @@ async def in_thread(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Await something in the sandbox's thread, where it goes on if this task is cancelled."""
+    """Run a coroutine in the sandbox's thread, where it continues if this task is cancelled."""
     begun: Future[Any] = portal.start_task_soon(partial(function, *args, **kwargs))
     future = asyncio.wrap_future(begun)
-    future.add_done_callback(lambda done: done.cancelled() or done.exception())  # is retrieved
+    # This marks the exception as retrieved.
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())
     await asyncio.wait((future,))
     return future.result()

@@ -1,13 +1,13 @@
-"""What stands in the pools in place of the drivers' connections while a sandbox lasts.
+"""The stand-ins that replace the drivers' connections in the pools during a sandbox.
 
     every pool of the database ──▶ StandInConnection ─┐
     in each of its event loops ──▶ StandInConnection ─┼──▶ SharedConnection, in its own thread
                                ──▶ StandInConnection ─┘
 
-The engine, its pools, its events and the units of work run as in production: only what is under
-them is another. A stand-in intercepts what controls transactions, which are savepoints of the
-shared connection; everything else it takes from there, so that it looks like the real thing on
-every driver.
+The engine, its pools, its events and the units of work run as in production; only the connections
+under them differ. A stand-in intercepts the control of transactions, and maps them to savepoints of
+the shared connection. Everything else it takes from there, so that it looks like the real
+connection with every driver.
 """
 
 from __future__ import annotations
@@ -36,24 +36,25 @@ _CONTROL = re.compile(
 
 
 class StandInConnection:
-    """Stands for a driver's connection, as SQLAlchemy adapts it to its pools."""
+    """Replaces SQLAlchemy's adapter of a driver's connection."""
 
     __slots__ = ("_connection", "_control", "_setting_up", "_shared", "_transaction")
 
     def __init__(self, shared: SharedConnection, entry: ConnectionPoolEntry | None) -> None:
-        """Stand for a connection that a pool wants to make.
+        """Replace a connection that a pool asks for.
 
         Args:
-            entry: where the pool keeps it.
+            entry: the place of the connection in the pool.
         """
         self._shared = shared
         self._setting_up: list[Statement] | None = []
         self._control = control = shared.rules.control(self)
         self._transaction = SandboxedTransaction(partial(_describe, entry), control)
-        self._connection = StandInDriver(self, shared, self._transaction)  # as SQLAlchemy calls it
+        # SQLAlchemy uses the same name.
+        self._connection = StandInDriver(self, shared, self._transaction)
 
     def __getattr__(self, name: str) -> Any:
-        """Return what else the adapted connection has: `create_function`, for one."""
+        """Return any other attribute of the adapted connection, such as `create_function`."""
         if not name.startswith("_") and hasattr(self._control, name):
             return getattr(self._control, name)
         attribute = getattr(self._shared.adapted, name)
@@ -77,11 +78,11 @@ class StandInConnection:
 
     @property
     def driver_connection(self) -> StandInDriver:
-        """What stands for the driver's own connection."""
+        """The stand-in for the driver's own connection."""
         return self._connection
 
     def cursor(self, server_side: Any = False) -> StandInCursor:
-        """Return a cursor; its rows are fetched at once, even if the server is to keep them."""
+        """Return a cursor; its rows are fetched at once, even if it is a server-side cursor."""
         return StandInCursor(self._run, self._shared.unused_cursor)
 
     def execute(self, sql: str, parameters: Any = None) -> StandInCursor:
@@ -112,21 +113,22 @@ class StandInConnection:
 
     def _control_by(self, verb: str) -> None:
         if verb == "begin":
-            self._transaction.has_begun = True  # the savepoint comes with the first statement
+            # The savepoint is set with the first statement.
+            self._transaction.has_begun = True
         elif verb == "commit":
             self.commit()
         elif verb == "rollback":
             self.rollback()
-        # What SET TRANSACTION asks for cannot be had in the middle of one.
+        # SET TRANSACTION is ignored, because it has no effect in the middle of a transaction.
 
     def is_set_up(self) -> None:
-        """Keep what has been sent to set up the connection."""
+        """Record the statements that have set up the connection."""
         self.commit()
         self._shared.set_up.extend(self._setting_up or ())
         self._setting_up = None
 
     def commit(self) -> None:
-        """Commit, as far as the sandbox lets anything be committed."""
+        """Commit: keep the work until the sandbox ends."""
         if self._transaction.has_begun:
             self._wait_for(self._shared.commit, self._transaction)
 
@@ -154,7 +156,7 @@ def _describe(entry: ConnectionPoolEntry | None) -> str:
 
 
 class StandInDriver(StandIn):
-    """Stands for the driver's own connection."""
+    """Replaces the driver's own connection."""
 
     def __init__(
         self, of: StandInConnection, shared: SharedConnection, transaction: SandboxedTransaction
@@ -164,7 +166,7 @@ class StandInDriver(StandIn):
         self._transaction = transaction
 
     def __getattr__(self, name: str) -> Any:
-        """Return what else the driver's connection has; what would interrupt others, it has not."""
+        """Return any other attribute of the driver's connection, unless it would harm others."""
         if name.startswith("_") or name in ("interrupt", "close", "stop"):
             raise AttributeError(name)
         attribute = getattr(self._shared.driver, name)
@@ -179,7 +181,7 @@ class StandInDriver(StandIn):
         return call
 
     def is_closed(self) -> bool:
-        """Whether it can be used no more."""
+        """Whether it can no longer be used."""
         return self._transaction.is_closed or not self._shared.is_usable
 
     def terminate(self) -> None:

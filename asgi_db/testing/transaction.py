@@ -1,4 +1,4 @@
-"""A transaction in a sandbox: what is asked of it, what came of it, and what it would lose."""
+"""A transaction in a sandbox: its statements, its state, and whether it has work to lose."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from asgi_db.drivers.sandbox import SandboxControl
 from asgi_db.engine import writes
 
-# Not a comment whose text MySQL executes: /*! … */.
+# MySQL executes the text of a comment of this form, which is therefore not skipped: /*! … */.
 _READ = re.compile(
     r"(?:[\s(]|/\*(?!M?!).*?\*/|--[^\n]*\n|\#[^\n]*\n)*"
     r"(?:SELECT|WITH|VALUES|TABLE|SHOW|EXPLAIN|DESC|DESCRIBE|PRAGMA)\b",
@@ -28,7 +28,7 @@ class Statement:
     Attributes:
         many: whether there are several sets of parameters.
         task: the task that awaits the result.
-        attributes: what SQLAlchemy has set on the cursor.
+        attributes: the attributes that SQLAlchemy has set on the cursor.
     """
 
     sql: str
@@ -39,7 +39,7 @@ class Statement:
 
     @property
     def only_reads(self) -> bool:
-        """Whether nothing is lost when the savepoint in which it was executed is released."""
+        """Whether its savepoint can be released without losing any work."""
         return (
             _READ.match(self.sql) is not None
             and not writes(self.sql)
@@ -53,14 +53,14 @@ class SandboxedTransaction:
 
     Attributes:
         describe: names the request or block that uses the connection.
-        control: how it asks for autocommit.
+        control: the transaction controls of the stand-in, such as autocommit.
         has_begun: whether a transaction is open, as far as SQLAlchemy knows.
-        has_written: whether it has done more than to read.
+        has_written: whether it has done more than read.
         has_failed: whether one of its statements has failed.
-        savepoint: the outermost savepoint of its own that is open.
-        settings: what it has set until its end, and the values from before.
-        task: the task that has sent its latest statement.
-        interrupted: done when nobody awaits its statement any more; None while none is executed.
+        savepoint: the outermost of its own open savepoints.
+        settings: the earlier values of the settings that it has changed until its end.
+        task: the task that sent its latest statement.
+        interrupted: done when its running statement is abandoned; None while none is running.
         is_closed: whether the stand-in was closed.
     """
 
@@ -82,11 +82,11 @@ class SandboxedTransaction:
 
     @property
     def gives_way(self) -> bool:
-        """Whether it may begin anew with its next statement, because it has only read."""
+        """Whether its savepoint may be released and set again, because it has only read."""
         return not self.has_written and self.savepoint is None
 
     def executed(self, statement: Statement) -> None:
-        """Note what would be lost if its savepoint were released."""
+        """Note whether the statement has done work that releasing the savepoint would lose."""
         if found := _SET_SAVEPOINT.match(statement.sql):
             self.savepoint = self.savepoint or found[1]
         elif found := _END_SAVEPOINT.match(statement.sql):
@@ -95,7 +95,7 @@ class SandboxedTransaction:
             self.has_written = True
 
     def undone(self) -> None:
-        """Note that there is nothing to lose."""
+        """Note that there is no work to lose."""
         self.has_written = self.has_failed = False
         self.savepoint = None
 
@@ -107,6 +107,6 @@ class SandboxedTransaction:
         self.task = None
 
     def interrupt(self) -> None:
-        """Say that nobody awaits its statement any more."""
+        """Signal that its running statement is abandoned."""
         if self.interrupted is not None and not self.interrupted.done():
             self.interrupted.set_result(None)

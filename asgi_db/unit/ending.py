@@ -208,14 +208,15 @@ class Ending:
     ) -> None:
         try:
             with anyio.move_on_after(CLEANUP_TIMEOUT):
-                await self._session.run_sync(lambda _: _terminate(connections))
+                await self._session.run_sync(lambda _: terminate(connections))
             await after_termination()
         except SQLAlchemyError as error:
             # Another task has ignored its cancellation.
             logger.error("%s: the session is still in use: %s", self._describe(), brief(error))
 
 
-def _terminate(connections: tuple[Connection, ...]) -> None:
+def terminate(connections: tuple[Connection, ...]) -> None:
+    """Invalidate connections, and let the pool know; nothing is sent."""
     for connection in connections:
         if not connection.closed:
             connection.invalidate()

@@ -18,6 +18,7 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
+from sqlalchemy.util.concurrency import in_greenlet
 
 from asgi_db.drivers import is_conflict
 from asgi_db.drivers.connecting import abandon_connect, raise_if_connect_failed
@@ -25,7 +26,7 @@ from asgi_db.engine import begin_unit
 from asgi_db.errors import DatabaseBusyError, DatabaseTimeoutError, ReadOnlyError
 from asgi_db.tasks import current_task
 from asgi_db.unit.deadline import Deadline
-from asgi_db.unit.ending import give_back, has_changes
+from asgi_db.unit.ending import give_back, has_changes, terminate
 from asgi_db.unit.operation import DISCARDING, KEEPS_CONNECTION, MAY_BE_LATE, Operation
 from asgi_db.unit.standing import LeftOver, State
 from asgi_db.unit.transaction import Stage, Transaction
@@ -101,7 +102,9 @@ class UnitSession(Session):
         try:
             if error is not None:
                 self._note_error(error)
-            if self._should_give_back(error):
+            if error is not None and self._is_half_ended():
+                self._discard_transaction()
+            elif self._should_give_back(error):
                 give_back(self)
         finally:
             operation, deadline = unit.operation, unit.deadline
@@ -113,6 +116,24 @@ class UnitSession(Session):
                     unit.become_idle()
             if error is not None or deadline is not None:
                 self._raise_translated(error, deadline)
+
+    def _is_half_ended(self) -> bool:
+        """Whether the operation that failed has left a transaction which nothing ends any more."""
+        operation = self.unit_of_work.operation
+        if operation is None or operation.name not in MAY_BE_LATE:
+            return False
+        return operation.name == "commit" or not in_greenlet()
+
+    def _discard_transaction(self) -> None:
+        """End the transaction; outside a greenlet nothing can be sent, so it is terminated."""
+        unit = self.unit_of_work
+        if not in_greenlet():
+            terminate(unit.transaction.connections)
+        give_back(self)
+        if unit.transaction.stage is Stage.OPEN:
+            unit.transaction.end()
+        if unit.state is State.ACTIVE:
+            unit.become_idle()
 
     def _note_error(self, error: BaseException) -> None:
         unit = self.unit_of_work

@@ -199,6 +199,8 @@ class UnitOfWork(Standing):
             if self.transaction.stage is Stage.OPEN:
                 # The connection was terminated, so no event has reported the end.
                 self.transaction.end()
+            elif self.transaction.is_open:  # A COMMIT that began its transaction itself.
+                self.transaction.fail()
             self.end_operation(operation)
             self.become_idle()
 
