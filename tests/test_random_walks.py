@@ -121,7 +121,7 @@ def only_if(condition: Callable[[Walk], bool]) -> Callable[[Rule], Rule]:
         def step_or_none(self: Walk, **options: Any) -> None:
             if not self.host.is_open:
                 self.author = None
-                self._run(self.host.open())
+                self._run(self.host.open())  # pyright: ignore[reportPrivateUsage]
             if self.streams and rule.__name__ not in ENDS:
                 self.roll_back()
             if condition(self):

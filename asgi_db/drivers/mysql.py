@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import URL, Engine, event, text
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import MissingGreenlet, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, PoolResetState
 
@@ -209,6 +209,8 @@ class Asyncmy(MySQL):
             try:
                 # This costs a round trip only if autocommit changes.
                 connection.autocommit(was_asked_for or beginning.autocommit)
+            except MissingGreenlet:
+                raise  # The application has not awaited something; the database is not down.
             except Exception as error:
                 # asyncmy raises many kinds of errors, some of which are not its own.
                 raise connection_error(error) from error

@@ -67,6 +67,7 @@ class Ending:
         transaction: Transaction,
         deadline: Deadline | None,
         describe: Callable[[], str],
+        translate: Callable[[BaseException], Exception | None],
     ) -> None:
         """Prepare it.
 
@@ -76,11 +77,13 @@ class Ending:
             deadline: the deadline of the unit, if it has one; a COMMIT has
                 `LEAST_COMMIT_TIMEOUT` in any case.
             describe: names the request or block, for messages.
+            translate: returns the library's own error in place of another, if there is one.
         """
         self._session = session
         self._transaction = transaction
         self._deadline = deadline
         self._describe = describe
+        self._translate = translate
 
     async def commit(
         self,
@@ -107,15 +110,15 @@ class Ending:
             self._deadline.watch_task(LEAST_COMMIT_TIMEOUT)
         try:
             if transaction.streams:
-                await self._close_streams()
+                await self._close_streams_in_time()
             await commit()
         except BaseException as error:
-            overdue = self._overdue(error)
+            own = self._overdue(error) or self._translate(error)
             transaction.fail()
-            log_failure(overdue or error)
+            log_failure(own or error)
             await self._close_by(AsyncSession.rollback(self._session), self._session.close)
-            if overdue is not None:
-                raise overdue from None
+            if own is not None:
+                raise own from error
             raise
         else:
             self._overdue(None)
@@ -173,6 +176,13 @@ class Ending:
         """End a transaction without writes after its connection was closed; keep the objects."""
         with contextlib.suppress(SQLAlchemyError):
             await self._session.run_sync(give_back)
+
+    async def _close_streams_in_time(self) -> None:
+        try:
+            async with asyncio.timeout(COMMIT_TIMEOUT):
+                await self._close_streams()
+        except TimeoutError:
+            raise DatabaseTimeoutError(self._describe(), COMMIT_TIMEOUT) from None
 
     async def _close_streams(self) -> None:
         """Close the open cursors, which on MariaDB would otherwise seem to be exhausted."""

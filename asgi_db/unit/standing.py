@@ -18,11 +18,15 @@ import asyncio
 import enum
 import time
 
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from asgi_db.drivers.connecting import raise_if_connect_failed
 from asgi_db.errors import (
     ConcurrentUseError,
+    DatabaseBusyError,
+    DatabaseDownError,
     DatabaseTimeoutError,
     SessionExpiredError,
 )
@@ -176,6 +180,22 @@ class Standing:
     def _concurrent_use(self, name: str) -> ConcurrentUseError:
         running = "commit" if self.operation is None else self.operation.name
         return ConcurrentUseError(name, running, self.describe())
+
+    def translated(self, error: BaseException) -> Exception | None:
+        """Return the library's own error for that of an operation, where there is one.
+
+        It is `DatabaseDownError` if the connection was closed while it was being set up, and
+        `DatabaseBusyError` if none became free.
+        """
+        try:
+            raise_if_connect_failed(error)
+        except DatabaseDownError as down:
+            return down
+        if not isinstance(error, PoolTimeoutError) or isinstance(error, DatabaseBusyError):
+            return None
+        self.tally.timeouts += 1
+        self.tally.add_wait(time.monotonic() - self.tally.asked)
+        return DatabaseBusyError(self.describe(), self.life.holders())
 
     def end_operation(self, operation: Operation) -> None:
         """Note that the operation has ended."""

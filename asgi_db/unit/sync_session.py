@@ -16,14 +16,13 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 from sqlalchemy.util.concurrency import in_greenlet
 
 from asgi_db.drivers import is_conflict
-from asgi_db.drivers.connecting import abandon_connect, raise_if_connect_failed
+from asgi_db.drivers.connecting import abandon_connect
 from asgi_db.engine import begin_unit
-from asgi_db.errors import DatabaseBusyError, DatabaseTimeoutError, ReadOnlyError
+from asgi_db.errors import DatabaseTimeoutError, ReadOnlyError
 from asgi_db.tasks import current_task
 from asgi_db.unit.deadline import Deadline
 from asgi_db.unit.ending import give_back, has_changes, terminate
@@ -127,9 +126,14 @@ class UnitSession(Session):
     def _discard_transaction(self) -> None:
         """End the transaction; outside a greenlet nothing can be sent, so it is terminated."""
         unit = self.unit_of_work
-        if not in_greenlet():
-            terminate(unit.transaction.connections)
+        if unit.has_uncommitted_work:
+            unit.left_over = LeftOver.DISCARDED
+        connections = () if in_greenlet() else unit.transaction.connections
+        for connection in connections:
+            if not connection.closed:
+                connection.invalidate()
         give_back(self)
+        terminate(connections)
         if unit.transaction.stage is Stage.OPEN:
             unit.transaction.end()
         if unit.state is State.ACTIVE:
@@ -171,17 +175,13 @@ class UnitSession(Session):
             DatabaseDownError: the connection was closed while it was being set up.
         """
         unit = self.unit_of_work
-        if error is not None:
-            raise_if_connect_failed(error)
+        if error is not None and (own := unit.translated(error)) is not None:
+            raise own from error
         if deadline is not None:
             if unit.state is State.IDLE:
                 unit.deadline = None
             if unit.operation is None and deadline.has_cancelled(error):
                 raise DatabaseTimeoutError(unit.describe(), deadline.timeout) from error
-        if isinstance(error, PoolTimeoutError) and not isinstance(error, DatabaseBusyError):
-            unit.tally.timeouts += 1
-            unit.tally.add_wait(time.monotonic() - unit.tally.asked)
-            raise DatabaseBusyError(unit.describe(), unit.life.holders()) from error
 
 
 def _inside_the_unit(name: str) -> Callable[..., Any]:

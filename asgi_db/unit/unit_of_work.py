@@ -122,7 +122,7 @@ class UnitOfWork(Standing):
         if self.left_over is LeftOver.KEPT and session is not None:
             if not session.in_transaction():  # in which what was kept is flushed, or expired
                 Session.begin(session)
-        return Ending(self.session, self.transaction, self.deadline, self.describe)
+        return Ending(self.session, self.transaction, self.deadline, self.describe, self.translated)
 
     def _warn_of_lost_work(self) -> None:
         has_new = self.sync_session is not None and self.sync_session.new
