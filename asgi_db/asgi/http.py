@@ -251,10 +251,10 @@ class Exchange(Call):
     async def _end_before_response(
         self, unit: UnitOfWork, status: int, error: BaseException | None
     ) -> None:
-        mode = unit.fixed_mode or unit.begin()
-        if not mode.commits and unit.operation is not None and unit.is_used_by_another_task:
-            return
         try:
+            mode = unit.fixed_mode or unit.begin()
+            if not mode.commits and unit.operation is not None and unit.is_used_by_another_task:
+                return
             success = should_commit(mode, status, error)
             if not success:
                 self._note_conflict(error)

@@ -96,15 +96,17 @@ class UnitOfWork(Standing):
                 straggler = None
             else:
                 problem = self._concurrent_use("commit")
-        mode = self.fixed_mode or self.begin()
-        if self.left_over is LeftOver.DISCARDED and mode.commits:
+        # A failure is rolled back in any mode, also where the route's mode cannot be found.
+        mode = self.fixed_mode or (self.begin() if success else None)
+        commits = mode is not None and mode.commits
+        if self.left_over is LeftOver.DISCARDED and commits:
             problem = problem or UncommittedWorkError(self.describe(), is_lost=True)
-        if success and not mode.commits:
+        if success and not commits:
             self._warn_of_lost_work()
         session = self.sync_session
         has_transaction = session is not None and session.in_transaction()
         if has_transaction or straggler is not None or self.left_over is LeftOver.KEPT:
-            if success and problem is None and mode.commits:
+            if success and problem is None and commits:
                 log_failure = functools.partial(self._log_failed_commit, answer)
                 commit = functools.partial(AsyncSession.commit, self.session)
                 await self._end_by("commit", self._ending().commit(commit, log_failure))
