@@ -20,7 +20,7 @@ BOUNDS = {
 def found() -> Iterator[dict[str, Path]]:
     with pytest.MonkeyPatch.context() as patch:
         # Where a mode with `retries=` exists, as in other tests, every request is prepared for it.
-        patch.setattr("asgi_db.asgi.middleware.retrying", set())
+        patch.setattr("asgi_db.asgi.middleware.retrying", set[int]())
         yield run(paths())
 
 
