@@ -303,7 +303,7 @@ def run_pytest(folder: Path, *arguments: str, **environment: str) -> str:
         env={**outside, **environment},
         capture_output=True,
         encoding="utf-8",
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -380,7 +380,7 @@ def test_a_route_works_before_and_after_moving_over(
         env={**os.environ, "DATABASE_URL": sqlite_url, "PYTHONPATH": str(BESIDE)},
         capture_output=True,
         encoding="utf-8",
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["201"] * len(applications)

@@ -11,7 +11,7 @@ from tests.tracing import Path, paths
 
 BOUNDS = {
     "a read_only read": (75, 61, 40),
-    "a transactional write": (95, 76, 55),
+    "a transactional write": (95, 77, 56),
 }
 """At most so many calls, hops between files, and hops back into a file already visited."""
 

@@ -42,8 +42,8 @@ class UnitOfWork(Standing):
     async def wait_for_end(self) -> None:
         """Wait until a COMMIT or ROLLBACK that another task has begun is over."""
         while self.state is State.ENDING and self.operation is not None:
-            assert self.operation.task is not None
-            await asyncio.wait((self.operation.task,))
+            task = self.operation.task
+            await (asyncio.sleep(0) if task is None else asyncio.wait((task,)))
 
     async def end(self, *, success: bool, answer: str = "") -> None:
         """End the unit: COMMIT if it succeeded and its mode commits, otherwise ROLLBACK.
@@ -191,13 +191,14 @@ class UnitOfWork(Standing):
     async def _end_by(self, name: str, ending: Coroutine[Any, Any, None]) -> None:
         """End the transaction in a task of its own, and wait until that is complete."""
         self.move(State.ENDING)
-        task = asyncio.ensure_future(ending)
-        self.operation = operation = Operation(name, task, time.monotonic())
+        # No task has it before the new one begins, and an eager task begins at once.
+        self.operation = operation = Operation(name, None, time.monotonic())
         if self.left_over is LeftOver.KEPT:
             self.left_over = None
         try:
-            await finish(task)
+            await finish(asyncio.ensure_future(self._run_as_operation(ending)))
         finally:
+            ending.close()  # The task may have been cancelled before it began.
             if self.transaction.stage is Stage.OPEN:
                 # The connection was terminated, so no event has reported the end.
                 self.transaction.end()
@@ -205,6 +206,11 @@ class UnitOfWork(Standing):
                 self.transaction.fail()
             self.end_operation(operation)
             self.become_idle()
+
+    async def _run_as_operation(self, ending: Coroutine[Any, Any, None]) -> None:
+        if self.operation is not None:
+            self.operation = self.operation._replace(task=asyncio.current_task())
+        await ending
 
     def close(self) -> None:
         """Close the session for good; using it is an error from now on."""
