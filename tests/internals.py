@@ -11,7 +11,7 @@ from asgi_db.cli.commands import cli
 from asgi_db.cli.sqlite import file_system
 from asgi_db.database import Block
 from asgi_db.drivers import driver_of, register
-from asgi_db.drivers.base import BEGIN_OPTION, Beginning
+from asgi_db.drivers.base import BEGIN_OPTION, AnyDriver, Beginning
 from asgi_db.drivers.connecting import background_is_over
 from asgi_db.drivers.sqlite import Aiosqlite
 from asgi_db.engine import begin_unit, variant_options, writes
@@ -29,9 +29,14 @@ from asgi_db.statistics import WITHOUT_SESSION, Outcome, PoolStats, RouteStats, 
 from asgi_db.tasks import run_to_completion
 from asgi_db.unit.standing import TRANSITIONS, State
 from asgi_db.unit.sync_session import OPERATIONS
+from asgi_db.unit.transaction import STAGES, Stage, Transaction
 from asgi_db.unit.unit_of_work import UnitOfWork
 
 __all__ = [
+    "AnyDriver",
+    "STAGES",
+    "Stage",
+    "Transaction",
     "Aiosqlite",
     "BEGIN_OPTION",
     "BODY_LIMIT",
