@@ -34,14 +34,19 @@ def each_way(test: Test) -> Test:
 @contextmanager
 def tables_on(server: DatabaseServer) -> Generator[str, None, None]:
     """The URL of a database with the tables: for a whole file, because it takes a while to make."""
+    with server.fresh_database() as url:
+        create_tables(url)
+        yield url
 
-    async def create_tables(url: str) -> None:
+
+def create_tables(url: str) -> None:
+    """Creates the tables, whatever loop the caller is in."""
+
+    async def create() -> None:
         async with Database(url) as database:
             await database.create_tables(Base.metadata)
 
-    with server.fresh_database() as url:
-        run(create_tables(url))
-        yield url
+    run(create())
 
 
 def emptied(url: str) -> str:

@@ -152,6 +152,20 @@ def mysql_url(mysql_server: servers.DatabaseServer) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="module")
+def module_postgresql_url(postgresql_server: servers.DatabaseServer) -> Iterator[str]:
+    """One database for this module, to save time: each test makes its tables anew."""
+    with postgresql_server.fresh_database() as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def module_mysql_url(mysql_server: servers.DatabaseServer) -> Iterator[str]:
+    """The same on MariaDB."""
+    with mysql_server.fresh_database() as url:
+        yield url
+
+
 @pytest.fixture
 def sqlite_url(tmp_path: Path) -> str:
     """The URL of an SQLite file that does not exist yet."""

@@ -31,11 +31,11 @@ from asgi_db import (
     transactional,
 )
 from asgi_db.types import Receive, Scope, Send
-from tests.cancelling import tables_on
+from tests.cancelling import create_tables, tables_on
 from tests.contract.client import call
 from tests.pools import checked_out
-from tests.servers import DatabaseServer, assert_idle, run, sql
-from tests.tables import Author, Base, authors
+from tests.servers import DatabaseServer, assert_idle, sql
+from tests.tables import Author, authors
 
 ONE = select(literal(1))
 
@@ -73,11 +73,7 @@ def mysql_tables(mysql_server: DatabaseServer) -> Iterator[str]:
 
 @pytest.fixture
 def sqlite_tables(sqlite_url: str) -> str:
-    async def create_tables() -> None:
-        async with Database(sqlite_url) as database:
-            await database.create_tables(Base.metadata)
-
-    run(create_tables())
+    create_tables(sqlite_url)
     sql(sqlite_url, "INSERT INTO author (name) VALUES ('the first')")
     return sqlite_url
 
@@ -191,16 +187,15 @@ class Case:
     database: str
 
 
-def cases(
-    functions: Sequence[Callable[..., Any]], fails: Callable[[Case], str]
-) -> pytest.MarkDecorator:
-    """Each function in each mode on each database; with the reason why it fails today."""
+def cases(functions: Sequence[Callable[..., Any]]) -> pytest.MarkDecorator:
+    """Each function in each mode on each database."""
     params = list[Any]()
     for what, mode, database in itertools.product(functions, MODES, DATABASES):
         case = Case(what, mode, database)
         marks = [GARBAGE]
-        if reason := fails(case):
-            marks = [pytest.mark.xfail(strict=True, reason=reason), GARBAGE]
+        if what.__name__ == "lazy_load_in_a_thread":
+            reason = "the error is that a thread has no running event loop"
+            marks.append(pytest.mark.xfail(strict=True, reason=reason))
         params.append(pytest.param(case, id=f"{what.__name__}-{mode}-{database}", marks=marks))
     return pytest.mark.parametrize("case", params)
 
@@ -211,11 +206,7 @@ GARBAGE = pytest.mark.filterwarnings("ignore:")
 """SQLAlchemy leaves coroutines that were never awaited, for which the collector warns."""
 
 
-def savepoint_fails(case: Case) -> str:
-    return ""
-
-
-@cases(SAVEPOINTS, savepoint_fails)
+@cases(SAVEPOINTS)
 async def test_a_savepoint_gives_the_connection_back_however_it_ends(
     request: pytest.FixtureRequest, case: Case
 ) -> None:
@@ -326,12 +317,6 @@ MISUSES: list[Misuse] = [
 ]
 
 
-def misuse_fails(case: Case) -> str:
-    if case.what is lazy_load_in_a_thread:
-        return "the error is that a thread has no running event loop"
-    return ""
-
-
 def is_the_applications(error: BaseException | None) -> bool:
     """Whether it is the error of SQLAlchemy, which also wraps it."""
     return isinstance(error, MissingGreenlet) or (
@@ -360,7 +345,7 @@ def refuses(case: Case) -> bool:
     return case.what is synchronous_flush and MODES[case.mode].read_only
 
 
-@cases(MISUSES, misuse_fails)
+@cases(MISUSES)
 async def test_a_misuse_is_an_error_of_the_application_and_confined_to_its_request(
     request: pytest.FixtureRequest, case: Case
 ) -> None:
@@ -398,7 +383,7 @@ async def test_a_misuse_is_an_error_of_the_application_and_confined_to_its_reque
 THIRTY: list[Misuse] = [lazy_load]
 
 
-@cases(THIRTY, misuse_fails)
+@cases(THIRTY)
 async def test_thirty_lazy_loads_in_plain_code_leave_the_default_pool_whole(
     request: pytest.FixtureRequest, case: Case
 ) -> None:
@@ -414,7 +399,7 @@ async def test_thirty_lazy_loads_in_plain_code_leave_the_default_pool_whole(
         await assert_whole(database, url)
 
 
-@cases(THIRTY, misuse_fails)
+@cases(THIRTY)
 async def test_a_session_goes_on_after_a_misuse(request: pytest.FixtureRequest, case: Case) -> None:
     url: str = request.getfixturevalue(f"{case.database}_tables")
     mode = MODES[case.mode]

@@ -11,7 +11,7 @@ import asyncio
 import gc
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +44,7 @@ from tests.bounded import BOUND, run_within_bound
 from tests.contract.apps import BareASGI, InStarlette
 from tests.contract.endpoints import Answer
 from tests.contract.site import Item, Site
-from tests.servers import DatabaseServer, assert_disconnected
+from tests.servers import assert_disconnected
 from tests.sockets import websocket
 
 ONE = select(literal(1))
@@ -56,26 +56,6 @@ class ObserverError(Exception):
 
 def fail(*_: Any, **__: Any) -> Any:
     raise ObserverError("an observer's own fault")
-
-
-@pytest.fixture(scope="module")
-def kept_postgresql_url(postgresql_server: DatabaseServer) -> Iterator[str]:
-    """One database for this module, to save time: each test makes its tables anew."""
-    with postgresql_server.fresh_database() as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def kept_mysql_url(mysql_server: DatabaseServer) -> Iterator[str]:
-    """The same on MariaDB."""
-    with mysql_server.fresh_database() as url:
-        yield url
-
-
-@pytest.fixture
-def kept_sqlite_url(sqlite_url: str) -> str:
-    """A file costs nothing."""
-    return sqlite_url
 
 
 # -- the ways in which a unit of work ends -----------------------------------------------------
@@ -686,6 +666,9 @@ class Case:
     situation: str
     database: str
 
+    def __str__(self) -> str:
+        return f"{self.fault}-{self.situation}-{self.database}"
+
 
 EVERYWHERE = {
     "observer_of_everything",
@@ -704,32 +687,6 @@ CASES = [
 ]
 
 
-WHEN_ERRORS_ARE_LOGGED = {
-    "answered_with_503",
-    "blocks",
-    "failed_commit_with_a_handler",
-    "failed_rollback",
-    "plain_with_uncommitted_work",
-    "run_again_after_a_conflict",
-}
-
-FAILS_TODAY: dict[str, set[str]] = {}
-"""To be taken away as the library learns it: a case that passes and stands here fails."""
-
-
-def fails_today(case: Case) -> bool:
-    return case.situation in FAILS_TODAY.get(case.fault, ())
-
-
-def as_param(case: Case) -> Any:
-    marks = []
-    if fails_today(case):
-        reason = "an error of an observer reaches the request, or stops its unit from ending"
-        leaks = pytest.mark.filterwarnings("ignore:")
-        marks = [pytest.mark.xfail(strict=True, reason=reason), leaks]
-    return pytest.param(case, id=f"{case.fault}-{case.situation}-{case.database}", marks=marks)
-
-
 async def still_serves(site: Site, name: str) -> None:
     """The next request finds the only connection of the pool, and it is in order."""
 
@@ -740,12 +697,12 @@ async def still_serves(site: Site, name: str) -> None:
     assert name in await site.items()
 
 
-@pytest.mark.parametrize("case", [as_param(case) for case in CASES])
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_error_of_an_observer_reaches_a_request(
     request: pytest.FixtureRequest, case: Case
 ) -> None:
-    is_alone = fails_today(case)  # and may leave locks behind
-    url: str = request.getfixturevalue(f"{'' if is_alone else 'kept_'}{case.database}_url")
+    is_file = case.database == "sqlite"  # which costs nothing
+    url: str = request.getfixturevalue(f"{'' if is_file else 'module_'}{case.database}_url")
 
     async def scenario() -> None:
         async with Site.on(BareASGI(), url) as site:
@@ -755,11 +712,7 @@ def test_no_error_of_an_observer_reaches_a_request(
                 await still_serves(site, "meanwhile")
             await still_serves(site, "afterwards")
 
-    try:
-        run_within_bound(scenario, 2 if is_alone else BOUND)
-    finally:
-        if is_alone:
-            gc.collect()  # what leaks complains now, and not to the next test
+    run_within_bound(scenario, BOUND)
 
 
 # -- listeners of the pool ---------------------------------------------------------------------

@@ -46,9 +46,9 @@ from asgi_db import (
     read_only,
     transactional,
 )
-from tests.cancelling import tables_on
-from tests.servers import DatabaseServer, run, sql
-from tests.tables import Author, Base
+from tests.cancelling import create_tables, tables_on
+from tests.servers import DatabaseServer, sql
+from tests.tables import Author
 from tests.walking import (
     Host,
     Outcome,
@@ -640,11 +640,7 @@ def mysql_tables(mysql_server: DatabaseServer) -> Iterator[str]:
 
 @pytest.fixture
 def sqlite_tables(sqlite_url: str) -> str:
-    async def create_tables() -> None:
-        async with Database(sqlite_url) as database:
-            await database.create_tables(Base.metadata)
-
-    run(create_tables())
+    create_tables(sqlite_url)
     sql(sqlite_url, f"INSERT INTO author (name) VALUES ('{FIRST}')")
     return sqlite_url
 

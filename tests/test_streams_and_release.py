@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -29,7 +29,7 @@ from tests.contract.endpoints import Answer, Framework
 from tests.contract.site import Item, Site, write
 from tests.pools import checked_out
 from tests.relay import Relay
-from tests.servers import DatabaseServer, outside, server_connections
+from tests.servers import outside, server_connections
 from tests.sockets import websocket
 from tests.tables import Author, Base, Book, authors
 
@@ -88,20 +88,6 @@ async def ledger(request: pytest.FixtureRequest) -> AsyncIterator[Ledger]:
         await site.from_outside("INSERT INTO item (name, note) VALUES ('a', 'loaded')")
         yield Ledger(site)
         await site.assert_nothing_held()
-
-
-@pytest.fixture(scope="module")
-def module_postgresql_url(postgresql_server: DatabaseServer) -> Iterator[str]:
-    """One database for this module, to save time: each test makes its tables anew."""
-    with postgresql_server.fresh_database() as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def module_mysql_url(mysql_server: DatabaseServer) -> Iterator[str]:
-    """The same on MariaDB."""
-    with mysql_server.fresh_database() as url:
-        yield url
 
 
 # -- a slow service between two reads ----------------------------------------------------------
