@@ -22,7 +22,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -310,19 +310,54 @@ class _Process:
             self._running = None
             (self._folder / "server").unlink()
 
-    def send(self, number: signal.Signals) -> None:
-        """Send a signal to the server, then to its child processes."""
+    def freeze(self) -> None:
+        """Stop the server and its child processes where they are, and wait until all have stopped.
+
+        A signal stops a thread a moment after it was sent, and until then the thread may answer.
+        The server itself is stopped first, so that it forks no more.
+        """
         if self._running is not None:
             pid = self._running.pid
-            os.kill(pid, number)
-            for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            os.kill(pid, signal.SIGSTOP)
+            _wait_until_stopped(pid)
+            children = _children(pid)
+            for child in children:
                 with suppress(ProcessLookupError):
-                    os.kill(int(child), number)
+                    os.kill(child, signal.SIGSTOP)
+            for child in children:
+                _wait_until_stopped(child)
+
+    def thaw(self) -> None:
+        """Let the server and its child processes run on."""
+        if self._running is not None:
+            for process in (self._running.pid, *_children(self._running.pid)):
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGCONT)
 
     def close(self) -> None:
         """End it for good."""
         self.stop("immediate")
         self._keeper.communicate(b"done\n")
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _wait_until_stopped(pid: int, within: float = 30) -> None:
+    """Wait until no thread of a process runs."""
+    deadline = time.monotonic() + within
+    while running := set(_states(pid)) - {"T", "Z", "X"}:
+        assert time.monotonic() < deadline, f"process {pid} has not stopped: {running}"
+        time.sleep(0.001)
+
+
+def _states(pid: int) -> Iterator[str]:
+    """The states of the threads of a process, one letter each as in proc_pid_stat(5)."""
+    for task in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            # The name of the command stands in parentheses, and may hold any character.
+            yield task.read_text().rpartition(")")[2].split()[0]
 
 
 @dataclass(frozen=True)
@@ -357,11 +392,12 @@ class DatabaseServer:
     @contextmanager
     def frozen(self) -> Generator[None, None, None]:
         """All its processes stand still (SIGSTOP) until the end of the block."""
-        self._own.send(signal.SIGSTOP)
+        own = self._own
         try:
+            own.freeze()
             yield
         finally:
-            self._own.send(signal.SIGCONT)
+            own.thaw()
 
     @property
     def _own(self) -> _Process:
