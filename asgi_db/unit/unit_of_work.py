@@ -22,7 +22,7 @@ from asgi_db.errors import (
     UncommittedWorkError,
 )
 from asgi_db.logs import logger
-from asgi_db.tasks import current_task, finish
+from asgi_db.tasks import cancelled_once, current_task, finish
 from asgi_db.unit.ending import (
     Ending,
     brief,
@@ -48,7 +48,8 @@ class UnitOfWork(Standing):
     async def end(self, *, success: bool, answer: str = "") -> None:
         """End the unit: COMMIT if it succeeded and its mode commits, otherwise ROLLBACK.
 
-        Its hooks run afterwards. If no statement has run, this costs nothing.
+        Its hooks run afterwards. If no statement has run, this costs nothing. The end of a unit
+        that has failed leaves the error that goes out in its place; see `cancelled_once`.
 
         Args:
             success: whether the request or block has succeeded.
@@ -62,6 +63,15 @@ class UnitOfWork(Standing):
         """
         if not self.in_use:
             return
+        if not success:
+            with cancelled_once():
+                await self._end_with_hooks(success, answer)
+        elif self.hooks is None:
+            await self._end(success, answer)
+        else:
+            await self._end_with_hooks(success, answer)
+
+    async def _end_with_hooks(self, success: bool, answer: str) -> None:
         if self.hooks is None:
             await self._end(success, answer)
             return
@@ -246,9 +256,10 @@ class UnitOfWork(Standing):
     async def run_late_hooks(self) -> None:
         """Run the hooks that waited for the response."""
         if self.hooks is not None:
-            try:
-                await self.hooks.run_late(self.describe)
-            finally:
-                # The response has been sent, so an error here is only logged.
-                with contextlib.suppress(Exception):
-                    await self.end(success=True)
+            with cancelled_once():
+                try:
+                    await self.hooks.run_late(self.describe)
+                finally:
+                    # The response has been sent, so an error here is only logged.
+                    with contextlib.suppress(Exception):
+                        await self.end(success=True)
