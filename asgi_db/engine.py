@@ -44,9 +44,11 @@ class UnitTransaction(Protocol):
 
     Attributes:
         has_writes: whether it contains writes.
+        is_pinned: whether it holds a lock or a setting, which would be lost with it.
     """
 
     has_writes: bool
+    is_pinned: bool
 
     @property
     def commit_was_sent(self) -> bool:
@@ -222,6 +224,20 @@ def writes(statement: str, *, has_hash_comments: bool = False) -> bool:
     return _WRITE.match(not_code.sub(" ", statement)) is not None
 
 
+_PIN = re.compile(
+    r"\A\s*(?:SET|LOCK|DECLARE|SAVEPOINT|LISTEN|HANDLER|FLUSH)\b"
+    r"|\bFOR\s+(?:(?:NO\s+KEY\s+)?UPDATE|(?:KEY\s+)?SHARE)\b|\bLOCK\s+IN\s+SHARE\s+MODE\b"
+    r"|\b(?:pg_(?:try_)?advisory\w*|GET_LOCK|set_config)\s*\(",
+    re.IGNORECASE,
+)
+
+
+@functools.lru_cache(maxsize=1024)
+def pins(statement: str) -> bool:
+    """Return whether this SQL takes a lock or sets something that lasts as the transaction does."""
+    return _PIN.search(_NOT_CODE.sub(" ", statement)) is not None
+
+
 def _do_execute(
     driver: Driver, _cursor: Any, statement: str, _parameters: Any, context: ExecutionContext
 ) -> None:
@@ -247,6 +263,8 @@ def _do_execute(
     unit.tally.statements += 1
     if is_write:
         unit.transaction.has_writes = True
+    elif not mode.autocommit and pins(statement):
+        unit.transaction.is_pinned = True
 
 
 def _do_execute_no_params(

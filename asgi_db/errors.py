@@ -27,11 +27,14 @@ class ModeConflictError(RuntimeError):
 
     @classmethod
     def too_late(cls, asked: str, begun: str, route: str) -> Self:
-        """Make the error for a mode that is asked for after a statement in a weaker one."""
+        """Make the error for a mode that is asked for after work in another one."""
         return cls(
-            f"{route}: the {asked} mode was asked for after a statement had already run in the"
-            f" {begun} mode. Put @{asked} on the route, so that the mode is known from the start,"
-            " or call `await session.release()` after the earlier statements."
+            f"{route}: the {asked} mode was asked for after work in the {begun} mode that is more"
+            " than reading: a write, a lock, a setting, an isolation level, a snapshot, an open"
+            " cursor or a block. For two dependencies, put"
+            f" @{asked} on the route, so that the mode is known from the start. In a middleware,"
+            " which comes before the route is known, commit first (`await session.commit()`), or"
+            " use `async with database.transaction()` there."
         )
 
     @classmethod

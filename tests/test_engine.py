@@ -330,6 +330,7 @@ class DiaryOfTransaction:
     """A transaction that writes down what the engine tells it."""
 
     commit_was_sent = False
+    is_pinned: bool = False
     has_writes: bool = False
 
     def __init__(self) -> None:

@@ -341,23 +341,35 @@ def unit_in(database: Database, default: Mode, *, route: Mode | None = None) -> 
 @pytest.mark.parametrize(
     ("begun", "asked"), [(read_only, plain), (read_only, transactional), (plain, transactional)]
 )
-async def test_a_stronger_mode_after_a_statement_is_a_conflict_until_release(
+async def test_a_stronger_mode_after_reads_begins_with_the_next_statement(
     database: Database, begun: Mode, asked: Mode
 ) -> None:
     unit = unit_in(database, begun)
     await unit.session.execute(text("SELECT 1"))
-    with pytest.raises(ModeConflictError) as conflict:
-        unit.ask(asked)
-    assert str(conflict.value).startswith(
-        f"GET /late: the {asked.name} mode was asked for after a statement had already run in the"
-        f" {begun.name} mode."
-    )
-    assert f"@{asked.name}" in str(conflict.value)
-    assert "session.release()" in str(conflict.value)
-    assert unit.mode == begun
-    await unit.session.release()
     unit.ask(asked)
+    await unit.session.execute(text("SELECT 1"))
     assert unit.mode == asked
+    await unit.end(success=False)
+    unit.close()
+
+
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+async def test_a_stronger_mode_after_writes_is_a_conflict_until_they_have_ended(
+    database: Database, end: str
+) -> None:
+    begun: Mode = plain
+    unit = unit_in(database, begun)
+    await unit.session.execute(text("CREATE TABLE t (x INTEGER)"))
+    with pytest.raises(ModeConflictError) as conflict:
+        unit.ask(transactional)
+    assert str(conflict.value).startswith(
+        "GET /late: the transactional mode was asked for after work in the plain mode"
+    )
+    await unit.session.execute(text("SELECT 1"))
+    assert unit.mode == begun
+    await getattr(unit.session, end)()
+    unit.ask(transactional)
+    assert unit.mode == transactional
     await unit.session.execute(text("SELECT 1"))
     await unit.end(success=False)
     unit.close()
@@ -373,12 +385,13 @@ async def test_a_stronger_mode_after_a_statement_is_a_conflict_until_release(
         (transactional, transactional),
     ],
 )
-async def test_a_weaker_mode_after_a_statement_changes_nothing(
+async def test_a_weaker_mode_after_writes_changes_nothing(
     database: Database, begun: Mode, asked: Mode
 ) -> None:
     unit = unit_in(database, begun)
-    await unit.session.execute(text("SELECT 1"))
+    await unit.session.execute(text("CREATE TABLE t (x INTEGER)"))
     unit.ask(asked)
+    await unit.session.execute(text("INSERT INTO t VALUES (1)"))
     assert unit.mode == begun
     await unit.end(success=False)
     unit.close()

@@ -211,9 +211,8 @@ def test_every_error_says_when_it_is_raised(error: type[Exception]) -> None:
         ),
         (
             ModeConflictError.too_late("transactional", "plain", "GET /orders"),
-            "GET /orders: the transactional mode was asked for after a statement had already run"
-            " in the plain mode",
-            ["@transactional", "await session.release()"],
+            "GET /orders: the transactional mode was asked for after work in the plain mode",
+            ["@transactional", "await session.commit()", "database.transaction()"],
         ),
         (
             ModeConflictError.at_odds("transactional(1)", "transactional(2)", "GET /orders"),

@@ -69,6 +69,8 @@ class Call(Origin):
     """
 
     _late: LateCancellation | None = None
+    _chosen_for: tuple[object, object] = None, None
+    """The endpoint for which a mode was chosen last, and Litestar's handler; see `mode`."""
     _may_stream_from_another_task = False
 
     def __init__(self, site: Site, scope: Scope, receive: Receive, send: Send) -> None:
@@ -121,6 +123,7 @@ class Call(Origin):
     def adopt(self, mode: ModeDefault) -> None:
         """Make the mode of a middleware that is nearer to the route the default."""
         self._default_mode = mode
+        self.is_asked_anew = True
 
     def update_scope(self, scope: Scope) -> None:
         """Find the route in the endpoint's scope from now on, which may be a copy of the first."""
@@ -138,8 +141,19 @@ class Call(Origin):
 
     def mode(self) -> Mode:
         """Return the mode for a unit that begins now."""
-        of_route = mode_of_route(self._scope, self._site.key)
-        return of_route or self.asked or self.default_mode()
+        scope = self._scope
+        self.is_asked_anew = False
+        self._chosen_for = scope.get("endpoint"), scope.get("route_handler")
+        return mode_of_route(scope, self._site.key) or self.asked or self.default_mode()
+
+    def has_moved(self) -> bool:
+        """Return whether the mode may be another one: the route has become known, for example."""
+        get, (endpoint, handler) = self._scope.get, self._chosen_for
+        return (
+            self.is_asked_anew
+            or get("endpoint") is not endpoint
+            or get("route_handler") is not handler
+        )
 
     def describe(self) -> str:
         """Name the route, for messages."""

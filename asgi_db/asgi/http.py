@@ -12,7 +12,7 @@ from asgi_db.asgi.readiness import refuse
 from asgi_db.asgi.retry import Attempts
 from asgi_db.errors import OutcomeUnknownError, UnavailableError, unavailable_in
 from asgi_db.logs import logger
-from asgi_db.modes import should_commit
+from asgi_db.modes import Mode, should_commit
 from asgi_db.statistics import Tally
 from asgi_db.types import Message
 from asgi_db.unit.session import DBSession
@@ -112,6 +112,13 @@ class Exchange(Call):
         self.ends_at = None
         if self._attempts is not None and self._attempts.ends_at is None:
             self._attempts.ends_at = at
+
+    def begins_anew(self) -> None:
+        """Let the `timeout=` of the route count, and not one that came before the route."""
+        if self._attempts is not None:
+            if self.attempt == 1:
+                self._attempts.ends_at = None
+            self.ends_at = self._attempts.ends_at
 
     def _note_conflict(self, error: BaseException | None) -> None:
         """Have the request run again if the database rolled it back in favor of another one."""
@@ -256,9 +263,12 @@ class Exchange(Call):
             if not mode.commits and unit.operation is not None and unit.is_used_by_another_task:
                 return
             success = should_commit(mode, status, error)
+            if unit.next_mode is not None or self.has_moved():
+                mode = unit.wanted_mode() or mode
+                success = should_commit(mode, status, error)
             if not success:
                 self._note_conflict(error)
-                self._warn_of_exception(unit, status, error)
+                self._warn_of_exception(unit, mode, status, error)
             await self._end_before_answer(unit, success=success, answer=f"the response {status}")
             if self.needs_retry and unit.conflict is not None:
                 raise unit.conflict
@@ -301,9 +311,9 @@ class Exchange(Call):
         return found if isinstance(found, OutcomeUnknownError) or not has_committed else None
 
     def _warn_of_exception(
-        self, unit: UnitOfWork, status: int, error: BaseException | None
+        self, unit: UnitOfWork, mode: Mode, status: int, error: BaseException | None
     ) -> None:
-        if error is not None and status < 400 and unit.mode.commits and unit.has_uncommitted_work:
+        if error is not None and status < 400 and mode.commits and unit.has_uncommitted_work:
             logger.warning(
                 "%s: rolled back although the response is %d, because it was made while a %s was"
                 " being handled. Raise a redirect, or answer after the `except` block.",

@@ -23,7 +23,10 @@ class Operation(NamedTuple):
 DISCARDING = frozenset({"close", "invalidate", "reset"})
 """Operations that discard a transaction; they are harmless after the request has ended."""
 
-MAY_BE_LATE = frozenset({"commit", "rollback", *DISCARDING})
+ENDS_UNIT = frozenset({"rollback", *DISCARDING})
+"""Operations that end the unit without a COMMIT, whatever mode it has."""
+
+MAY_BE_LATE = frozenset({"commit", *ENDS_UNIT})
 """Operations that end the unit, and may do so even when its time is over."""
 
 KEEPS_CONNECTION = frozenset({"connection", "begin", "begin_nested"})

@@ -20,7 +20,7 @@ import time
 
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, SessionTransactionOrigin
 
 from asgi_db.drivers.connecting import raise_if_connect_failed
 from asgi_db.errors import (
@@ -28,6 +28,7 @@ from asgi_db.errors import (
     DatabaseBusyError,
     DatabaseDownError,
     DatabaseTimeoutError,
+    ModeConflictError,
     SessionExpiredError,
 )
 from asgi_db.modes import Mode
@@ -79,6 +80,7 @@ class Standing:
         life: the engine of the session, with its pool.
         state: where the unit stands.
         fixed_mode: the mode that the first statement has fixed until the unit ends.
+        next_mode: another mode that was asked for meanwhile, in which the next one has to begin.
         transaction: the transaction that is open, or was open last.
         operation: the running operation; in ENDING it is the end itself.
         deadline: the deadline of the unit, if its mode has a `timeout=`.
@@ -94,6 +96,7 @@ class Standing:
     state = State.IDLE
     sync_session: Session | None = None
     fixed_mode: Mode | None = None
+    next_mode: Mode | None = None
     operation: Operation | None = None
     deadline: Deadline | None = None
     hooks: Hooks | None = None
@@ -132,13 +135,65 @@ class Standing:
         return self.fixed_mode or self.origin.mode()
 
     def ask(self, mode: Mode) -> None:
-        """Note the mode that a dependency asks for; see `Origin.ask`."""
-        self.origin.ask(mode, self.fixed_mode)
+        """Note the mode that a dependency asks for; see `Origin.ask`.
+
+        Raises:
+            ModeConflictError: the unit holds work in a weaker mode, or an isolation level.
+        """
+        origin, fixed = self.origin, self.fixed_mode
+        earlier = origin.asked
+        origin.ask(mode)
+        if fixed is not None:
+            try:
+                self.needs_other_mode(keep=bool(fixed.isolation or fixed.snapshot))
+            except ModeConflictError:
+                origin.asked = earlier
+                raise
+
+    def is_outdated(self) -> bool:
+        """Return whether another mode may be asked for by now than the unit has."""
+        return self.fixed_mode is not None and (
+            self.next_mode is not None or self.origin.has_moved()
+        )
+
+    def wanted_mode(self) -> Mode | None:
+        """Return the mode that is asked for by now, if it is another one than the unit has.
+
+        The route was not known when the unit began, for example.
+        """
+        if self.fixed_mode is not None and self.origin.has_moved():
+            mode = self.origin.mode()
+            self.next_mode = None if mode == self.fixed_mode else mode
+        return self.next_mode
+
+    def needs_other_mode(self, *, keep: bool = False) -> bool:
+        """Return whether the unit has to be given back, and the next one begins in another mode.
+
+        A unit that holds more than reads stays as it is, if its mode does as well; the mode of the
+        route is exact.
+
+        Args:
+            keep: nothing but reads has to be kept too, for example a snapshot.
+
+        Raises:
+            ModeConflictError: the unit holds more than reads.
+        """
+        mode, fixed = self.wanted_mode(), self.fixed_mode
+        if mode is None or fixed is None:
+            return False
+        if not (keep or self.holds_more_than_reads):
+            return True
+        self.next_mode = None
+        if self.origin.route_mode() is None and fixed.covers(mode):
+            return False
+        self.origin.is_asked_anew = True
+        raise ModeConflictError.too_late(mode.name, fixed.name, self.describe())
 
     def begin(self) -> Mode:
         """Fix the mode, start its clock, and return it; this happens once in each unit."""
         mode = self.fixed_mode
         if mode is None:
+            self.next_mode = None
             self.fixed_mode = mode = self.origin.mode()
             if self.state is State.IDLE:
                 self.move(State.ACTIVE)
@@ -256,6 +311,18 @@ class Standing:
         """Whether there is anything that a ROLLBACK would undo."""
         has_writes = self.transaction.has_writes and self.transaction.is_open
         return has_writes or has_changes(self.sync_session)
+
+    @property
+    def holds_more_than_reads(self) -> bool:
+        """Whether giving the connection back would undo anything, or break a block."""
+        if self.transaction.holds_more_than_reads:
+            return True
+        session = self.sync_session
+        transaction = None if session is None else session.get_transaction()
+        return transaction is not None and (
+            transaction.origin is not SessionTransactionOrigin.AUTOBEGIN
+            or (session is not None and session.in_nested_transaction())
+        )
 
     @property
     def was_cancelled(self) -> bool:

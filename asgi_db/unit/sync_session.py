@@ -17,6 +17,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
+from sqlalchemy.util import await_
 from sqlalchemy.util.concurrency import in_greenlet
 
 from asgi_db.drivers import is_conflict
@@ -26,7 +27,13 @@ from asgi_db.errors import DatabaseTimeoutError, ReadOnlyError
 from asgi_db.tasks import current_task
 from asgi_db.unit.deadline import Deadline
 from asgi_db.unit.ending import give_back, has_changes, terminate
-from asgi_db.unit.operation import DISCARDING, KEEPS_CONNECTION, MAY_BE_LATE, Operation
+from asgi_db.unit.operation import (
+    DISCARDING,
+    ENDS_UNIT,
+    KEEPS_CONNECTION,
+    MAY_BE_LATE,
+    Operation,
+)
 from asgi_db.unit.standing import LeftOver, State
 from asgi_db.unit.transaction import Stage, Transaction
 from asgi_db.unit.unit_of_work import UnitOfWork
@@ -69,13 +76,18 @@ class UnitSession(Session):
             SessionExpiredError: the request is over.
             ConcurrentUseError: another task is in the middle of an operation.
             DatabaseTimeoutError: the time of the unit is over.
+            ModeConflictError: another mode is asked for by now, and the unit holds work.
         """
         unit, task = self.unit_of_work, asyncio.current_task()
-        operation, deadline = unit.operation, unit.deadline
+        operation = unit.operation
         if operation is not None and operation.task is task:
             return False
         if operation is not None or (unit.state is State.CLOSED and name not in DISCARDING):
             unit.check_free(name)
+        if unit.fixed_mode is not None and name not in ENDS_UNIT and unit.is_outdated():
+            if in_greenlet():  # Outside of it nothing can be sent, and the operation fails.
+                await_(unit.change_mode())
+        deadline = unit.deadline
         if deadline is not None and unit.state is State.ACTIVE:
             if name not in MAY_BE_LATE and deadline.is_over:
                 raise unit.overdue()

@@ -62,6 +62,7 @@ class Transaction:
         connections: the connections on which it is open.
         streams: its results with an open server-side cursor.
         has_writes: whether it contains writes.
+        is_pinned: whether it holds a lock or a setting, which would be lost with it.
         failure: why it can no longer be committed, if so.
         was_cancelled: whether one of its statements, or its COMMIT, was running when the request
             was cancelled.
@@ -72,6 +73,7 @@ class Transaction:
     connections: tuple[Connection, ...] = ()
     streams: tuple[Result[object], ...] = ()
     has_writes = False
+    is_pinned = False
     failure: BaseException | None = None
     was_cancelled = False
     when_sent: Callable[[], None] | None = None
@@ -88,6 +90,16 @@ class Transaction:
     def is_open(self) -> bool:
         """Whether it has not ended yet."""
         return bool(STAGES[self.stage])
+
+    @property
+    def holds_more_than_reads(self) -> bool:
+        """Whether anything would be lost if it were given back now."""
+        return self.is_open and (
+            self.has_writes
+            or self.is_pinned
+            or any(not stream.closed for stream in self.streams)
+            or any(_has_own_isolation(connection) for connection in self.connections)
+        )
 
     @property
     def has_committed_writes(self) -> bool:
@@ -149,3 +161,9 @@ class Transaction:
             return
         if not in_savepoint:
             self.note_failure(error)
+
+
+def _has_own_isolation(connection: Connection) -> bool:
+    """Whether the handler has set the isolation level of a connection itself."""
+    level = connection.get_execution_options().get("isolation_level")
+    return level != connection.engine.get_execution_options().get("isolation_level")

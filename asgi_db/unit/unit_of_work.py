@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from asgi_db.errors import (
+    ModeConflictError,
     SessionExpiredError,
     UncommittedWorkError,
 )
@@ -76,7 +77,8 @@ class UnitOfWork(Standing):
             await self._end(success, answer)
             return
         # A mode that only reads has nothing to commit, and counts as committed.
-        keeps = success and (self.mode.commits or self.mode.read_only)
+        mode = self.next_mode or self.mode
+        keeps = success and (mode.commits or mode.read_only)
         outcome: HookOutcome = "rollback"
         try:
             await self._end(success, answer)
@@ -106,6 +108,11 @@ class UnitOfWork(Standing):
                 straggler = None
             else:
                 problem = self._concurrent_use("commit")
+        if success and problem is None and self.next_mode is not None:
+            try:
+                await self.change_mode()
+            except ModeConflictError as conflict:
+                problem = conflict
         # A failure is rolled back in any mode, also where the route's mode cannot be found.
         mode = self.fixed_mode or (self.begin() if success else None)
         commits = mode is not None and mode.commits
@@ -169,6 +176,8 @@ class UnitOfWork(Standing):
                 self._log_failed_commit("", error)
 
         self.check_free("commit")
+        if self.is_outdated():
+            await self.change_mode()
         self.begin()
         try:
             await self._end_by("commit", self._ending().commit(commit, log_failure))
@@ -197,6 +206,16 @@ class UnitOfWork(Standing):
                     self.left_over = LeftOver.KEPT
         elif self.state is State.ACTIVE:
             self.become_idle()
+
+    async def change_mode(self) -> None:
+        """Give the connection back if another mode is asked for by now; the next unit has it.
+
+        Raises:
+            ModeConflictError: the unit holds more than reads.
+        """
+        if self.needs_other_mode():
+            await self.release()
+            self.origin.begins_anew()
 
     async def _end_by(self, name: str, ending: Coroutine[Any, Any, None]) -> None:
         """End the transaction in a task of its own, and wait until that is complete."""
