@@ -30,6 +30,7 @@ from asgi_db.errors import (
     ReadOnlyError,
 )
 from asgi_db.modes import Mode
+from asgi_db.reads import leaves_nothing
 from asgi_db.statistics import Tally
 
 UNIT_INFO = "asgi_db_unit_of_work"
@@ -44,9 +45,11 @@ class UnitTransaction(Protocol):
 
     Attributes:
         has_writes: whether it contains writes.
+        must_last: whether something in it would be lost if it ended early, such as a lock.
     """
 
     has_writes: bool
+    must_last: bool
 
     @property
     def commit_was_sent(self) -> bool:
@@ -222,6 +225,21 @@ def writes(statement: str, *, has_hash_comments: bool = False) -> bool:
     return _WRITE.match(not_code.sub(" ", statement)) is not None
 
 
+@functools.lru_cache(maxsize=1024)
+def _may_end_early(statement: str, has_hash_comments: bool) -> bool:
+    not_code = _NOT_CODE_WITH_HASH if has_hash_comments else _NOT_CODE
+    return leaves_nothing(not_code.sub(" ", statement))
+
+
+def has_isolation_level(connection: Connection) -> bool:
+    """Return whether the user has asked for an isolation level on this connection or engine."""
+    levels = (
+        isolation_options(connection.engine)["isolation_level"],
+        (connection.get_execution_options().get("isolation_level")),
+    )
+    return any(level is not None for level in levels)
+
+
 def _do_execute(
     driver: Driver, _cursor: Any, statement: str, _parameters: Any, context: ExecutionContext
 ) -> None:
@@ -247,6 +265,8 @@ def _do_execute(
     unit.tally.statements += 1
     if is_write:
         unit.transaction.has_writes = True
+    elif not _may_end_early(statement, driver.has_hash_comments):
+        unit.transaction.must_last = True
 
 
 def _do_execute_no_params(

@@ -17,6 +17,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
+from sqlalchemy.util import await_
 from sqlalchemy.util.concurrency import in_greenlet
 
 from asgi_db.drivers import is_conflict
@@ -74,6 +75,10 @@ class UnitSession(Session):
         operation, deadline = unit.operation, unit.deadline
         if operation is not None and operation.task is task:
             return False
+        if operation is not None and unit.is_giving_back and in_greenlet():
+            # The unit is giving its connection back because another task waits for the body.
+            await_(unit.wait_for_end())
+            operation, deadline = unit.operation, unit.deadline
         if operation is not None or (unit.state is State.CLOSED and name not in DISCARDING):
             unit.check_free(name)
         if deadline is not None and unit.state is State.ACTIVE:
@@ -186,6 +191,7 @@ class UnitSession(Session):
 
 def _inside_the_unit(name: str) -> Callable[..., Any]:
     operation = getattr(UnitSession, name)
+    hands_out_connection = name == "connection"
 
     @functools.wraps(operation)
     def guarded(self: UnitSession, *args: Any, **kwargs: Any) -> Any:
@@ -197,11 +203,14 @@ def _inside_the_unit(name: str) -> Callable[..., Any]:
             self.leave(error)
             raise
         self.leave(None)
+        if hands_out_connection:
+            self.unit_of_work.transaction.must_last = True
         options: Mapping[str, Any] | None = kwargs.get("execution_options")
         if options and options.get("stream_results"):
             # `AsyncSession.stream` sets this option.
             unit = self.unit_of_work
             unit.transaction.streams += (result,)
+            unit.transaction.must_last = True
             if unit.deadline is not None:
                 unit.deadline.when_over(unit.terminate_streams)
         return result

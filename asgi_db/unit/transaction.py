@@ -62,6 +62,8 @@ class Transaction:
         connections: the connections on which it is open.
         streams: its results with an open server-side cursor.
         has_writes: whether it contains writes.
+        must_last: whether something in it would be lost if it ended early, such as a lock, or its
+            connection was handed out.
         failure: why it can no longer be committed, if so.
         was_cancelled: whether one of its statements, or its COMMIT, was running when the request
             was cancelled.
@@ -72,6 +74,7 @@ class Transaction:
     connections: tuple[Connection, ...] = ()
     streams: tuple[Result[object], ...] = ()
     has_writes = False
+    must_last = False
     failure: BaseException | None = None
     was_cancelled = False
     when_sent: Callable[[], None] | None = None
