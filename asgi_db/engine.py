@@ -30,6 +30,7 @@ from asgi_db.errors import (
     ReadOnlyError,
 )
 from asgi_db.modes import Mode
+from asgi_db.reads import leaves_nothing
 from asgi_db.statistics import Tally
 
 UNIT_INFO = "asgi_db_unit_of_work"
@@ -45,10 +46,12 @@ class UnitTransaction(Protocol):
     Attributes:
         has_writes: whether it contains writes.
         is_pinned: whether it holds a lock or a setting, which would be lost with it.
+        must_last: whether something in it would be lost if it ended early, such as a lock.
     """
 
     has_writes: bool
     is_pinned: bool
+    must_last: bool
 
     @property
     def commit_was_sent(self) -> bool:
@@ -236,6 +239,19 @@ _PIN = re.compile(
 def pins(statement: str) -> bool:
     """Return whether this SQL takes a lock or sets something that lasts as the transaction does."""
     return _PIN.search(_NOT_CODE.sub(" ", statement)) is not None
+@functools.lru_cache(maxsize=1024)
+def _may_end_early(statement: str, has_hash_comments: bool) -> bool:
+    not_code = _NOT_CODE_WITH_HASH if has_hash_comments else _NOT_CODE
+    return leaves_nothing(not_code.sub(" ", statement))
+
+
+def has_isolation_level(connection: Connection) -> bool:
+    """Return whether the user has asked for an isolation level on this connection or engine."""
+    levels = (
+        isolation_options(connection.engine)["isolation_level"],
+        (connection.get_execution_options().get("isolation_level")),
+    )
+    return any(level is not None for level in levels)
 
 
 def _do_execute(
@@ -265,6 +281,8 @@ def _do_execute(
         unit.transaction.has_writes = True
     elif not mode.autocommit and pins(statement):
         unit.transaction.is_pinned = True
+    elif not _may_end_early(statement, driver.has_hash_comments):
+        unit.transaction.must_last = True
 
 
 def _do_execute_no_params(

@@ -47,6 +47,7 @@ class Exchange(Call):
     _attempts: Attempts | None = None
     _app_task: asyncio.Task[object] | None = None
     _response = PENDING
+    _has_whole_body = False
     _commit_error: Exception | None = None
     """Why the response that the application began was not sent, until it begins another one."""
     _exception_at_receive: BaseException | None = None
@@ -64,9 +65,7 @@ class Exchange(Call):
         enclosing_app = self._scope.get("app")
         self._app_task = asyncio.current_task()
         try:
-            await self._site.app(
-                self._scope, self._receive_noting_exception, self._send_after_commit
-            )
+            await self._site.app(self._scope, self._receive_body, self._send_after_commit)
         except BaseException as error:
             self._note_conflict(error)
             await self._end(success=False)
@@ -151,6 +150,20 @@ class Exchange(Call):
         return ""
 
     # -- receive and send ----------------------------------------------------------------------
+
+    async def _receive_body(self) -> Message:
+        """Receive; until the whole body has come, no connection waits for it."""
+        if self._has_whole_body:
+            return await self._receive_noting_exception()
+        unit = self._session.unit
+        if unit is not None and (
+            # A task that sends a stream may be at work beside one that listens for a disconnect.
+            self._response is PENDING or not unit.is_work_of_another_task
+        ):
+            await unit.give_back_before_waiting()
+        message = await self._receive_noting_exception()
+        self._has_whole_body = not message.get("more_body")
+        return message
 
     async def _receive_noting_exception(self) -> Message:
         error = sys.exc_info()[1]
@@ -261,7 +274,9 @@ class Exchange(Call):
         try:
             mode = unit.fixed_mode or unit.begin()
             if not mode.commits and unit.operation is not None and unit.is_used_by_another_task:
-                return
+                if not unit.is_giving_back:
+                    return
+                await unit.wait_for_end()
             success = should_commit(mode, status, error)
             if unit.next_mode is not None or self.has_moved():
                 mode = unit.wanted_mode() or mode

@@ -82,6 +82,10 @@ class UnitSession(Session):
         operation = unit.operation
         if operation is not None and operation.task is task:
             return False
+        if operation is not None and unit.is_giving_back and in_greenlet():
+            # The unit is giving its connection back because another task waits for the body.
+            await_(unit.wait_for_end())
+            operation, deadline = unit.operation, unit.deadline
         if operation is not None or (unit.state is State.CLOSED and name not in DISCARDING):
             unit.check_free(name)
         if unit.fixed_mode is not None and name not in ENDS_UNIT and unit.is_outdated():
@@ -198,6 +202,7 @@ class UnitSession(Session):
 
 def _inside_the_unit(name: str) -> Callable[..., Any]:
     operation = getattr(UnitSession, name)
+    hands_out_connection = name == "connection"
 
     @functools.wraps(operation)
     def guarded(self: UnitSession, *args: Any, **kwargs: Any) -> Any:
@@ -209,11 +214,14 @@ def _inside_the_unit(name: str) -> Callable[..., Any]:
             self.leave(error)
             raise
         self.leave(None)
+        if hands_out_connection:
+            self.unit_of_work.transaction.must_last = True
         options: Mapping[str, Any] | None = kwargs.get("execution_options")
         if options and options.get("stream_results"):
             # `AsyncSession.stream` sets this option.
             unit = self.unit_of_work
             unit.transaction.streams += (result,)
+            unit.transaction.must_last = True
             if unit.deadline is not None:
                 unit.deadline.when_over(unit.terminate_streams)
         return result

@@ -63,6 +63,8 @@ class Transaction:
         streams: its results with an open server-side cursor.
         has_writes: whether it contains writes.
         is_pinned: whether it holds a lock or a setting, which would be lost with it.
+        must_last: whether something in it would be lost if it ended early, such as a lock, or its
+            connection was handed out.
         failure: why it can no longer be committed, if so.
         was_cancelled: whether one of its statements, or its COMMIT, was running when the request
             was cancelled.
@@ -74,6 +76,7 @@ class Transaction:
     streams: tuple[Result[object], ...] = ()
     has_writes = False
     is_pinned = False
+    must_last = False
     failure: BaseException | None = None
     was_cancelled = False
     when_sent: Callable[[], None] | None = None

@@ -15,8 +15,9 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, SessionTransactionOrigin
 
+from asgi_db.engine import has_isolation_level
 from asgi_db.errors import (
     ModeConflictError,
     SessionExpiredError,
@@ -30,7 +31,7 @@ from asgi_db.unit.ending import (
     has_changes,
 )
 from asgi_db.unit.hooks import Hook, HookOutcome, Hooks
-from asgi_db.unit.operation import Operation
+from asgi_db.unit.operation import WAITING, Operation
 from asgi_db.unit.standing import LeftOver, Standing, State
 from asgi_db.unit.transaction import Stage
 
@@ -100,7 +101,7 @@ class UnitOfWork(Standing):
         problem: Exception | None = None
         if self.state is State.ENDING:
             # Another task is committing or releasing the session.
-            problem = self._concurrent_use("commit")
+            problem = None if self.is_giving_back else self._concurrent_use("commit")
             await finish(asyncio.ensure_future(self.wait_for_end()))
         straggler = self.operation
         if straggler is not None:
@@ -175,6 +176,8 @@ class UnitOfWork(Standing):
             if caller is not None and caller.cancelling():
                 self._log_failed_commit("", error)
 
+        if self.is_giving_back:
+            await self.wait_for_end()
         self.check_free("commit")
         if self.is_outdated():
             await self.change_mode()
@@ -194,6 +197,8 @@ class UnitOfWork(Standing):
         """Give the connection back before the unit's end; see `DBSession.release`."""
         if self.state is State.CLOSED:
             return
+        if self.is_giving_back:
+            await self.wait_for_end()
         self.check_free("release")
         transaction, session = self.transaction, self.sync_session
         if transaction.has_writes and transaction.is_open:
@@ -216,6 +221,32 @@ class UnitOfWork(Standing):
         if self.needs_other_mode():
             await self.release()
             self.origin.begins_anew()
+
+    async def give_back_before_waiting(self) -> None:
+        """Give the connection back before a wait for the network, unless something would be lost.
+
+        What the user has asked to last stays: an isolation level, a snapshot, a block, a savepoint,
+        a cursor, a lock, and every change.
+        """
+        session, transaction = self.sync_session, self.transaction
+        mode = self.fixed_mode
+        if (
+            session is not None
+            and mode is not None
+            and self.state is State.ACTIVE
+            and self.operation is None
+            and not (transaction.must_last or transaction.failure or transaction.was_cancelled)
+            and not (mode.isolation or mode.snapshot or self.has_uncommitted_work)
+            and (begun := session.get_transaction()) is not None
+            and begun.origin is SessionTransactionOrigin.AUTOBEGIN
+            and not any(map(has_isolation_level, transaction.connections))
+        ):
+            await self._end_by(WAITING, self._ending().give_back())
+
+    @property
+    def is_giving_back(self) -> bool:
+        """Whether another task gives the connection back before it waits; see above."""
+        return self.operation is not None and self.operation.name == WAITING
 
     async def _end_by(self, name: str, ending: Coroutine[Any, Any, None]) -> None:
         """End the transaction in a task of its own, and wait until that is complete."""
