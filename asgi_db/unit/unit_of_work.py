@@ -17,17 +17,14 @@ from typing import Any
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from asgi_db.drivers.describing import brief
 from asgi_db.errors import (
     SessionExpiredError,
     UncommittedWorkError,
 )
 from asgi_db.logs import logger
 from asgi_db.tasks import current_task, finish
-from asgi_db.unit.ending import (
-    Ending,
-    brief,
-    has_changes,
-)
+from asgi_db.unit.ending import Ending, has_changes
 from asgi_db.unit.hooks import Hook, HookOutcome, Hooks
 from asgi_db.unit.operation import Operation
 from asgi_db.unit.standing import LeftOver, Standing, State
