@@ -22,6 +22,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from asgi_db.drivers import driver_of
 from asgi_db.drivers.base import BEGIN_OPTION, Beginning, Driver, cause_of, connection_error
 from asgi_db.drivers.connecting import let_driver_connect
+from asgi_db.drivers.describing import brief, opening_of
 from asgi_db.errors import (
     ConfigurationError,
     DatabaseDownError,
@@ -266,9 +267,10 @@ def _do_execute(
     is_write = writes(statement, has_hash_comments=driver.has_hash_comments)
     if is_write:
         if mode.read_only and (mode.autocommit or _CALL.match(statement) is None):
+            opening = opening_of(statement, has_double_quoted_strings=driver.has_hash_comments)
             raise ReadOnlyError(
                 f"{unit.describe()}: this statement writes, but the mode is {mode.name} and only"
-                f" reads: {statement[:60]!r}. Put @transactional on the route, or ask for the"
+                f" reads: {opening!r}. Put @transactional on the route, or ask for the"
                 " transactional session."
             )
     elif mode.autocommit and context.execution_options.get("stream_results"):
@@ -325,15 +327,17 @@ def _handle_error(context: ExceptionContext) -> None:
         error.add_detail(advice)
     elif context.is_disconnect or connection is None or driver.is_outage(original):
         context.is_disconnect = True
+        # A connection may also be closed when a value is refused, and the error then repeats it.
+        cause = cause_of(original) if driver.is_outage(original) else brief(original)
         if unit is not None and unit.transaction.commit_was_sent:
-            raise _outcome_unknown(original, unit)
-        raise connection_error(original, _where(unit))
+            raise _outcome_unknown(original, unit, cause)
+        raise connection_error(original, _where(unit), cause)
 
 
-def _outcome_unknown(error: BaseException, unit: Unit) -> OutcomeUnknownError:
+def _outcome_unknown(error: BaseException, unit: Unit, cause: str) -> OutcomeUnknownError:
     return OutcomeUnknownError(
         f"{unit.describe()}: the connection was closed after COMMIT had been sent, so whether it"
-        f" was carried out is unknown ({cause_of(error)})",
+        f" was carried out is unknown ({cause})",
         error,
     )
 

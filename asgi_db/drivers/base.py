@@ -78,7 +78,7 @@ class Driver(Protocol):
         is_supported: whether asgi-db itself connects, and closes, with this driver; else
             SQLAlchemy does.
         has_deferrable: whether a transaction can wait for a snapshot that needs no locks.
-        has_hash_comments: whether `#` begins a comment in this SQL.
+        has_hash_comments: whether `#` begins a comment in this SQL, and `"` a string.
         sandbox: the rules of a sandbox for tests; None if there is none.
     """
 
@@ -87,6 +87,11 @@ class Driver(Protocol):
     has_deferrable: bool
     has_hash_comments: bool
     sandbox: type[SandboxRules] | None
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """The packages that define its errors, besides SQLAlchemy."""
+        ...
 
     # -- the engine
 
@@ -201,6 +206,10 @@ class AnyDriver(Driver):
     has_deferrable = False
     has_hash_comments = False
     sandbox: type[SandboxRules] | None = None
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        return (self.name,)
 
     def options(self, url: URL, *, pooler: bool) -> dict[str, Any]:
         return {}
@@ -331,11 +340,13 @@ def cause_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-def connection_error(error: BaseException, where: str = "") -> DatabaseDownError:
+def connection_error(error: BaseException, where: str = "", cause: str = "") -> DatabaseDownError:
     """Make the error for a connection which is closed, or could not be made.
 
     Args:
         error: what the driver or the network says.
         where: the request or block, as the beginning of the message.
+        cause: what to say of the error, if its own text may hold a value.
     """
-    return DatabaseDownError(f"{where}the database cannot be reached ({cause_of(error)})", error)
+    cause = cause or cause_of(error)
+    return DatabaseDownError(f"{where}the database cannot be reached ({cause})", error)

@@ -137,6 +137,10 @@ class Aiosqlite(SQLite):
     def __init__(self) -> None:
         self._autocommit_requests = AutocommitRequests()
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        return self.name, "sqlite3"
+
     def options(self, url: URL, *, pooler: bool) -> dict[str, Any]:
         # `connect_args` would override a timeout in the URL.
         has_own = "timeout" in url.query

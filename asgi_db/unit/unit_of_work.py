@@ -17,6 +17,7 @@ from typing import Any
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransactionOrigin
 
+from asgi_db.drivers.describing import brief
 from asgi_db.engine import has_isolation_level
 from asgi_db.errors import (
     ModeConflictError,
@@ -25,11 +26,7 @@ from asgi_db.errors import (
 )
 from asgi_db.logs import logger
 from asgi_db.tasks import cancelled_once, current_task, finish
-from asgi_db.unit.ending import (
-    Ending,
-    brief,
-    has_changes,
-)
+from asgi_db.unit.ending import Ending, has_changes
 from asgi_db.unit.hooks import Hook, HookOutcome, Hooks
 from asgi_db.unit.operation import WAITING, Operation
 from asgi_db.unit.standing import LeftOver, Standing, State
