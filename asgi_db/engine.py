@@ -22,6 +22,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from asgi_db.drivers import driver_of
 from asgi_db.drivers.base import BEGIN_OPTION, Beginning, Driver, cause_of, connection_error
 from asgi_db.drivers.connecting import let_driver_connect
+from asgi_db.drivers.statements import Effect, Judge
 from asgi_db.errors import (
     ConfigurationError,
     DatabaseDownError,
@@ -44,9 +45,11 @@ class UnitTransaction(Protocol):
 
     Attributes:
         has_writes: whether it contains writes.
+        has_locks: whether it has taken something that a rollback would release, such as a lock.
     """
 
     has_writes: bool
+    has_locks: bool
 
     @property
     def commit_was_sent(self) -> bool:
@@ -192,38 +195,9 @@ def begin_unit(connection: Connection, unit: Unit, mode: Mode) -> None:
 
 # -- statements and errors ---------------------------------------------------------------------
 
-_WRITING = "INSERT|UPDATE|DELETE|MERGE|REPLACE"
-_WRITE = re.compile(
-    # EXPLAIN ANALYZE executes the statement.
-    r"\s*(?:(?:EXPLAIN\b[^;]*?)?\bANALY[SZ]E\b(?:[^)]*\))?(?:\s+VERBOSE)?\s*)?"
-    rf"(?:(?:{_WRITING}|TRUNCATE|CREATE|ALTER|DROP|RENAME|LOAD|GRANT|REVOKE|CALL|DO)\b"
-    r"|WITH\b.*?(?:\bAS\s*(?:NOT\s+)?(?:MATERIALIZED\s*)?\(|\))"
-    rf"\s*(?:{_WRITING})\b)",
-    re.IGNORECASE | re.DOTALL,
-)
-_CALL = re.compile(r"\s*(?:CALL|DO)\b", re.IGNORECASE)
-"""Statements that may or may not write; in a read-only transaction the server checks them."""
-
-
-_NOT_CODE = re.compile(r"""'[^']*'|"[^"]*"|/\*.*?\*/|--[^\n]*""", re.DOTALL)
-"""Literals, quoted names and comments."""
-_NOT_CODE_WITH_HASH = re.compile(_NOT_CODE.pattern + r"|\#[^\n]*", re.DOTALL)
-"""The same where `#` begins a comment; elsewhere it is an operator: `data #>> '{a}'`."""
-
-
-@functools.lru_cache(maxsize=1024)
-def writes(statement: str, *, has_hash_comments: bool = False) -> bool:
-    """Return whether this SQL changes data or tables, or may do so, judged by its keywords.
-
-    Functions with side effects are not recognized; in `read_only(snapshot=True)` and
-    `transactional(read_only=True)` PostgreSQL and MySQL refuse them.
-    """
-    not_code = _NOT_CODE_WITH_HASH if has_hash_comments else _NOT_CODE
-    return _WRITE.match(not_code.sub(" ", statement)) is not None
-
 
 def _do_execute(
-    driver: Driver, _cursor: Any, statement: str, _parameters: Any, context: ExecutionContext
+    judge: Judge, _cursor: Any, statement: str, _parameters: Any, context: ExecutionContext
 ) -> None:
     """Check a statement against the mode before it is sent."""
     found = _units.get(context.root_connection)
@@ -231,28 +205,47 @@ def _do_execute(
     if unit is None:
         return
     mode = unit.fixed_mode or unit.mode
-    is_write = writes(statement, has_hash_comments=driver.has_hash_comments)
-    if is_write:
-        if mode.read_only and (mode.autocommit or _CALL.match(statement) is None):
+    effect = judge.effect_of(statement)
+    if mode.read_only:
+        if effect is Effect.READS and judge.drops_lock(context.compiled):
+            effect = Effect.LOCKS
+        # In a read-only transaction the server itself checks what a statement calls.
+        if effect > Effect.READS and (mode.autocommit or effect in (Effect.LOCKS, Effect.WRITES)):
+            raise _not_read_only(effect, unit, mode, statement)
+        if mode.autocommit and context.execution_options.get("stream_results"):
             raise ReadOnlyError(
-                f"{unit.describe()}: this statement writes, but the mode is {mode.name} and only"
-                f" reads: {statement[:60]!r}. Put @transactional on the route, or ask for the"
-                " transactional session."
+                f"{unit.describe()}: a server-side cursor lives in a transaction, and the read_only"
+                " mode has none: use read_only(snapshot=True), or fetch the rows at once."
             )
-    elif mode.autocommit and context.execution_options.get("stream_results"):
-        raise ReadOnlyError(
-            f"{unit.describe()}: a server-side cursor lives in a transaction, and the read_only"
-            " mode has none: use read_only(snapshot=True), or fetch the rows at once."
-        )
     unit.tally.statements += 1
-    if is_write:
+    if effect >= Effect.CALLS:
         unit.transaction.has_writes = True
+    elif effect > Effect.READS:
+        unit.transaction.has_locks = True
 
 
 def _do_execute_no_params(
-    driver: Driver, cursor: Any, statement: str, context: ExecutionContext
+    judge: Judge, cursor: Any, statement: str, context: ExecutionContext
 ) -> None:
-    _do_execute(driver, cursor, statement, None, context)
+    _do_execute(judge, cursor, statement, None, context)
+
+
+def _not_read_only(effect: Effect, unit: Unit, mode: Mode, statement: str) -> ReadOnlyError:
+    shown = _LITERAL.sub("'…'", statement)[:60]
+    if effect is Effect.HOLDS:
+        return ReadOnlyError(
+            f"{unit.describe()}: what this statement takes, such as a lock or a setting, lasts as"
+            f" long as its transaction or connection, and the read_only mode keeps neither:"
+            f" {shown!r}. Use read_only(snapshot=True), or put @transactional on the route."
+        )
+    does = "locks rows" if effect is Effect.LOCKS else "writes"
+    return ReadOnlyError(
+        f"{unit.describe()}: this statement {does}, but the mode is {mode.name} and only reads:"
+        f" {shown!r}. Put @transactional on the route, or ask for the transactional session."
+    )
+
+
+_LITERAL = re.compile(r"'[^']*'?")
 
 
 def _where(unit: Unit | None) -> str:
@@ -321,10 +314,11 @@ def watch(engine: Engine) -> None:
     driver = driver_of(dialect)
     _wrap(dialect, driver, engine.get_execution_options().get(BEGIN_OPTION))
     event.listen(engine, "do_connect", let_driver_connect)
-    do_execute = functools.partial(_do_execute, driver)
+    judge = Judge(driver.effect_of, drops_row_locks=driver.drops_row_locks)
+    do_execute = functools.partial(_do_execute, judge)
     event.listen(engine, "do_execute", do_execute)
     event.listen(engine, "do_executemany", do_execute)
-    event.listen(engine, "do_execute_no_params", functools.partial(_do_execute_no_params, driver))
+    event.listen(engine, "do_execute_no_params", functools.partial(_do_execute_no_params, judge))
     event.listen(engine, "handle_error", _handle_error)
     event.listen(engine, "checkin", functools.partial(_checkin, driver))
 

@@ -383,12 +383,19 @@ async def test_a_mode_that_only_reads_refuses_to_write(database: Database) -> No
             await session.execute(add("Ben"))
 
 
+_FUNCTION_THAT_WRITES = """
+    CREATE FUNCTION rename_all() RETURNS void LANGUAGE sql AS 'UPDATE author SET name = name'
+"""
+
+
 async def test_postgresql_itself_refuses_to_write_in_a_transaction_that_only_reads(
     postgresql_url: str,
 ) -> None:
     async with Database(postgresql_url) as database, database.sandbox():
         await database.create_tables(Base.metadata)
-        hidden = text("SELECT setval('author_id_seq', 7)")
+        async with database.transaction() as session:
+            await session.execute(text(_FUNCTION_THAT_WRITES))
+        hidden = text("SELECT rename_all()")
         with pytest.raises(DBAPIError, match="read-only transaction"):
             async with database.session(read_only(snapshot=True)) as session:
                 await session.execute(hidden)

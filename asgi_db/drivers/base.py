@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.pool import PoolProxiedConnection
 
 from asgi_db.drivers.sandbox import SandboxRules
+from asgi_db.drivers.statements import COMMON, Effect
 from asgi_db.errors import DatabaseDownError
 from asgi_db.modes import Mode
 
@@ -78,14 +79,14 @@ class Driver(Protocol):
         is_supported: whether asgi-db itself connects, and closes, with this driver; else
             SQLAlchemy does.
         has_deferrable: whether a transaction can wait for a snapshot that needs no locks.
-        has_hash_comments: whether `#` begins a comment in this SQL.
+        drops_row_locks: whether SQLAlchemy leaves out FOR UPDATE, which this SQL does not have.
         sandbox: the rules of a sandbox for tests; None if there is none.
     """
 
     name: str
     is_supported: bool
     has_deferrable: bool
-    has_hash_comments: bool
+    drops_row_locks: bool
     sandbox: type[SandboxRules] | None
 
     # -- the engine
@@ -150,6 +151,12 @@ class Driver(Protocol):
     def leave_autocommit(self, connection: DBAPIConnection) -> None:
         """Undo `enter_autocommit`, when the connection is back in the pool; costs no round trip."""
 
+    # -- a statement
+
+    def effect_of(self, sql: str) -> Effect:
+        """Say what a statement does: whether it reads, locks or writes."""
+        ...
+
     # -- an error
 
     def is_own_error(self, error: BaseException) -> bool:
@@ -199,7 +206,8 @@ class AnyDriver(Driver):
     name = ""
     is_supported = False
     has_deferrable = False
-    has_hash_comments = False
+    drops_row_locks = False
+    grammar = COMMON
     sandbox: type[SandboxRules] | None = None
 
     def options(self, url: URL, *, pooler: bool) -> dict[str, Any]:
@@ -254,6 +262,9 @@ class AnyDriver(Driver):
 
     def leave_autocommit(self, connection: DBAPIConnection) -> None:
         pass
+
+    def effect_of(self, sql: str) -> Effect:
+        return self.grammar.effect_of(sql)
 
     def is_own_error(self, error: BaseException) -> bool:
         return False
