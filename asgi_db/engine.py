@@ -45,11 +45,11 @@ class UnitTransaction(Protocol):
 
     Attributes:
         has_writes: whether it contains writes.
-        has_locks: whether it has taken something that a rollback would release, such as a lock.
+        is_held: whether the handler has something that ends with it, such as a lock.
     """
 
     has_writes: bool
-    has_locks: bool
+    is_held: bool
 
     @property
     def commit_was_sent(self) -> bool:
@@ -193,6 +193,23 @@ def begin_unit(connection: Connection, unit: Unit, mode: Mode) -> None:
         driver_of(connection.dialect).enter_autocommit(pooled.dbapi_connection)
 
 
+def begin_now(connection: Connection, unit: Unit) -> None:
+    """Have the transaction begin at the server, before the connection itself is handed out.
+
+    Raises:
+        DatabaseDownError: the connection was closed.
+    """
+    driver, pooled = driver_of(connection.dialect), connection.connection
+    try:
+        driver.begin_now(pooled)
+    except Exception as error:
+        if not driver.is_closed(pooled.driver_connection):
+            raise
+        connection.invalidate(error)
+        raise connection_error(error, _where(unit)) from error
+    unit.transaction.is_held = True
+
+
 # -- statements and errors ---------------------------------------------------------------------
 
 
@@ -221,7 +238,7 @@ def _do_execute(
     if effect >= Effect.CALLS:
         unit.transaction.has_writes = True
     elif effect > Effect.READS:
-        unit.transaction.has_locks = True
+        unit.transaction.is_held = True
 
 
 def _do_execute_no_params(

@@ -205,7 +205,7 @@ class DiaryOfTransaction:
 
     commit_was_sent = False
     has_writes: bool = False
-    has_locks: bool = False
+    is_held: bool = False
 
     def __init__(self) -> None:
         self.entries: list[str] = []

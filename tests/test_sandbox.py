@@ -737,6 +737,30 @@ async def test_what_stands_for_a_connection_behaves_like_one(database: Database)
             assert not hasattr(stand_in, "_no_such_thing")
 
 
+@pytest.mark.parametrize("database_url", ["postgresql", "mysql"], indirect=True)
+async def test_what_the_drivers_connection_writes_first_is_rolled_back_with_its_transaction(
+    database: Database,
+) -> None:
+    async def write(session: DBSession) -> None:
+        raw = await (await session.connection()).get_raw_connection()
+        driver: Any = raw.driver_connection
+        if database.url.get_backend_name() == "mysql":
+            await driver.query("INSERT INTO author (name) VALUES ('Ben')")
+        else:
+            await driver.execute("INSERT INTO author (name) VALUES ('Ben')")
+
+    async with database.sandbox():
+        with pytest.raises(ZeroDivisionError):
+            async with database.transaction() as session:
+                await write(session)
+                raise ZeroDivisionError
+        assert await names(database) == ["Ada"]
+        async with database.transaction() as session:
+            await write(session)
+        assert await names(database) == ["Ada", "Ben"]
+    assert await names(database) == ["Ada"]
+
+
 @pytest.mark.parametrize(
     ("database_url", "sql"),
     [

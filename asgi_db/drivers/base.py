@@ -68,6 +68,10 @@ class StandIn:
         """Close it at once."""
         raise NotImplementedError
 
+    def begin_now(self) -> None:
+        """Begin a transaction, unless each statement stands alone."""
+        raise NotImplementedError
+
 
 class Driver(Protocol):
     """What asgi-db has to know of a database and of the driver that talks to it.
@@ -144,6 +148,13 @@ class Driver(Protocol):
 
     def begin(self, pooled: PoolProxiedConnection, beginning: Beginning) -> None:
         """Begin a transaction as an engine's `BEGIN_OPTION` says; SQLAlchemy does the rest."""
+
+    def begin_now(self, pooled: PoolProxiedConnection) -> None:
+        """Have a transaction begin now that would otherwise begin with its first statement.
+
+        The driver's own connection is then handed out, and what is sent over that is no statement
+        of SQLAlchemy's.
+        """
 
     def enter_autocommit(self, connection: DBAPIConnection) -> None:
         """Let each statement stand alone, where `begin` has not seen to that."""
@@ -256,6 +267,10 @@ class AnyDriver(Driver):
                 cursor.execute(statement)
             finally:
                 cursor.close()
+
+    def begin_now(self, pooled: PoolProxiedConnection) -> None:
+        if isinstance(connection := pooled.driver_connection, StandIn):
+            connection.begin_now()
 
     def enter_autocommit(self, connection: DBAPIConnection) -> None:
         pass

@@ -13,9 +13,10 @@ from typing import Any
 from sqlalchemy import URL, Engine, event, text
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.ext.asyncio import AsyncConnection
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+from sqlalchemy.util.concurrency import await_
 
-from asgi_db.drivers.base import Abandoned, AnyDriver
+from asgi_db.drivers.base import Abandoned, AnyDriver, StandIn
 from asgi_db.drivers.sandbox import SandboxControl, SandboxRules, SandboxStandIn
 from asgi_db.drivers.statements import WRITING_WITH, Grammar
 from asgi_db.logs import logger
@@ -294,6 +295,14 @@ class Asyncpg(PostgreSQL):
             # `enter_autocommit` is free, whereas a variant of the engine has a cost.
             return {}
         return super().begin_options(mode, is_prepared=is_prepared)
+
+    def begin_now(self, pooled: PoolProxiedConnection) -> None:
+        super().begin_now(pooled)
+        # SQLAlchemy's adapter sends BEGIN before its first statement, and has no public method that
+        # does so; `test_driver_connection.py` breaks when this changes.
+        connection: Any = pooled.dbapi_connection
+        if not isinstance(pooled.driver_connection, StandIn) and connection._transaction is None:
+            await_(connection._start_transaction())
 
     def enter_autocommit(self, connection: DBAPIConnection) -> None:
         connection.autocommit = True

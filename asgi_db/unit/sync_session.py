@@ -21,7 +21,7 @@ from sqlalchemy.util.concurrency import in_greenlet
 
 from asgi_db.drivers import is_conflict
 from asgi_db.drivers.connecting import abandon_connect
-from asgi_db.engine import begin_unit
+from asgi_db.engine import begin_now, begin_unit
 from asgi_db.errors import DatabaseTimeoutError, ReadOnlyError
 from asgi_db.tasks import current_task
 from asgi_db.unit.deadline import Deadline
@@ -51,6 +51,12 @@ class UnitSession(Session):
             if tally.began is None:
                 tally.began = now
         return unit.life.bind_for(bind, mode)
+
+    def connection(self, *args: Any, **kwargs: Any) -> Connection:
+        """Hand out the connection, on which the driver's own may be used too."""
+        connection = super().connection(*args, **kwargs)
+        begin_now(connection, self.unit_of_work)
+        return connection
 
     def rollback(self) -> None:
         """Roll back, including the changes that `release` has kept outside any transaction."""

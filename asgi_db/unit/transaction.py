@@ -62,7 +62,8 @@ class Transaction:
         connections: the connections on which it is open.
         streams: its results with an open server-side cursor.
         has_writes: whether it contains writes.
-        has_locks: whether it has taken something that a rollback would release: a lock, a setting.
+        is_held: whether the handler has something that ends with it, although it may not have
+            written: a lock, a setting, or the connection itself.
         failure: why it can no longer be committed, if so.
         was_cancelled: whether one of its statements, or its COMMIT, was running when the request
             was cancelled.
@@ -73,7 +74,7 @@ class Transaction:
     connections: tuple[Connection, ...] = ()
     streams: tuple[Result[object], ...] = ()
     has_writes = False
-    has_locks = False
+    is_held = False
     failure: BaseException | None = None
     was_cancelled = False
     when_sent: Callable[[], None] | None = None
