@@ -14,7 +14,8 @@ from asgi_db.drivers import driver_of, register
 from asgi_db.drivers.base import BEGIN_OPTION, AnyDriver, Beginning
 from asgi_db.drivers.connecting import background_is_over
 from asgi_db.drivers.sqlite import Aiosqlite
-from asgi_db.engine import begin_unit, variant_options, writes
+from asgi_db.drivers.statements import Effect
+from asgi_db.engine import begin_unit, variant_options
 from asgi_db.logs import logger
 from asgi_db.modes import ModeDefault, ReadOnly, Transactional, should_commit
 from asgi_db.pool.fair import FairPool, FairQueue
@@ -43,6 +44,7 @@ __all__ = [
     "Beginning",
     "Block",
     "DatabaseType",
+    "Effect",
     "FairPool",
     "FairQueue",
     "ModeDefault",
@@ -76,5 +78,4 @@ __all__ = [
     "session_key",
     "should_commit",
     "variant_options",
-    "writes",
 ]

@@ -162,7 +162,7 @@ class Ending:
             await asyncio.wait((straggler.task,))
         transaction = self._transaction
         await self._close_streams()
-        has_work = transaction.has_writes or has_changes(self._session.sync_session)
+        has_work = transaction.effect.writes or has_changes(self._session.sync_session)
         if has_work or transaction.failure is not None:
             await AsyncSession.rollback(self._session)
         else:

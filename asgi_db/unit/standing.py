@@ -309,7 +309,7 @@ class Standing:
     @property
     def has_uncommitted_work(self) -> bool:
         """Whether there is anything that a ROLLBACK would undo."""
-        has_writes = self.transaction.has_writes and self.transaction.is_open
+        has_writes = self.transaction.effect.writes and self.transaction.is_open
         return has_writes or has_changes(self.sync_session)
 
     @property

@@ -22,7 +22,7 @@ from sqlalchemy.util.concurrency import in_greenlet
 
 from asgi_db.drivers import is_conflict
 from asgi_db.drivers.connecting import abandon_connect
-from asgi_db.engine import begin_unit
+from asgi_db.engine import begin_now, begin_unit
 from asgi_db.errors import DatabaseTimeoutError, ReadOnlyError
 from asgi_db.tasks import current_task
 from asgi_db.unit.deadline import Deadline
@@ -58,6 +58,12 @@ class UnitSession(Session):
             if tally.began is None:
                 tally.began = now
         return unit.life.bind_for(bind, mode)
+
+    def connection(self, *args: Any, **kwargs: Any) -> Connection:
+        """Hand out the connection, on which the driver's own may be used too."""
+        connection = super().connection(*args, **kwargs)
+        begin_now(connection, self.unit_of_work)
+        return connection
 
     def rollback(self) -> None:
         """Roll back, including the changes that `release` has kept outside any transaction."""
@@ -202,7 +208,6 @@ class UnitSession(Session):
 
 def _inside_the_unit(name: str) -> Callable[..., Any]:
     operation = getattr(UnitSession, name)
-    hands_out_connection = name == "connection"
 
     @functools.wraps(operation)
     def guarded(self: UnitSession, *args: Any, **kwargs: Any) -> Any:
@@ -214,14 +219,11 @@ def _inside_the_unit(name: str) -> Callable[..., Any]:
             self.leave(error)
             raise
         self.leave(None)
-        if hands_out_connection:
-            self.unit_of_work.transaction.must_last = True
         options: Mapping[str, Any] | None = kwargs.get("execution_options")
         if options and options.get("stream_results"):
             # `AsyncSession.stream` sets this option.
             unit = self.unit_of_work
             unit.transaction.streams += (result,)
-            unit.transaction.must_last = True
             if unit.deadline is not None:
                 unit.deadline.when_over(unit.terminate_streams)
         return result
@@ -317,7 +319,7 @@ def _transaction_committed(session: UnitSession) -> None:
     unit = session.unit_of_work
     transaction = unit.transaction
     transaction.move(Stage.COMMITTED)
-    if transaction.has_writes and unit.unanswered is None:
+    if transaction.effect.writes and unit.unanswered is None:
         unit.unanswered = transaction
     if unit.hooks is not None:
         unit.hooks.settle("commit")

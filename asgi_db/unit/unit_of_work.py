@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session, SessionTransactionOrigin
+from sqlalchemy.orm import Session
 
 from asgi_db.drivers.describing import brief
 from asgi_db.engine import has_isolation_level
@@ -143,7 +143,7 @@ class UnitOfWork(Standing):
 
     def _warn_of_lost_work(self) -> None:
         has_new = self.sync_session is not None and self.sync_session.new
-        has_writes = self.transaction.has_writes and self.transaction.is_open
+        has_writes = self.transaction.effect.writes and self.transaction.is_open
         if has_writes or self.left_over is LeftOver.DISCARDED or has_new:
             logger.warning(
                 "%s: uncommitted work was rolled back at the end of the %s unit: commit it with"
@@ -198,7 +198,7 @@ class UnitOfWork(Standing):
             await self.wait_for_end()
         self.check_free("release")
         transaction, session = self.transaction, self.sync_session
-        if transaction.has_writes and transaction.is_open:
+        if transaction.effect.writes and transaction.is_open:
             raise UncommittedWorkError(self.describe(), is_lost=False)
         if session is not None and session.in_transaction():
             try:
@@ -232,10 +232,10 @@ class UnitOfWork(Standing):
             and mode is not None
             and self.state is State.ACTIVE
             and self.operation is None
-            and not (transaction.must_last or transaction.failure or transaction.was_cancelled)
-            and not (mode.isolation or mode.snapshot or self.has_uncommitted_work)
-            and (begun := session.get_transaction()) is not None
-            and begun.origin is SessionTransactionOrigin.AUTOBEGIN
+            and not (transaction.failure or transaction.was_cancelled)
+            and not (mode.isolation or mode.snapshot or self.left_over)
+            and not (self.holds_more_than_reads or has_changes(session))
+            and session.in_transaction()
             and not any(map(has_isolation_level, transaction.connections))
         ):
             await self._end_by(WAITING, self._ending().give_back())
