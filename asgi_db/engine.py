@@ -279,6 +279,7 @@ def _handle_error(context: ExceptionContext) -> None:
     unit = _unit_of(connection)
     if unit is not None and driver.is_conflict(original):
         unit.conflict = error
+        unit.tally.conflicts += 1
     if connection is not None:
         savepoint_failed = (context.statement or "").startswith("ROLLBACK TO SAVEPOINT")
         if unit is not None and (savepoint_failed or not connection.in_nested_transaction()):

@@ -15,17 +15,26 @@ from asgi_db.drivers.base import BEGIN_OPTION, AnyDriver, Beginning
 from asgi_db.drivers.connecting import background_is_over
 from asgi_db.drivers.sqlite import Aiosqlite
 from asgi_db.engine import begin_unit, variant_options, writes
+from asgi_db.histograms import BOUNDS, BUCKETS, Histogram, no_counts
 from asgi_db.logs import logger
 from asgi_db.modes import ModeDefault, ReadOnly, Transactional, should_commit
 from asgi_db.pool.fair import FairPool, FairQueue
 from asgi_db.profiles import POOL_PROFILES, PoolName, pool_profile
+from asgi_db.sampling import Sampler
 from asgi_db.settings import (
     DatabaseType,
     database_url_from_env,
     engine_options_from_env,
     parse_database_url,
 )
-from asgi_db.statistics import WITHOUT_SESSION, Outcome, PoolStats, RouteStats, Statistics, Tally
+from asgi_db.statistics import (
+    WITHOUT_SESSION,
+    Outcome,
+    PoolStats,
+    RouteStats,
+    Statistics,
+    Tally,
+)
 from asgi_db.tasks import run_to_completion
 from asgi_db.unit.standing import TRANSITIONS, State
 from asgi_db.unit.sync_session import OPERATIONS
@@ -40,11 +49,14 @@ __all__ = [
     "Aiosqlite",
     "BEGIN_OPTION",
     "BODY_LIMIT",
+    "BOUNDS",
+    "BUCKETS",
     "Beginning",
     "Block",
     "DatabaseType",
     "FairPool",
     "FairQueue",
+    "Histogram",
     "ModeDefault",
     "OPERATIONS",
     "Outcome",
@@ -54,6 +66,7 @@ __all__ = [
     "PoolStats",
     "ReadOnly",
     "RouteStats",
+    "Sampler",
     "State",
     "Statistics",
     "TRANSITIONS",
@@ -69,6 +82,7 @@ __all__ = [
     "cli",
     "file_system",
     "logger",
+    "no_counts",
     "parse_database_url",
     "pool_profile",
     "register",

@@ -130,8 +130,10 @@ class Connections:
             self._returned.set()
         if held is not None:
             seconds = now - held.since
-            tally = self._statistics.without_session if unit is None else unit.tally
-            tally.add_hold(seconds)
+            if unit is None:
+                self._statistics.used_without_session(seconds)
+            else:
+                unit.tally.add_hold(seconds)
             if self._statistics.observers:
                 self._statistics.connection_returned(seconds)
 
