@@ -18,6 +18,7 @@ from sqlalchemy import URL
 
 from asgi_db.histograms import BOUNDS, Histogram, no_counts
 from asgi_db.logs import ErrorsOnce
+from asgi_db.trace import Trace
 
 Outcome: TypeAlias = Literal["committed", "rolled_back", "failed"]
 
@@ -106,10 +107,14 @@ class Holder:
     Attributes:
         route: the request or block, as in the log: `POST /orders (create_order)`.
         age: seconds since the connection was checked out.
+        is_late: whether that is longer than `leak_threshold=`.
+        statement: what was sent over it last, without its literals; "" while no dashboard watches.
     """
 
     route: str
     age: float
+    is_late: bool = False
+    statement: str = ""
 
     def __str__(self) -> str:
         return f"{self.route} for {self.age:.1f} s"
@@ -139,11 +144,19 @@ class Tally:
         asked: when the unit last asked for a connection, by `time.monotonic()`.
         began: when its first statement asked for a connection, by `time.monotonic()`.
         outcome: how it ended.
+        is_unknown: whether it ended without an answer to its COMMIT.
+        status: the status of the response before which it ended; None if it was another end.
+        raised: the name of the exception with which its request ended, if it was one.
+        trace: what it has sent; None while no dashboard watches.
     """
 
     asked = 0.0
     began: float | None = None
     outcome: Outcome | None = None
+    is_unknown = False
+    status: int | None = None
+    raised: str | None = None
+    trace: Trace | None = None
     committed = rolled_back = failed = none = 0
     statements = retries = conflicts = connections = timeouts = 0
     held = held_max = waited = waited_max = busy = 0.0
@@ -158,6 +171,13 @@ class Tally:
         self.connections += 1
         self.held += seconds
         self.held_max = max(self.held_max, seconds)
+
+
+class TracedTally(Tally):
+    """What one unit of work has done so far, with what it has sent."""
+
+    def __init__(self) -> None:
+        self.trace = Trace()
 
 
 class RouteTally(Tally):
@@ -240,7 +260,10 @@ class Statistics:
 
     Attributes:
         observers: what is told of each event.
+        new_tally: makes the tally of a unit of work.
     """
+
+    new_tally: type[Tally] = Tally
 
     def __init__(self) -> None:
         self.observers: tuple[Observer, ...] = ()
@@ -251,6 +274,15 @@ class Statistics:
     def routes(self) -> Mapping[str, RouteStats]:
         """What has been counted for each route until now."""
         return {route: tally.stats() for route, tally in list(self._tallies.items())}
+
+    @property
+    def is_tracing(self) -> bool:
+        """Whether it is noted what each unit sends."""
+        return self.new_tally is TracedTally
+
+    def trace(self) -> None:
+        """Note what each unit of work sends, from now on."""
+        self.new_tally = TracedTally
 
     def unit_ended(self, route: str, mode: str, tally: Tally) -> None:
         """Count a unit of work that has ended."""

@@ -9,6 +9,15 @@ from asgi_db.asgi.retry import BODY_LIMIT
 from asgi_db.cli.check import PINGS
 from asgi_db.cli.commands import cli
 from asgi_db.cli.sqlite import file_system
+from asgi_db.dashboard.recorder import (
+    HISTORY,
+    KINDS,
+    MOST_SHOWN,
+    MOST_UNITS,
+    SLOW,
+    Recorder,
+    UnitOfInterest,
+)
 from asgi_db.database import Block
 from asgi_db.drivers import driver_of, register
 from asgi_db.drivers.base import BEGIN_OPTION, AnyDriver, Beginning
@@ -36,6 +45,7 @@ from asgi_db.statistics import (
     Tally,
 )
 from asgi_db.tasks import run_to_completion
+from asgi_db.trace import without_literals
 from asgi_db.unit.standing import TRANSITIONS, State
 from asgi_db.unit.sync_session import OPERATIONS
 from asgi_db.unit.transaction import STAGES, Stage, Transaction
@@ -56,7 +66,11 @@ __all__ = [
     "DatabaseType",
     "FairPool",
     "FairQueue",
+    "HISTORY",
     "Histogram",
+    "KINDS",
+    "MOST_SHOWN",
+    "MOST_UNITS",
     "ModeDefault",
     "OPERATIONS",
     "Outcome",
@@ -65,13 +79,16 @@ __all__ = [
     "PoolName",
     "PoolStats",
     "ReadOnly",
+    "Recorder",
     "RouteStats",
+    "SLOW",
     "Sampler",
     "State",
     "Statistics",
     "TRANSITIONS",
     "Tally",
     "Transactional",
+    "UnitOfInterest",
     "UnitOfWork",
     "WITHOUT_SESSION",
     "background_is_over",
@@ -90,5 +107,6 @@ __all__ = [
     "session_key",
     "should_commit",
     "variant_options",
+    "without_literals",
     "writes",
 ]

@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from asgi_db.errors import (
+    OutcomeUnknownError,
     SessionExpiredError,
     UncommittedWorkError,
 )
@@ -220,7 +221,11 @@ class UnitOfWork(Standing):
     async def _run_as_operation(self, ending: Coroutine[Any, Any, None]) -> None:
         if self.operation is not None:
             self.operation = self.operation._replace(task=asyncio.current_task())
-        await ending
+        try:
+            await ending
+        except OutcomeUnknownError:
+            self.tally.is_unknown = True
+            raise
 
     def close(self) -> None:
         """Close the session for good; using it is an error from now on."""
