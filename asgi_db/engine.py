@@ -241,7 +241,11 @@ def _do_execute(
                 f"{unit.describe()}: a server-side cursor lives in a transaction, and the read_only"
                 " mode has none: use read_only(snapshot=True), or fetch the rows at once."
             )
-    unit.tally.statements += 1
+    tally = unit.tally
+    tally.statements += 1
+    if tally.trace is not None:
+        quotes = driver_of(context.dialect).has_double_quoted_strings
+        tally.trace.begin(statement, has_double_quoted_strings=quotes)
     if effect > unit.transaction.effect:
         unit.transaction.effect = effect
 
@@ -297,6 +301,11 @@ def _handle_error(context: ExceptionContext) -> None:
     unit = _unit_of(connection)
     if unit is not None and driver.is_conflict(original):
         unit.conflict = error
+        unit.tally.conflicts += 1
+    if unit is not None and (trace := unit.tally.trace) is not None:
+        code = driver.code(original)
+        name = type(original).__name__
+        trace.fail(f"{name} ({code})" if code else name, context.statement)
     if connection is not None:
         savepoint_failed = (context.statement or "").startswith("ROLLBACK TO SAVEPOINT")
         if unit is not None and (savepoint_failed or not connection.in_nested_transaction()):
@@ -320,6 +329,28 @@ def _outcome_unknown(error: BaseException, unit: Unit, cause: str) -> OutcomeUnk
         f" was carried out is unknown ({cause})",
         error,
     )
+
+
+_timed: WeakSet[Dialect] = WeakSet()
+
+
+def time_statements(engine: Engine) -> None:
+    """Have the units that are traced told when each of their statements has ended."""
+    dialect = engine.dialect
+    if dialect not in _timed:
+        _timed.add(dialect)
+        for name in "do_execute", "do_executemany", "do_execute_no_params":
+            setattr(dialect, name, functools.partial(_execute, getattr(dialect, name)))
+
+
+def _execute(execute: Callable[..., None], *args: Any) -> None:
+    try:
+        execute(*args)
+    finally:
+        context: ExecutionContext = args[-1]
+        unit = _unit_of(context.root_connection)
+        if unit is not None and (trace := unit.tally.trace) is not None:
+            trace.end()
 
 
 # -- installation in SQLAlchemy's engine -------------------------------------------------------

@@ -23,6 +23,7 @@ from asgi_db import Database, DBSession, DBSessionMiddleware, Mode, plain, read_
 from asgi_db.opentelemetry import POOL_NAME, instrument
 from asgi_db.types import Receive, Scope, Send
 from tests.contract.client import call
+from tests.internals import BUCKETS, WITHOUT_SESSION
 from tests.servers import outside
 from tests.tables import Author, Base
 
@@ -326,8 +327,15 @@ async def test_each_route_is_measured(telemetry: Telemetry, database: Database) 
     assert units == {(route, "committed"): 1, (route, "none"): 1}
     assert telemetry.values("asgi_db.statements")[(route,)] == 3
     assert telemetry.values("asgi_db.retries")[(route,)] == 0
+    assert telemetry.values("asgi_db.conflicts")[(route,)] == 0
     for name in "held", "waited", "busy":
-        assert telemetry.values(f"asgi_db.{name}")[(route,)] > 0
+        points: list[HistogramDataPoint] = telemetry.points(f"asgi_db.{name}")
+        by_route = {str((p.attributes or {})["asgi_db.route"]): p for p in points}
+        assert by_route[route].count == 2
+        assert 0 < by_route[route].sum < 60
+        assert tuple(by_route[route].explicit_bounds) == BUCKETS
+        # `create_tables` uses the engine itself, and does not say how long it waited.
+        assert (WITHOUT_SESSION in by_route) == (name == "held")
 
 
 async def test_nothing_is_told_to_nobody(sqlite_url: str) -> None:

@@ -68,6 +68,8 @@ class Exchange(Call):
             await self._site.app(self._scope, self._receive_body, self._send_after_commit)
         except BaseException as error:
             self._note_conflict(error)
+            if (unit := self._session.unit) is not None and isinstance(error, Exception):
+                unit.tally.raised = type(error).__name__
             await self._end(success=False)
             if not isinstance(error, Exception):
                 self._log_unanswered()
@@ -273,6 +275,7 @@ class Exchange(Call):
     ) -> None:
         try:
             mode = unit.fixed_mode or unit.begin()
+            unit.tally.status = status
             if not mode.commits and unit.operation is not None and unit.is_used_by_another_task:
                 if not unit.is_giving_back:
                     return

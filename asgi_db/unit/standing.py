@@ -32,7 +32,6 @@ from asgi_db.errors import (
     SessionExpiredError,
 )
 from asgi_db.modes import Mode
-from asgi_db.statistics import Tally
 from asgi_db.unit.deadline import Deadline
 from asgi_db.unit.ending import (
     CLEANUP_TIMEOUT,
@@ -117,7 +116,7 @@ class Standing:
         self.life = origin.life()
         self.transaction = Transaction()
         self.transaction.stage = Stage.NONE
-        self.tally = Tally()
+        self.tally = self.life.statistics.new_tally()
 
     def describe(self) -> str:
         """Name the request or block, for messages."""
@@ -350,7 +349,10 @@ class Standing:
             # The unit has run a statement, or tried to.
             if not mode.autocommit:
                 tally.outcome = OUTCOMES.get(self.transaction.stage)
-            self.tally = Tally()
+            if tally.trace is not None:
+                tally.trace.has_writes = self.transaction.effect.writes
+                tally.trace.attempt = self.origin.attempt
+            self.tally = self.life.statistics.new_tally()
             self.life.statistics.unit_ended(self.origin.route(), mode.name, tally)
             self.origin.unit_ended(tally)
 

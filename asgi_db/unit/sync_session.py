@@ -168,6 +168,7 @@ class UnitSession(Session):
         if isinstance(error, DBAPIError) and unit.conflict is None and is_conflict(error):
             # A BEGIN has failed, before the unit had the connection.
             unit.conflict = error
+            unit.tally.conflicts += 1
 
     def _should_give_back(self, error: BaseException | None) -> bool:
         """Decide whether the connection goes back to the pool after an operation.

@@ -21,6 +21,7 @@ from asgi_db.drivers.describing import brief
 from asgi_db.engine import has_isolation_level
 from asgi_db.errors import (
     ModeConflictError,
+    OutcomeUnknownError,
     SessionExpiredError,
     UncommittedWorkError,
 )
@@ -267,7 +268,11 @@ class UnitOfWork(Standing):
     async def _run_as_operation(self, ending: Coroutine[Any, Any, None]) -> None:
         if self.operation is not None:
             self.operation = self.operation._replace(task=asyncio.current_task())
-        await ending
+        try:
+            await ending
+        except OutcomeUnknownError:
+            self.tally.is_unknown = True
+            raise
 
     def close(self) -> None:
         """Close the session for good; using it is an error from now on."""
