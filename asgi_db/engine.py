@@ -8,7 +8,6 @@ connection holds what the variant asks for, and the unit of work that uses the c
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet, ref
@@ -22,6 +21,8 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from asgi_db.drivers import driver_of
 from asgi_db.drivers.base import BEGIN_OPTION, Beginning, Driver, cause_of, connection_error
 from asgi_db.drivers.connecting import let_driver_connect
+from asgi_db.drivers.describing import brief, opening_of
+from asgi_db.drivers.statements import Effect, Judge
 from asgi_db.errors import (
     ConfigurationError,
     DatabaseDownError,
@@ -43,12 +44,10 @@ class UnitTransaction(Protocol):
     """What the events of an engine know about a unit's transaction, and what they report to it.
 
     Attributes:
-        has_writes: whether it contains writes.
-        is_pinned: whether it holds a lock or a setting, which would be lost with it.
+        effect: the greatest effect of its statements.
     """
 
-    has_writes: bool
-    is_pinned: bool
+    effect: Effect
 
     @property
     def commit_was_sent(self) -> bool:
@@ -192,54 +191,37 @@ def begin_unit(connection: Connection, unit: Unit, mode: Mode) -> None:
         driver_of(connection.dialect).enter_autocommit(pooled.dbapi_connection)
 
 
+def begin_now(connection: Connection, unit: Unit) -> None:
+    """Have the transaction begin at the server, before the connection itself is handed out.
+
+    Raises:
+        DatabaseDownError: the connection was closed.
+    """
+    driver, pooled = driver_of(connection.dialect), connection.connection
+    try:
+        driver.begin_now(pooled)
+    except Exception as error:
+        if not driver.is_closed(pooled.driver_connection):
+            raise
+        connection.invalidate(error)
+        raise connection_error(error, _where(unit)) from error
+    unit.transaction.effect = max(unit.transaction.effect, Effect.HOLDS)
+
+
 # -- statements and errors ---------------------------------------------------------------------
 
-_WRITING = "INSERT|UPDATE|DELETE|MERGE|REPLACE"
-_WRITE = re.compile(
-    # EXPLAIN ANALYZE executes the statement.
-    r"\s*(?:(?:EXPLAIN\b[^;]*?)?\bANALY[SZ]E\b(?:[^)]*\))?(?:\s+VERBOSE)?\s*)?"
-    rf"(?:(?:{_WRITING}|TRUNCATE|CREATE|ALTER|DROP|RENAME|LOAD|GRANT|REVOKE|CALL|DO)\b"
-    r"|WITH\b.*?(?:\bAS\s*(?:NOT\s+)?(?:MATERIALIZED\s*)?\(|\))"
-    rf"\s*(?:{_WRITING})\b)",
-    re.IGNORECASE | re.DOTALL,
-)
-_CALL = re.compile(r"\s*(?:CALL|DO)\b", re.IGNORECASE)
-"""Statements that may or may not write; in a read-only transaction the server checks them."""
 
-
-_NOT_CODE = re.compile(r"""'[^']*'|"[^"]*"|/\*.*?\*/|--[^\n]*""", re.DOTALL)
-"""Literals, quoted names and comments."""
-_NOT_CODE_WITH_HASH = re.compile(_NOT_CODE.pattern + r"|\#[^\n]*", re.DOTALL)
-"""The same where `#` begins a comment; elsewhere it is an operator: `data #>> '{a}'`."""
-
-
-@functools.lru_cache(maxsize=1024)
-def writes(statement: str, *, has_hash_comments: bool = False) -> bool:
-    """Return whether this SQL changes data or tables, or may do so, judged by its keywords.
-
-    Functions with side effects are not recognized; in `read_only(snapshot=True)` and
-    `transactional(read_only=True)` PostgreSQL and MySQL refuse them.
-    """
-    not_code = _NOT_CODE_WITH_HASH if has_hash_comments else _NOT_CODE
-    return _WRITE.match(not_code.sub(" ", statement)) is not None
-
-
-_PIN = re.compile(
-    r"\A\s*(?:SET|LOCK|DECLARE|SAVEPOINT|LISTEN|HANDLER|FLUSH)\b"
-    r"|\bFOR\s+(?:(?:NO\s+KEY\s+)?UPDATE|(?:KEY\s+)?SHARE)\b|\bLOCK\s+IN\s+SHARE\s+MODE\b"
-    r"|\b(?:pg_(?:try_)?advisory\w*|GET_LOCK|set_config)\s*\(",
-    re.IGNORECASE,
-)
-
-
-@functools.lru_cache(maxsize=1024)
-def pins(statement: str) -> bool:
-    """Return whether this SQL takes a lock or sets something that lasts as the transaction does."""
-    return _PIN.search(_NOT_CODE.sub(" ", statement)) is not None
+def has_isolation_level(connection: Connection) -> bool:
+    """Return whether the user has asked for an isolation level on this connection or engine."""
+    levels = (
+        isolation_options(connection.engine)["isolation_level"],
+        (connection.get_execution_options().get("isolation_level")),
+    )
+    return any(level is not None for level in levels)
 
 
 def _do_execute(
-    driver: Driver, _cursor: Any, statement: str, _parameters: Any, context: ExecutionContext
+    judge: Judge, _cursor: Any, statement: str, _parameters: Any, context: ExecutionContext
 ) -> None:
     """Check a statement against the mode before it is sent."""
     found = _units.get(context.root_connection)
@@ -247,30 +229,52 @@ def _do_execute(
     if unit is None:
         return
     mode = unit.fixed_mode or unit.mode
-    is_write = writes(statement, has_hash_comments=driver.has_hash_comments)
-    if is_write:
-        if mode.read_only and (mode.autocommit or _CALL.match(statement) is None):
+    effect = judge.effect_of(statement)
+    if mode.read_only:
+        if effect < Effect.LOCKS and judge.drops_lock(context.compiled):
+            effect = Effect.LOCKS
+        # In a read-only transaction the server itself checks what a statement calls.
+        if effect in _REFUSED or (mode.autocommit and effect > Effect.UNSURE):
+            raise _not_read_only(effect, unit, mode, statement, driver_of(context.dialect))
+        if mode.autocommit and context.execution_options.get("stream_results"):
             raise ReadOnlyError(
-                f"{unit.describe()}: this statement writes, but the mode is {mode.name} and only"
-                f" reads: {statement[:60]!r}. Put @transactional on the route, or ask for the"
-                " transactional session."
+                f"{unit.describe()}: a server-side cursor lives in a transaction, and the read_only"
+                " mode has none: use read_only(snapshot=True), or fetch the rows at once."
             )
-    elif mode.autocommit and context.execution_options.get("stream_results"):
-        raise ReadOnlyError(
-            f"{unit.describe()}: a server-side cursor lives in a transaction, and the read_only"
-            " mode has none: use read_only(snapshot=True), or fetch the rows at once."
-        )
-    unit.tally.statements += 1
-    if is_write:
-        unit.transaction.has_writes = True
-    elif not mode.autocommit and pins(statement):
-        unit.transaction.is_pinned = True
+    tally = unit.tally
+    tally.statements += 1
+    if tally.trace is not None:
+        quotes = driver_of(context.dialect).has_double_quoted_strings
+        tally.trace.begin(statement, has_double_quoted_strings=quotes)
+    if effect > unit.transaction.effect:
+        unit.transaction.effect = effect
 
 
 def _do_execute_no_params(
-    driver: Driver, cursor: Any, statement: str, context: ExecutionContext
+    judge: Judge, cursor: Any, statement: str, context: ExecutionContext
 ) -> None:
-    _do_execute(driver, cursor, statement, None, context)
+    _do_execute(judge, cursor, statement, None, context)
+
+
+_REFUSED = (Effect.LOCKS, Effect.WRITES)
+"""What no mode that only reads may do."""
+
+
+def _not_read_only(
+    effect: Effect, unit: Unit, mode: Mode, statement: str, driver: Driver
+) -> ReadOnlyError:
+    shown = opening_of(statement, has_double_quoted_strings=driver.has_double_quoted_strings)
+    if effect is Effect.HOLDS:
+        return ReadOnlyError(
+            f"{unit.describe()}: what this statement takes, such as a lock or a setting, lasts as"
+            f" long as its transaction or connection, and the read_only mode keeps neither:"
+            f" {shown!r}. Use read_only(snapshot=True), or put @transactional on the route."
+        )
+    does = "locks rows" if effect is Effect.LOCKS else "writes"
+    return ReadOnlyError(
+        f"{unit.describe()}: this statement {does}, but the mode is {mode.name} and only reads:"
+        f" {shown!r}. Put @transactional on the route, or ask for the transactional session."
+    )
 
 
 def _where(unit: Unit | None) -> str:
@@ -297,6 +301,11 @@ def _handle_error(context: ExceptionContext) -> None:
     unit = _unit_of(connection)
     if unit is not None and driver.is_conflict(original):
         unit.conflict = error
+        unit.tally.conflicts += 1
+    if unit is not None and (trace := unit.tally.trace) is not None:
+        code = driver.code(original)
+        name = type(original).__name__
+        trace.fail(f"{name} ({code})" if code else name, context.statement)
     if connection is not None:
         savepoint_failed = (context.statement or "").startswith("ROLLBACK TO SAVEPOINT")
         if unit is not None and (savepoint_failed or not connection.in_nested_transaction()):
@@ -307,17 +316,41 @@ def _handle_error(context: ExceptionContext) -> None:
         error.add_detail(advice)
     elif context.is_disconnect or connection is None or driver.is_outage(original):
         context.is_disconnect = True
+        # A connection may also be closed when a value is refused, and the error then repeats it.
+        cause = cause_of(original) if driver.is_outage(original) else brief(original)
         if unit is not None and unit.transaction.commit_was_sent:
-            raise _outcome_unknown(original, unit)
-        raise connection_error(original, _where(unit))
+            raise _outcome_unknown(original, unit, cause)
+        raise connection_error(original, _where(unit), cause)
 
 
-def _outcome_unknown(error: BaseException, unit: Unit) -> OutcomeUnknownError:
+def _outcome_unknown(error: BaseException, unit: Unit, cause: str) -> OutcomeUnknownError:
     return OutcomeUnknownError(
         f"{unit.describe()}: the connection was closed after COMMIT had been sent, so whether it"
-        f" was carried out is unknown ({cause_of(error)})",
+        f" was carried out is unknown ({cause})",
         error,
     )
+
+
+_timed: WeakSet[Dialect] = WeakSet()
+
+
+def time_statements(engine: Engine) -> None:
+    """Have the units that are traced told when each of their statements has ended."""
+    dialect = engine.dialect
+    if dialect not in _timed:
+        _timed.add(dialect)
+        for name in "do_execute", "do_executemany", "do_execute_no_params":
+            setattr(dialect, name, functools.partial(_execute, getattr(dialect, name)))
+
+
+def _execute(execute: Callable[..., None], *args: Any) -> None:
+    try:
+        execute(*args)
+    finally:
+        context: ExecutionContext = args[-1]
+        unit = _unit_of(context.root_connection)
+        if unit is not None and (trace := unit.tally.trace) is not None:
+            trace.end()
 
 
 # -- installation in SQLAlchemy's engine -------------------------------------------------------
@@ -339,10 +372,11 @@ def watch(engine: Engine) -> None:
     driver = driver_of(dialect)
     _wrap(dialect, driver, engine.get_execution_options().get(BEGIN_OPTION))
     event.listen(engine, "do_connect", let_driver_connect)
-    do_execute = functools.partial(_do_execute, driver)
+    judge = Judge(driver.effect_of, drops_row_locks=driver.drops_row_locks)
+    do_execute = functools.partial(_do_execute, judge)
     event.listen(engine, "do_execute", do_execute)
     event.listen(engine, "do_executemany", do_execute)
-    event.listen(engine, "do_execute_no_params", functools.partial(_do_execute_no_params, driver))
+    event.listen(engine, "do_execute_no_params", functools.partial(_do_execute_no_params, judge))
     event.listen(engine, "handle_error", _handle_error)
     event.listen(engine, "checkin", functools.partial(_checkin, driver))
 

@@ -5,14 +5,17 @@ instrument(database)
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from asgi_db.database import Database
+from asgi_db.drivers.describing import brief
+from asgi_db.histograms import BUCKETS
 from asgi_db.logs import ErrorsOnce
-from asgi_db.statistics import DatabaseStats, RouteStats, Tally
+from asgi_db.statistics import WITHOUT_SESSION, DatabaseStats, RouteStats, Tally
 
 try:
     from opentelemetry.instrumentation.sqlalchemy import (  # pyright: ignore[reportMissingTypeStubs]
@@ -20,6 +23,7 @@ try:
     )
     from opentelemetry.metrics import (
         CallbackOptions,
+        Histogram,
         Meter,
         MeterProvider,
         NoOpMeterProvider,
@@ -48,8 +52,7 @@ __all__ = ["instrument"]
 
 POOL_NAME = "db.client.connection.pool.name"
 
-_SECONDS = [0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10]
-"""The bounds of the histograms, as the conventions have them for `db.client.operation.duration`."""
+_ROUTE = "asgi_db.route"
 
 
 def instrument(
@@ -93,18 +96,20 @@ class _Recorder:
     def __init__(self, database: Database, meter: Meter, tracer: Tracer) -> None:
         self._attributes = {POOL_NAME: database.stats().name}
         self._tracer = tracer
-        self._wait_time = meter.create_histogram(
+        self._wait_time = _histogram(
+            meter,
             "db.client.connection.wait_time",
-            unit="s",
-            description="The time it took to obtain an open connection from the pool.",
-            explicit_bucket_boundaries_advisory=_SECONDS,
+            "The time it took to obtain an open connection from the pool.",
         )
-        self._use_time = meter.create_histogram(
+        self._use_time = _histogram(
+            meter,
             "db.client.connection.use_time",
-            unit="s",
-            description="The time between borrowing a connection and returning it to the pool.",
-            explicit_bucket_boundaries_advisory=_SECONDS,
+            "The time between borrowing a connection and returning it to the pool.",
         )
+        self._times = {
+            field: _histogram(meter, f"asgi_db.{field}", description)
+            for field, description in _ROUTE_TIMES.items()
+        }
 
     def connection_taken(self, waited: float) -> None:
         self._wait_time.record(waited, self._attributes)
@@ -112,7 +117,19 @@ class _Recorder:
     def connection_returned(self, held: float) -> None:
         self._use_time.record(held, self._attributes)
 
+    def used_without_session(self, held: float) -> None:
+        self._times["held"].record(held, {**self._attributes, _ROUTE: WITHOUT_SESSION})
+
+    def retried(self, route: str) -> None:
+        """Nothing: the number of retries is read when it is asked for."""
+
     def unit_ended(self, route: str, mode: str, tally: Tally) -> None:
+        for field, histogram in self._times.items():
+            if field != "held" or tally.connections:
+                histogram.record(getattr(tally, field), {**self._attributes, _ROUTE: route})
+        self._make_span(route, mode, tally)
+
+    def _make_span(self, route: str, mode: str, tally: Tally) -> None:
         """Make the span of a unit after its end: it is never the current span of anything."""
         end = time.time_ns()
         lasted = 0.0 if tally.began is None else time.monotonic() - tally.began
@@ -121,7 +138,7 @@ class _Recorder:
             start_time=end - int(lasted * 1e9),
             attributes={
                 **self._attributes,
-                "asgi_db.route": route,
+                _ROUTE: route,
                 "asgi_db.mode": mode,
                 "asgi_db.outcome": tally.outcome or "none",
                 "asgi_db.statements": tally.statements,
@@ -132,6 +149,15 @@ class _Recorder:
         if tally.outcome == "failed":
             span.set_status(Status(StatusCode.ERROR, "COMMIT failed"))
         span.end(end)
+
+
+def _histogram(meter: Meter, name: str, description: str) -> Histogram:
+    return meter.create_histogram(
+        name,
+        unit="s",
+        description=description,
+        explicit_bucket_boundaries_advisory=BUCKETS,
+    )
 
 
 Read = Callable[[DatabaseStats], Iterable[tuple[float | None, dict[str, str]]]]
@@ -192,9 +218,12 @@ def _observe_pools(meter: Meter, databases: Sequence[Database]) -> None:
 _ROUTE_COUNTERS = {
     "statements": ("{statement}", "Statements sent."),
     "retries": ("{request}", "Requests that were run again."),
-    "held": ("s", "Time in which connections were checked out of the pool."),
-    "waited": ("s", "Time until a connection was there."),
-    "busy": ("s", "Time within calls of the session."),
+    "conflicts": ("{conflict}", "How often the database has given another transaction precedence."),
+}
+_ROUTE_TIMES = {
+    "held": "For how long a unit of work held connections.",
+    "waited": "For how long a unit of work waited for connections.",
+    "busy": "How long a unit of work was within calls of its session.",
 }
 
 
@@ -214,7 +243,7 @@ def _observe_routes(meter: Meter, databases: Sequence[Database]) -> None:
 def _read_outcomes(stats: DatabaseStats) -> Iterable[tuple[float, dict[str, str]]]:
     for route, counters in stats.routes.items():
         for outcome, count in counters.outcomes().items():
-            yield count, {"asgi_db.route": route, "asgi_db.outcome": outcome}
+            yield count, {_ROUTE: route, "asgi_db.outcome": outcome}
 
 
 def _reader(field: str) -> Read:
@@ -222,7 +251,7 @@ def _reader(field: str) -> Read:
         return getattr(counters, field)  # type: ignore[no-any-return]
 
     return lambda stats: [
-        (value(counters), {"asgi_db.route": route}) for route, counters in stats.routes.items()
+        (value(counters), {_ROUTE: route}) for route, counters in stats.routes.items()
     ]
 
 
@@ -294,8 +323,14 @@ class _SafeSpan(Span):
     def update_name(self, name: str) -> None:
         self._span.update_name(name)
 
-    def set_status(self, *args: Any, **kwargs: Any) -> None:
-        self._span.set_status(*args, **kwargs)
+    def set_status(self, status: Status | StatusCode, description: str | None = None) -> None:
+        """Set the status, without the text of an error, which may hold a value of a row."""
+        error = sys.exc_info()[1]
+        if error is not None:
+            code = status.status_code if isinstance(status, Status) else status
+            status, description = Status(code, brief(error)), None
+        self._span.set_status(status, description)
 
-    def record_exception(self, *args: Any, **kwargs: Any) -> None:
-        self._span.record_exception(*args, **kwargs)
+    def record_exception(self, exception: BaseException, *args: Any, **kwargs: Any) -> None:
+        """Record an error by its type alone; its text and its traceback may hold a value."""
+        self._span.add_event("exception", {"exception.type": type(exception).__qualname__})

@@ -8,6 +8,7 @@ path of a request, so there are as many tallies as the application has routes.
 from __future__ import annotations
 
 import functools
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -15,7 +16,9 @@ from typing import Literal, Protocol, TypeAlias
 
 from sqlalchemy import URL
 
+from asgi_db.histograms import BOUNDS, Histogram, no_counts
 from asgi_db.logs import ErrorsOnce
+from asgi_db.trace import Trace
 
 Outcome: TypeAlias = Literal["committed", "rolled_back", "failed"]
 
@@ -37,6 +40,7 @@ class RouteStats:
         none: units which ended with neither: `read_only` has no transaction.
         statements: statements sent, without those that begin and end transactions.
         retries: requests that were run again.
+        conflicts: how often the database has given another transaction precedence.
         connections: how often a connection was taken from the pool.
         timeouts: how often no connection became free in time.
         held: time in which connections were checked out of the pool.
@@ -46,6 +50,9 @@ class RouteStats:
         busy: time within calls of the session: waiting for a connection and for the database, and
             making objects of rows. A route whose `held` is much greater does something else
             meanwhile: `await session.release()` is for that.
+        hold_times: how long each unit held connections, all of them together.
+        wait_times: how long each unit waited for connections, all of them together.
+        busy_times: how long each unit was within calls of the session.
     """
 
     units: int = 0
@@ -55,6 +62,7 @@ class RouteStats:
     none: int = 0
     statements: int = 0
     retries: int = 0
+    conflicts: int = 0
     connections: int = 0
     timeouts: int = 0
     held: float = 0.0
@@ -62,6 +70,9 @@ class RouteStats:
     waited: float = 0.0
     waited_max: float = 0.0
     busy: float = 0.0
+    hold_times: Histogram = Histogram()
+    wait_times: Histogram = Histogram()
+    busy_times: Histogram = Histogram()
 
     def outcomes(self) -> dict[str, int]:
         """Return the number of units by their outcome; "none": there was no transaction to end."""
@@ -96,10 +107,14 @@ class Holder:
     Attributes:
         route: the request or block, as in the log: `POST /orders (create_order)`.
         age: seconds since the connection was checked out.
+        is_late: whether that is longer than `leak_threshold=`.
+        statement: what was sent over it last, without its literals; "" while no dashboard watches.
     """
 
     route: str
     age: float
+    is_late: bool = False
+    statement: str = ""
 
     def __str__(self) -> str:
         return f"{self.route} for {self.age:.1f} s"
@@ -123,22 +138,27 @@ class DatabaseStats:
 
 
 class Tally:
-    """What has been counted: of one unit of work, or of all units of a route; see `RouteStats`.
-
-    Each value is written at once, because another thread may read between two of them. The number
-    of units is the sum of their outcomes, so that the two agree at every moment.
+    """What one unit of work has done so far; see `RouteStats`.
 
     Attributes:
-        asked: when a unit last asked for a connection, by `time.monotonic()`.
-        began: when a unit's first statement asked for a connection, by `time.monotonic()`.
-        outcome: how a unit ended.
+        asked: when the unit last asked for a connection, by `time.monotonic()`.
+        began: when its first statement asked for a connection, by `time.monotonic()`.
+        outcome: how it ended.
+        is_unknown: whether it ended without an answer to its COMMIT.
+        status: the status of the response before which it ended; None if it was another end.
+        raised: the name of the exception with which its request ended, if it was one.
+        trace: what it has sent; None while no dashboard watches.
     """
 
     asked = 0.0
     began: float | None = None
     outcome: Outcome | None = None
+    is_unknown = False
+    status: int | None = None
+    raised: str | None = None
+    trace: Trace | None = None
     committed = rolled_back = failed = none = 0
-    statements = retries = connections = timeouts = 0
+    statements = retries = conflicts = connections = timeouts = 0
     held = held_max = waited = waited_max = busy = 0.0
 
     def add_wait(self, seconds: float) -> None:
@@ -152,11 +172,35 @@ class Tally:
         self.held += seconds
         self.held_max = max(self.held_max, seconds)
 
+
+class TracedTally(Tally):
+    """What one unit of work has done so far, with what it has sent."""
+
+    def __init__(self) -> None:
+        self.trace = Trace()
+
+
+class RouteTally(Tally):
+    """What has been counted of all units of a route.
+
+    Each value is written at once, because another thread may read between two of them. The number
+    of units is the sum of their outcomes, so that the two agree at every moment.
+    """
+
+    def __init__(self) -> None:
+        self._hold_times, self._wait_times, self._busy_times = no_counts(), no_counts(), no_counts()
+
+    def add_hold(self, seconds: float) -> None:
+        """Count a connection that was taken without a unit."""
+        super().add_hold(seconds)
+        self._hold_times[bisect_left(BOUNDS, seconds)] += 1
+
     def add_unit(self, unit: Tally) -> None:
-        """Add a unit of work that has ended to the tally of its route."""
+        """Add a unit of work that has ended."""
         outcome = unit.outcome or "none"
         setattr(self, outcome, getattr(self, outcome) + 1)
         self.statements += unit.statements
+        self.conflicts += unit.conflicts
         self.timeouts += unit.timeouts
         self.connections += unit.connections
         self.held += unit.held
@@ -164,14 +208,24 @@ class Tally:
         self.waited += unit.waited
         self.waited_max = max(self.waited_max, unit.waited_max)
         self.busy += unit.busy
+        if unit.connections:
+            self._hold_times[bisect_left(BOUNDS, unit.held)] += 1
+        self._wait_times[bisect_left(BOUNDS, unit.waited)] += 1
+        self._busy_times[bisect_left(BOUNDS, unit.busy)] += 1
 
     def stats(self) -> RouteStats:
         """Return the values as they are now."""
         values = {name: getattr(self, name) for name in _COUNTED}
-        return RouteStats(units=sum(values[outcome] for outcome in _OUTCOMES), **values)
+        return RouteStats(
+            units=sum(values[outcome] for outcome in _OUTCOMES),
+            hold_times=Histogram(tuple(self._hold_times)),
+            wait_times=Histogram(tuple(self._wait_times)),
+            busy_times=Histogram(tuple(self._busy_times)),
+            **values,
+        )
 
 
-_COUNTED = tuple(field.name for field in fields(RouteStats) if field.name != "units")
+_COUNTED = tuple(field.name for field in fields(RouteStats) if hasattr(Tally, field.name))
 
 
 class Observer(Protocol):
@@ -186,11 +240,19 @@ class Observer(Protocol):
     def connection_returned(self, held: float) -> None:
         """A connection is back, after so many seconds."""
 
+    def used_without_session(self, held: float) -> None:
+        """A connection that was taken without a session is back, after so many seconds."""
+
     def unit_ended(self, route: str, mode: str, tally: Tally) -> None:
         """A unit of work has ended."""
 
+    def retried(self, route: str) -> None:
+        """A request is run again."""
 
-_Event: TypeAlias = Literal["connection_taken", "connection_returned", "unit_ended"]
+
+_Event: TypeAlias = Literal[
+    "connection_taken", "connection_returned", "used_without_session", "unit_ended", "retried"
+]
 
 
 class Statistics:
@@ -198,11 +260,14 @@ class Statistics:
 
     Attributes:
         observers: what is told of each event.
+        new_tally: makes the tally of a unit of work.
     """
+
+    new_tally: type[Tally] = Tally
 
     def __init__(self) -> None:
         self.observers: tuple[Observer, ...] = ()
-        self._tallies: defaultdict[str, Tally] = defaultdict(Tally)
+        self._tallies: defaultdict[str, RouteTally] = defaultdict(RouteTally)
         self._errors = ErrorsOnce()
 
     @property
@@ -211,9 +276,13 @@ class Statistics:
         return {route: tally.stats() for route, tally in list(self._tallies.items())}
 
     @property
-    def without_session(self) -> Tally:
-        """The tally of the connections that are taken without a session."""
-        return self._tallies[WITHOUT_SESSION]
+    def is_tracing(self) -> bool:
+        """Whether it is noted what each unit sends."""
+        return self.new_tally is TracedTally
+
+    def trace(self) -> None:
+        """Note what each unit of work sends, from now on."""
+        self.new_tally = TracedTally
 
     def unit_ended(self, route: str, mode: str, tally: Tally) -> None:
         """Count a unit of work that has ended."""
@@ -224,6 +293,12 @@ class Statistics:
     def retried(self, route: str) -> None:
         """Count a request that is run again."""
         self._tallies[route].retries += 1
+        self._tell("retried", route)
+
+    def used_without_session(self, held: float) -> None:
+        """Count a connection that was taken without a session, and is back."""
+        self._tallies[WITHOUT_SESSION].add_hold(held)
+        self._tell("used_without_session", held)
 
     def connection_taken(self, waited: float) -> None:
         """Tell the observers of a connection that is there."""

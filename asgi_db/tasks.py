@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Coroutine, Iterable
+import math
+import sys
+from collections.abc import Awaitable, Coroutine, Generator, Iterable
 from typing import Any, TypeVar
 
 import anyio
@@ -61,6 +63,30 @@ async def _wait_shielded(task: asyncio.Task[Any], grace: float | None) -> None:
                 await asyncio.wait((task,))
     if timer is not None:
         timer.cancel()
+
+
+@contextlib.contextmanager
+def cancelled_once() -> Generator[None]:
+    """Clean up without raising a cancellation again that this task has met before.
+
+    A scope of anyio raises its cancellation at each await, and asyncio's may be repeated. Raised
+    out of a clean-up, it would replace the error for which that cleans up, and nobody would learn
+    of the error. Nothing is lost without it: anyio's comes again, and asyncio keeps its count.
+    """
+    was_cancelled = _is_cancelled()
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not was_cancelled:
+            raise
+
+
+def _is_cancelled() -> bool:
+    """Return whether a cancellation of this task has led to the clean-up that begins now."""
+    if anyio.current_effective_deadline() == -math.inf:
+        return True
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0 and sys.exc_info()[1] is not None
 
 
 def current_task() -> asyncio.Task[Any] | None:

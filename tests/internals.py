@@ -9,24 +9,44 @@ from asgi_db.asgi.retry import BODY_LIMIT
 from asgi_db.cli.check import PINGS
 from asgi_db.cli.commands import cli
 from asgi_db.cli.sqlite import file_system
+from asgi_db.dashboard.recorder import (
+    HISTORY,
+    KINDS,
+    MOST_SHOWN,
+    MOST_UNITS,
+    SLOW,
+    Recorder,
+    UnitOfInterest,
+)
 from asgi_db.database import Block
 from asgi_db.drivers import driver_of, register
 from asgi_db.drivers.base import BEGIN_OPTION, AnyDriver, Beginning
 from asgi_db.drivers.connecting import background_is_over
 from asgi_db.drivers.sqlite import Aiosqlite
-from asgi_db.engine import begin_unit, variant_options, writes
+from asgi_db.drivers.statements import Effect
+from asgi_db.engine import begin_unit, variant_options
+from asgi_db.histograms import BOUNDS, BUCKETS, Histogram, no_counts
 from asgi_db.logs import logger
 from asgi_db.modes import ModeDefault, ReadOnly, Transactional, should_commit
 from asgi_db.pool.fair import FairPool, FairQueue
 from asgi_db.profiles import POOL_PROFILES, PoolName, pool_profile
+from asgi_db.sampling import Sampler
 from asgi_db.settings import (
     DatabaseType,
     database_url_from_env,
     engine_options_from_env,
     parse_database_url,
 )
-from asgi_db.statistics import WITHOUT_SESSION, Outcome, PoolStats, RouteStats, Statistics, Tally
+from asgi_db.statistics import (
+    WITHOUT_SESSION,
+    Outcome,
+    PoolStats,
+    RouteStats,
+    Statistics,
+    Tally,
+)
 from asgi_db.tasks import run_to_completion
+from asgi_db.trace import without_literals
 from asgi_db.unit.standing import TRANSITIONS, State
 from asgi_db.unit.sync_session import OPERATIONS
 from asgi_db.unit.transaction import STAGES, Stage, Transaction
@@ -40,11 +60,19 @@ __all__ = [
     "Aiosqlite",
     "BEGIN_OPTION",
     "BODY_LIMIT",
+    "BOUNDS",
+    "BUCKETS",
     "Beginning",
     "Block",
     "DatabaseType",
+    "Effect",
     "FairPool",
     "FairQueue",
+    "HISTORY",
+    "Histogram",
+    "KINDS",
+    "MOST_SHOWN",
+    "MOST_UNITS",
     "ModeDefault",
     "OPERATIONS",
     "Outcome",
@@ -53,12 +81,16 @@ __all__ = [
     "PoolName",
     "PoolStats",
     "ReadOnly",
+    "Recorder",
     "RouteStats",
+    "SLOW",
+    "Sampler",
     "State",
     "Statistics",
     "TRANSITIONS",
     "Tally",
     "Transactional",
+    "UnitOfInterest",
     "UnitOfWork",
     "WITHOUT_SESSION",
     "background_is_over",
@@ -69,6 +101,7 @@ __all__ = [
     "cli",
     "file_system",
     "logger",
+    "no_counts",
     "parse_database_url",
     "pool_profile",
     "register",
@@ -76,5 +109,5 @@ __all__ = [
     "session_key",
     "should_commit",
     "variant_options",
-    "writes",
+    "without_literals",
 ]

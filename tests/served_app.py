@@ -41,7 +41,7 @@ databases = {
 }
 nowhere = Database("postgresql+asyncpg://nobody@127.0.0.1:1/nothing")
 
-running = {"requests": 0, "streams": 0}
+running = {"requests": 0, "streams": 0, "uploads": 0}
 begun: list[str] = []
 everybody = asyncio.Barrier(POOL_SIZE)
 ids_of_streams = itertools.count(1_000_000)
@@ -161,6 +161,19 @@ async def wait_for_the_client_to_go(request: Request) -> Response:
 
 
 @transactional
+async def upload_author(request: Request) -> Response:
+    """Look for the user, then read the body, then write."""
+    await session_of(request).get(Author, LOCKED)
+    running["uploads"] += 1
+    try:
+        name = (await request.body()).decode()
+    finally:
+        running["uploads"] -= 1
+    session_of(request).add(Author(id=id_of(request), name=name))
+    return PlainTextResponse("created", 201)
+
+
+@transactional
 async def stream(request: Request) -> Response:
     """Between two pieces: write, run a query for a while if it is to, write again; for ever."""
     session, seconds = session_of(request), request.path_params["seconds"]
@@ -237,6 +250,7 @@ app = Starlette(
         Route("/{database}/queries/{id:int}/{seconds:float}", run_a_query, methods=["POST"]),
         Route("/{database}/locks/{id:int}", wait_for_a_lock, methods=["POST"]),
         Route("/{database}/until-gone/{id:int}", wait_for_the_client_to_go, methods=["POST"]),
+        Route("/{database}/uploads/{id:int}", upload_author, methods=["POST"]),
         Route("/{database}/streams/{seconds:float}", stream),
         Route("/{database}/events", events),
         Route("/{database}/download", download),

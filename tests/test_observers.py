@@ -439,8 +439,14 @@ class Observer:
     def connection_returned(self, held: float) -> None:
         self._note("connection_returned")
 
+    def used_without_session(self, held: float) -> None:
+        """Not part of what these tests look at."""
+
     def unit_ended(self, route: str, mode: str, tally: object) -> None:
         self._note("unit_ended")
+
+    def retried(self, route: str) -> None:
+        """Not part of what these tests look at."""
 
     def _note(self, what: str) -> None:
         self.told.append(what)

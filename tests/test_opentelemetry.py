@@ -16,12 +16,14 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode, get_current_span
 from sqlalchemy import event, insert, select, text
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_db import Database, DBSession, DBSessionMiddleware, Mode, plain, read_only, transactional
 from asgi_db.opentelemetry import POOL_NAME, instrument
 from asgi_db.types import Receive, Scope, Send
 from tests.contract.client import call
+from tests.internals import BUCKETS, WITHOUT_SESSION
 from tests.servers import outside
 from tests.tables import Author, Base
 
@@ -217,6 +219,22 @@ async def test_no_password_is_in_a_span(telemetry: Telemetry, postgresql_url: st
     assert "s3cret" not in "".join(span.to_json() for span in telemetry.spans())
 
 
+async def test_no_value_of_a_row_is_in_the_span_of_a_statement_that_failed(
+    telemetry: Telemetry, database: Database
+) -> None:
+    async with database.session() as session:
+        await session.execute(insert(Author).values(id=1, name="s3cret"))
+        with pytest.raises(IntegrityError):
+            await session.execute(insert(Author).values(id=1, name="s3cret"))
+        with pytest.raises(DBAPIError):
+            await session.execute(
+                text("SELECT CAST(:value AS DATE), no_such_column"), {"value": "s3cret"}
+            )
+    failed = [span for span in telemetry.statements() if not span.status.is_ok]
+    assert failed and all("Error (" in str(span.status.description) for span in failed)
+    assert "s3cret" not in "".join(span.to_json() for span in telemetry.spans())
+
+
 class Faulty(SpanProcessor):
     """A span processor that fails."""
 
@@ -309,8 +327,15 @@ async def test_each_route_is_measured(telemetry: Telemetry, database: Database) 
     assert units == {(route, "committed"): 1, (route, "none"): 1}
     assert telemetry.values("asgi_db.statements")[(route,)] == 3
     assert telemetry.values("asgi_db.retries")[(route,)] == 0
+    assert telemetry.values("asgi_db.conflicts")[(route,)] == 0
     for name in "held", "waited", "busy":
-        assert telemetry.values(f"asgi_db.{name}")[(route,)] > 0
+        points: list[HistogramDataPoint] = telemetry.points(f"asgi_db.{name}")
+        by_route = {str((p.attributes or {})["asgi_db.route"]): p for p in points}
+        assert by_route[route].count == 2
+        assert 0 < by_route[route].sum < 60
+        assert tuple(by_route[route].explicit_bounds) == BUCKETS
+        # `create_tables` uses the engine itself, and does not say how long it waited.
+        assert (WITHOUT_SESSION in by_route) == (name == "held")
 
 
 async def test_nothing_is_told_to_nobody(sqlite_url: str) -> None:

@@ -12,6 +12,9 @@ from tests.tracing import Path, paths
 BOUNDS = {
     "a read_only read": (75, 61, 40),
     "a transactional write": (95, 77, 56),
+    # While a dashboard watches; without one nothing of it is called.
+    "a watched read": (110, 82, 58),
+    "a watched write": (133, 99, 74),
 }
 """At most so many calls, hops between files, and hops back into a file already visited."""
 
@@ -31,6 +34,13 @@ def test_the_path_that_is_measured_is_whole(found: dict[str, Path]) -> None:
         assert functions[0] == "DBSessionMiddleware.__call__"
         assert any(file.endswith("fair_pool.py") or "/pool/" in file for _, file, _ in path.steps)
         assert path.files > 5
+
+
+def test_without_a_dashboard_nothing_of_it_is_called(found: dict[str, Path]) -> None:
+    for what, path in found.items():
+        files = {file for _, file, _ in path.steps}
+        of_it = {file for file in files if "/dashboard/" in file or file.endswith("/trace.py")}
+        assert bool(of_it) == ("watched" in what), of_it
 
 
 @pytest.mark.parametrize("what", BOUNDS)

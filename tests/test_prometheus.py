@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import text
@@ -14,7 +18,7 @@ from asgi_db import Database, DBSessionMiddleware, PoolProfile, read_only, trans
 from asgi_db.prometheus import DatabaseCollector
 from asgi_db.types import Receive, Scope, Send
 from tests.contract.client import call
-from tests.internals import WITHOUT_SESSION
+from tests.internals import BUCKETS, WITHOUT_SESSION
 
 QUERY = text("SELECT 1")
 DATABASE = "database"
@@ -24,7 +28,12 @@ def metrics(*databases: Database) -> dict[tuple[str, ...], float]:
     """What a scrape says: each sample by its name and its labels, but for the database."""
     registry = CollectorRegistry()
     registry.register(DatabaseCollector(*databases))
-    families = text_string_to_metric_families(generate_latest(registry).decode())
+    return samples(generate_latest(registry).decode())
+
+
+def samples(scrape: str) -> dict[tuple[str, ...], float]:
+    """Each sample of a scrape by its name and its labels, but for the database."""
+    families = text_string_to_metric_families(scrape)
     return {
         (
             sample.name,
@@ -60,8 +69,17 @@ async def test_a_scrape_says_what_each_route_has_done(database_url: str) -> None
     assert found["asgi_db_connections_total", route] == 4
     assert found["asgi_db_retries_total", route] == 0
     assert found["asgi_db_timeouts_total", route] == 0
+    assert found["asgi_db_conflicts_total", route] == 0
     for name in "held", "waited", "busy":
-        assert found[f"asgi_db_{name}_seconds_total", route] > 0
+        assert 0 < found[f"asgi_db_{name}_seconds_sum", route] < 60
+        assert found[f"asgi_db_{name}_seconds_count", route] == 4
+        buckets = [
+            count
+            for (sample, *labels), count in found.items()
+            if sample == f"asgi_db_{name}_seconds_bucket" and route in labels
+        ]
+        assert len(buckets) == len(BUCKETS) + 1
+        assert buckets == sorted(buckets) and buckets[-1] == 4
     assert found["asgi_db_pool_connections", "used"] == 1
     assert found["asgi_db_pool_connections", "idle"] == 0
     assert found[("asgi_db_pool_size",)] == 2
@@ -126,3 +144,132 @@ def test_no_password_is_in_a_scrape() -> None:
     scrape = generate_latest(registry).decode()
     assert 'database="db.example.org/shop"' in scrape
     assert "secret" not in scrape
+
+
+# -- several processes -------------------------------------------------------------------------
+
+WORKER = """
+import asyncio, sys
+from prometheus_client import REGISTRY
+from sqlalchemy import text
+from asgi_db import Database, DatabaseBusyError
+from asgi_db.prometheus import DatabaseCollector
+
+async def work():
+    async with database.engine.connect():
+        pass
+    for _ in range(int(sys.argv[2])):
+        async with database.transaction() as session:
+            await session.execute(text("SELECT 1"))
+    database.statistics.retried("POST /orders")
+    async with database.session() as session:
+        await session.execute(text("SELECT 1"))
+        print("holds", flush=True)
+        await asyncio.sleep(1.5)
+        print("was sampled", flush=True)
+        await asyncio.to_thread(sys.stdin.readline)
+
+database = Database(sys.argv[1], pool="low")
+REGISTRY.register(DatabaseCollector(database))
+asyncio.run(work())
+"""
+SCRAPE = """
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+
+registry = CollectorRegistry()
+MultiProcessCollector(registry)
+print(generate_latest(registry).decode())
+"""
+
+
+@pytest.mark.timing
+def test_the_processes_of_one_application_are_added_up(tmp_path: Path, sqlite_url: str) -> None:
+    folder = tmp_path / "metrics"
+    folder.mkdir()
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(folder)}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, sqlite_url, str(units)],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for units in (2, 3)
+    ]
+    try:
+        for worker in workers:
+            assert worker.stdout is not None
+            said = [worker.stdout.readline().strip() for _ in range(2)]
+            assert said == ["holds", "was sampled"]
+        done = subprocess.run(
+            [sys.executable, "-c", SCRAPE], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    finally:
+        for worker in workers:
+            worker.communicate("end\n")
+    assert [worker.returncode for worker in workers] == [0, 0]
+    found = samples(done.stdout)
+    route = "`async with database.transaction()`"
+    assert found["asgi_db_units_total", "committed", route] == 5
+    assert found["asgi_db_statements_total", route] == 5
+    assert found["asgi_db_connections_total", WITHOUT_SESSION] == 2
+    assert found["asgi_db_retries_total", "POST /orders"] == 2
+    for name in "held", "waited", "busy":
+        assert found[f"asgi_db_{name}_seconds_count", route] == 5
+        assert 0 < found[f"asgi_db_{name}_seconds_sum", route] < 60
+    assert found["asgi_db_pool_connections", "used"] == 2
+    assert found[("asgi_db_pool_size",)] == 10
+    assert found[("asgi_db_pool_limit",)] == 30
+    assert found[("asgi_db_pool_waiting",)] == 0
+
+
+def test_both_ways_have_the_same_metrics(tmp_path: Path, sqlite_url: str) -> None:
+    """A dashboard for one process serves several too."""
+    (tmp_path / "metrics").mkdir()
+    names = """
+import asyncio, os, sys
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+from sqlalchemy import text
+from asgi_db import Database
+from asgi_db.prometheus import DatabaseCollector
+
+async def work():
+    async with database.transaction() as session:
+        await session.execute(text("SELECT 1"))
+    await asyncio.sleep(1.2)
+
+registry = CollectorRegistry()
+database = Database(sys.argv[1])
+collector = DatabaseCollector(database)
+if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+    MultiProcessCollector(registry)
+else:
+    registry.register(collector)
+asyncio.run(work())
+print(generate_latest(registry).decode())
+"""
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", names, sqlite_url],
+            env={**os.environ, **variables},
+            capture_output=True,
+            check=True,
+            text=True,
+        ).stdout
+        for variables in ({}, {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "metrics")})
+    ]
+    alone, together = (
+        {
+            (sample.name, *sorted(sample.labels))
+            for family in text_string_to_metric_families(scrape)
+            for sample in family.samples
+        }
+        for scrape in found
+    )
+    assert alone == together and len(alone) > 15

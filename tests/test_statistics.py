@@ -275,7 +275,13 @@ class Faulty:
     def connection_returned(self, held: float) -> None:
         raise self._error
 
+    def used_without_session(self, held: float) -> None:
+        raise self._error
+
     def unit_ended(self, route: str, mode: str, tally: Tally) -> None:
+        raise self._error
+
+    def retried(self, route: str) -> None:
         raise self._error
 
 
@@ -291,8 +297,14 @@ class Watchful(Faulty):
     def connection_returned(self, held: float) -> None:
         self.told.append("returned")
 
+    def used_without_session(self, held: float) -> None:
+        self.told.append("used without a session")
+
     def unit_ended(self, route: str, mode: str, tally: Tally) -> None:
         self.told.append("ended")
+
+    def retried(self, route: str) -> None:
+        self.told.append("retried")
 
 
 async def test_an_error_of_an_observer_is_logged_once_and_reaches_nothing_else(
@@ -304,11 +316,21 @@ async def test_an_error_of_an_observer_is_logged_once_and_reaches_nothing_else(
         async with database.transaction() as session:
             await session.execute(QUERY)
     assert sorted(watchful.told) == ["ended", "ended", "returned", "returned", "taken", "taken"]
+    async with database.engine.connect():
+        pass
+    database.statistics.retried("POST /orders")
+    assert watchful.told[-3:] == ["used without a session", "returned", "retried"]
     found = database.stats().routes["`async with database.transaction()`"]
     assert (found.committed, found.connections) == (2, 2)
     assert database.stats().holders == ()
     lines = [record for record in caplog.records if record.name == "asgi_db"]
-    events = ["connection_taken", "connection_returned", "unit_ended"]
+    events = [
+        "connection_taken",
+        "connection_returned",
+        "unit_ended",
+        "used_without_session",
+        "retried",
+    ]
     assert {line.getMessage().partition("()")[0] for line in lines} == {
         f"Faulty.{event}" for event in events
     }

@@ -31,6 +31,7 @@ import asgi_db_fastapi
 from asgi_db import Database, DBSession, DBSessionMiddleware, read_only, transactional
 from asgi_db.types import ASGIApp, Message
 from tests.contract.client import scope_of
+from tests.internals import Recorder
 from tests.tables import Author, Base
 
 FOLDERS = tuple(
@@ -163,13 +164,19 @@ async def trace(database: Database, method: str) -> Path:
 
 
 async def paths() -> dict[str, Path]:
-    """The paths of a read and of a write."""
+    """The paths of a read and of a write, and those while a dashboard watches."""
     with tempfile.TemporaryDirectory() as folder:
         async with Database(f"sqlite+aiosqlite:///{folder}/test.db") as database:
             await database.create_tables(Base.metadata)
-            return {
+            found = {
                 "a read_only read": await trace(database, "GET"),
                 "a transactional write": await trace(database, "POST"),
+            }
+            Recorder.of(database)
+            return {
+                **found,
+                "a watched read": await trace(database, "GET"),
+                "a watched write": await trace(database, "POST"),
             }
 
 

@@ -47,6 +47,7 @@ class Exchange(Call):
     _attempts: Attempts | None = None
     _app_task: asyncio.Task[object] | None = None
     _response = PENDING
+    _has_whole_body = False
     _commit_error: Exception | None = None
     """Why the response that the application began was not sent, until it begins another one."""
     _exception_at_receive: BaseException | None = None
@@ -64,11 +65,11 @@ class Exchange(Call):
         enclosing_app = self._scope.get("app")
         self._app_task = asyncio.current_task()
         try:
-            await self._site.app(
-                self._scope, self._receive_noting_exception, self._send_after_commit
-            )
+            await self._site.app(self._scope, self._receive_body, self._send_after_commit)
         except BaseException as error:
             self._note_conflict(error)
+            if (unit := self._session.unit) is not None and isinstance(error, Exception):
+                unit.tally.raised = type(error).__name__
             await self._end(success=False)
             if not isinstance(error, Exception):
                 self._log_unanswered()
@@ -151,6 +152,20 @@ class Exchange(Call):
         return ""
 
     # -- receive and send ----------------------------------------------------------------------
+
+    async def _receive_body(self) -> Message:
+        """Receive; until the whole body has come, no connection waits for it."""
+        if self._has_whole_body:
+            return await self._receive_noting_exception()
+        unit = self._session.unit
+        if unit is not None and (
+            # A task that sends a stream may be at work beside one that listens for a disconnect.
+            self._response is PENDING or not unit.is_work_of_another_task
+        ):
+            await unit.give_back_before_waiting()
+        message = await self._receive_noting_exception()
+        self._has_whole_body = not message.get("more_body")
+        return message
 
     async def _receive_noting_exception(self) -> Message:
         error = sys.exc_info()[1]
@@ -260,8 +275,11 @@ class Exchange(Call):
     ) -> None:
         try:
             mode = unit.fixed_mode or unit.begin()
+            unit.tally.status = status
             if not mode.commits and unit.operation is not None and unit.is_used_by_another_task:
-                return
+                if not unit.is_giving_back:
+                    return
+                await unit.wait_for_end()
             success = should_commit(mode, status, error)
             if unit.next_mode is not None or self.has_moved():
                 mode = unit.wanted_mode() or mode

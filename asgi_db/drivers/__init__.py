@@ -50,6 +50,11 @@ def drivers_with_sandbox() -> list[str]:
     return [name for name, driver in _drivers.items() if driver.sandbox is not None]
 
 
+def driver_packages() -> set[str]:
+    """Return the packages whose errors are those of a database."""
+    return {package for driver in _drivers.values() for package in driver.packages}
+
+
 def is_conflict(error: BaseException) -> bool:
     """Return whether the database has rolled back a transaction in favor of another one."""
     original = error.orig if isinstance(error, DBAPIError) else error

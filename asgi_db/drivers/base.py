@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.pool import PoolProxiedConnection
 
 from asgi_db.drivers.sandbox import SandboxRules
+from asgi_db.drivers.statements import COMMON, Effect
 from asgi_db.errors import DatabaseDownError
 from asgi_db.modes import Mode
 
@@ -67,6 +68,10 @@ class StandIn:
         """Close it at once."""
         raise NotImplementedError
 
+    def begin_now(self) -> None:
+        """Begin a transaction, unless each statement stands alone."""
+        raise NotImplementedError
+
 
 class Driver(Protocol):
     """What asgi-db has to know of a database and of the driver that talks to it.
@@ -78,15 +83,22 @@ class Driver(Protocol):
         is_supported: whether asgi-db itself connects, and closes, with this driver; else
             SQLAlchemy does.
         has_deferrable: whether a transaction can wait for a snapshot that needs no locks.
-        has_hash_comments: whether `#` begins a comment in this SQL.
+        has_double_quoted_strings: whether `"…"` is a string in this SQL, and not a name.
+        drops_row_locks: whether SQLAlchemy leaves out FOR UPDATE, which this SQL does not have.
         sandbox: the rules of a sandbox for tests; None if there is none.
     """
 
     name: str
     is_supported: bool
     has_deferrable: bool
-    has_hash_comments: bool
+    has_double_quoted_strings: bool
+    drops_row_locks: bool
     sandbox: type[SandboxRules] | None
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """The packages that define its errors, besides SQLAlchemy."""
+        ...
 
     # -- the engine
 
@@ -144,11 +156,24 @@ class Driver(Protocol):
     def begin(self, pooled: PoolProxiedConnection, beginning: Beginning) -> None:
         """Begin a transaction as an engine's `BEGIN_OPTION` says; SQLAlchemy does the rest."""
 
+    def begin_now(self, pooled: PoolProxiedConnection) -> None:
+        """Have a transaction begin now that would otherwise begin with its first statement.
+
+        The driver's own connection is then handed out, and what is sent over that is no statement
+        of SQLAlchemy's.
+        """
+
     def enter_autocommit(self, connection: DBAPIConnection) -> None:
         """Let each statement stand alone, where `begin` has not seen to that."""
 
     def leave_autocommit(self, connection: DBAPIConnection) -> None:
         """Undo `enter_autocommit`, when the connection is back in the pool; costs no round trip."""
+
+    # -- a statement
+
+    def effect_of(self, sql: str) -> Effect:
+        """Say what a statement does: whether it reads, locks or writes."""
+        ...
 
     # -- an error
 
@@ -199,8 +224,14 @@ class AnyDriver(Driver):
     name = ""
     is_supported = False
     has_deferrable = False
-    has_hash_comments = False
+    has_double_quoted_strings = False
+    drops_row_locks = False
+    grammar = COMMON
     sandbox: type[SandboxRules] | None = None
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        return (self.name,)
 
     def options(self, url: URL, *, pooler: bool) -> dict[str, Any]:
         return {}
@@ -249,11 +280,18 @@ class AnyDriver(Driver):
             finally:
                 cursor.close()
 
+    def begin_now(self, pooled: PoolProxiedConnection) -> None:
+        if isinstance(connection := pooled.driver_connection, StandIn):
+            connection.begin_now()
+
     def enter_autocommit(self, connection: DBAPIConnection) -> None:
         pass
 
     def leave_autocommit(self, connection: DBAPIConnection) -> None:
         pass
+
+    def effect_of(self, sql: str) -> Effect:
+        return self.grammar.effect_of(sql)
 
     def is_own_error(self, error: BaseException) -> bool:
         return False
@@ -331,11 +369,13 @@ def cause_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-def connection_error(error: BaseException, where: str = "") -> DatabaseDownError:
+def connection_error(error: BaseException, where: str = "", cause: str = "") -> DatabaseDownError:
     """Make the error for a connection which is closed, or could not be made.
 
     Args:
         error: what the driver or the network says.
         where: the request or block, as the beginning of the message.
+        cause: what to say of the error, if its own text may hold a value.
     """
-    return DatabaseDownError(f"{where}the database cannot be reached ({cause_of(error)})", error)
+    cause = cause or cause_of(error)
+    return DatabaseDownError(f"{where}the database cannot be reached ({cause})", error)

@@ -26,6 +26,7 @@ from asgi_db.drivers.base import (
     connection_error,
 )
 from asgi_db.drivers.sandbox import INTERRUPT_AGAIN, SandboxControl, SandboxRules, SandboxStandIn
+from asgi_db.drivers.statements import WRITING_WITH, Grammar
 from asgi_db.errors import SandboxError
 from asgi_db.modes import Mode
 
@@ -34,10 +35,35 @@ def _number(error: BaseException | None) -> object:
     return next(iter(error.args), None) if error is not None else None
 
 
+_GRAMMAR = Grammar(
+    reads="SELECT|WITH|VALUES|TABLE|SHOW|EXPLAIN|DESCRIBE|DESC|HELP|CHECKSUM|COMMIT|ROLLBACK"
+    "|SAVEPOINT|RELEASE|UNLOCK|DEALLOCATE|SIGNAL|RESIGNAL|GET",
+    holds="SET|USE|LOCK|HANDLER|BEGIN|START TRANSACTION|PREPARE",
+    calls="CALL|DO|EXECUTE",
+    writes=r"SET\b.*(?:\bGLOBAL|\bPERSIST|\bPERSIST_ONLY)|SET PASSWORD|SET DEFAULT ROLE"
+    "|SET RESOURCE GROUP|BEGIN NOT ATOMIC",
+    holding=r"\bINTO\b|:=|\b(?:GET_LOCK|RELEASE_LOCK|RELEASE_ALL_LOCKS)\s*\(",
+    locking=r"\bFOR\s+(?:UPDATE|SHARE)\b|\bLOCK\s+IN\s+SHARE\s+MODE\b",
+    writing=rf"{WRITING_WITH}|\bINTO\s+(?:OUTFILE|DUMPFILE)\b"
+    r"|\bNEXT\s+VALUE\s+FOR\b|\b(?:NEXTVAL|SETVAL)\s*\(",
+    not_code=r"""'(?:[^'\\]|\\.|'')*'|"(?:[^"\\]|\\.|"")*"|`[^`]*`|/\*(?!M?!).*?\*/"""
+    r"|--(?=\s|\Z)[^\n]*|\#[^\n]*",
+    is_code=r"/\*M?!\d*|\*/",
+)
+"""The commands of MySQL and MariaDB; SELECT … INTO sets variables, or writes a file.
+
+Sources: https://dev.mysql.com/doc/refman/8.4/en/sql-statements.html,
+https://mariadb.com/docs/server/reference/sql-statements,
+https://dev.mysql.com/doc/refman/8.4/en/locking-functions.html and
+https://dev.mysql.com/doc/refman/8.4/en/comments.html
+"""
+
+
 class MySQL(AnyDriver):
     """MySQL and MariaDB with any driver."""
 
-    has_hash_comments = True
+    has_double_quoted_strings = True
+    grammar = _GRAMMAR
 
     def begin_options(self, mode: Mode, *, is_prepared: bool) -> dict[str, Any]:
         if mode.autocommit and not is_prepared:

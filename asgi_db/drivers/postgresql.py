@@ -13,10 +13,12 @@ from typing import Any
 from sqlalchemy import URL, Engine, event, text
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.ext.asyncio import AsyncConnection
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+from sqlalchemy.util.concurrency import await_
 
-from asgi_db.drivers.base import Abandoned, AnyDriver
+from asgi_db.drivers.base import Abandoned, AnyDriver, StandIn
 from asgi_db.drivers.sandbox import SandboxControl, SandboxRules, SandboxStandIn
+from asgi_db.drivers.statements import WRITING_WITH, Grammar
 from asgi_db.logs import logger
 from asgi_db.modes import Mode
 from asgi_db.tasks import in_background, running_loop
@@ -26,10 +28,34 @@ def _sqlstate(error: BaseException) -> str | None:
     return getattr(error, "sqlstate", None)
 
 
+_GRAMMAR = Grammar(
+    reads="SELECT|WITH|VALUES|TABLE|SHOW|EXPLAIN|FETCH|MOVE|CLOSE|COMMIT|END|ABORT|ROLLBACK"
+    "|SAVEPOINT|RELEASE|RESET|DISCARD|DEALLOCATE|UNLISTEN",
+    holds="SET|LOCK|DECLARE|BEGIN|START TRANSACTION|PREPARE|LISTEN|LOAD",
+    calls="CALL|DO|EXECUTE",
+    writes="(?:COMMIT|ROLLBACK) PREPARED|PREPARE TRANSACTION",
+    holding=r"\bpg_(?:try_)?advisory_\w+\s*\(|\bset_config\s*\(",
+    locking=r"\bFOR\s+(?:NO\s+KEY\s+UPDATE|KEY\s+SHARE|UPDATE|SHARE)\b",
+    writing=rf"{WRITING_WITH}|\bINTO\b|\b(?:nextval|setval|pg_notify"
+    r"|lo_(?:creat|create|import|from_bytea|put|truncate|truncate64|unlink)|lowrite)\s*\(",
+    not_code=r"\$((?:[^\W\d]\w*)?)\$.*?\$\1\$|\bE'(?:[^'\\]|\\.|'')*'"
+    r"""|'[^']*'|"[^"]*"|/\*.*?\*/|--[^\n]*""",
+)
+"""The commands of PostgreSQL; those that `SET TRANSACTION` calls read-only may write elsewhere.
+
+Sources: https://www.postgresql.org/docs/current/sql-commands.html,
+https://www.postgresql.org/docs/current/sql-set-transaction.html, and for the functions
+https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-ADVISORY-LOCKS,
+https://www.postgresql.org/docs/current/functions-sequence.html and
+https://www.postgresql.org/docs/current/lo-funcs.html
+"""
+
+
 class PostgreSQL(AnyDriver):
     """PostgreSQL with any driver."""
 
     has_deferrable = True
+    grammar = _GRAMMAR
 
     def begin_options(self, mode: Mode, *, is_prepared: bool) -> dict[str, Any]:
         options = super().begin_options(mode, is_prepared=is_prepared)
@@ -269,6 +295,14 @@ class Asyncpg(PostgreSQL):
             # `enter_autocommit` is free, whereas a variant of the engine has a cost.
             return {}
         return super().begin_options(mode, is_prepared=is_prepared)
+
+    def begin_now(self, pooled: PoolProxiedConnection) -> None:
+        super().begin_now(pooled)
+        # SQLAlchemy's adapter sends BEGIN before its first statement, and has no public method that
+        # does so; `test_driver_connection.py` breaks when this changes.
+        connection: Any = pooled.dbapi_connection
+        if not isinstance(pooled.driver_connection, StandIn) and connection._transaction is None:
+            await_(connection._start_transaction())
 
     def enter_autocommit(self, connection: DBAPIConnection) -> None:
         connection.autocommit = True

@@ -26,6 +26,7 @@ from asgi_db.drivers.base import (
     Beginning,
 )
 from asgi_db.drivers.sandbox import SandboxConnection, SandboxControl, SandboxRules, SandboxStandIn
+from asgi_db.drivers.statements import WRITING_WITH, Grammar
 from asgi_db.modes import Mode
 from asgi_db.tasks import in_background
 
@@ -33,8 +34,29 @@ SQLITE_BUSY_TIMEOUT = 30.0
 """Seconds that SQLite waits for a lock of another connection, unless the user sets others."""
 
 
+_PRAGMA_OF_SCHEMA = r"PRAGMA\s+(?:[\w\s]*\.\s*)?"
+_GRAMMAR = Grammar(
+    reads="SELECT|WITH|VALUES|EXPLAIN|PRAGMA|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE|DETACH",
+    holds=rf"BEGIN|ATTACH|{_PRAGMA_OF_SCHEMA}\w+\s*=.*"
+    # These take an argument, and only read.
+    rf"|{_PRAGMA_OF_SCHEMA}(?!(?:table|index|foreign_key)_|integrity_check|quick_check)\w+\s*\(.*",
+    writes=rf"{_PRAGMA_OF_SCHEMA}(?:(?:incremental_vacuum|optimize|wal_checkpoint)\b.*"
+    r"|(?:application_id|auto_vacuum|default_cache_size|encoding|journal_mode|page_size"
+    r"|schema_version|user_version)\s*[=(].*)",
+    not_code=r"""'[^']*'|"[^"]*"|`[^`]*`|\[[^\]]*\]|/\*.*?(?:\*/|\Z)|--[^\n]*""",
+    writing=WRITING_WITH,
+)
+"""The commands of SQLite.
+
+Sources: https://www.sqlite.org/lang.html and https://www.sqlite.org/pragma.html
+"""
+
+
 class SQLite(AnyDriver):
     """SQLite with any driver."""
+
+    drops_row_locks = True
+    grammar = _GRAMMAR
 
     def begin_options(self, mode: Mode, *, is_prepared: bool) -> dict[str, Any]:
         """Begin explicitly.
@@ -136,6 +158,10 @@ class Aiosqlite(SQLite):
 
     def __init__(self) -> None:
         self._autocommit_requests = AutocommitRequests()
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        return self.name, "sqlite3"
 
     def options(self, url: URL, *, pooler: bool) -> dict[str, Any]:
         # `connect_args` would override a timeout in the URL.

@@ -130,8 +130,10 @@ class Connections:
             self._returned.set()
         if held is not None:
             seconds = now - held.since
-            tally = self._statistics.without_session if unit is None else unit.tally
-            tally.add_hold(seconds)
+            if unit is None:
+                self._statistics.used_without_session(seconds)
+            else:
+                unit.tally.add_hold(seconds)
             if self._statistics.observers:
                 self._statistics.connection_returned(seconds)
 
@@ -143,8 +145,15 @@ class Connections:
     def holders(self) -> list[Holder]:
         """Return the holders of the connections that are checked out, the oldest first."""
         now = time.monotonic()
+        leaks = self._leaks
         return [
-            Holder(_holder_of(entry), now - held.since) for entry, held in self._out.copy().items()
+            Holder(
+                _holder_of(entry),
+                age := now - held.since,
+                is_late=leaks is not None and age > leaks.threshold,
+                statement=_statement_of(entry),
+            )
+            for entry, held in self._out.copy().items()
         ]
 
     def _suspects(self) -> Iterator[Suspect]:
@@ -210,3 +219,9 @@ class Connections:
 def _holder_of(entry: ConnectionPoolEntry) -> str:
     unit: Unit | None = entry.info.get(UNIT_INFO)
     return WITHOUT_SESSION if unit is None else unit.describe()
+
+
+def _statement_of(entry: ConnectionPoolEntry) -> str:
+    unit: Unit | None = entry.info.get(UNIT_INFO)
+    trace = None if unit is None else unit.tally.trace
+    return "" if trace is None else trace.shown(trace.last)

@@ -52,7 +52,7 @@ class EngineSettings:
         """
         driver = driver_of_url(url)
         pooler = self.pooler is not None
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"hide_parameters": True}
         # A pool class of the user's own, such as NullPool, need not take the profile's values.
         if "poolclass" not in self.options:
             options.update(self.profile.engine_options(), poolclass=FairPool)

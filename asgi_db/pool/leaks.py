@@ -40,6 +40,9 @@ class LeakWatch:
     """Looks at the oldest connection that is checked out when it reaches the threshold.
 
     One timer serves all of them. It is set only while a connection is checked out.
+
+    Attributes:
+        threshold: the age that is reported, in seconds.
     """
 
     def __init__(self, threshold: float, suspects: Callable[[], Iterable[Suspect]]) -> None:
@@ -49,7 +52,7 @@ class LeakWatch:
             threshold: seconds.
             suspects: returns the connections that are checked out, the oldest first.
         """
-        self._threshold = threshold
+        self.threshold = threshold
         self._suspects = suspects
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -61,7 +64,7 @@ class LeakWatch:
         loop = asyncio.get_running_loop()
         if self._timer is None or self._loop is not loop:  # the application was started again
             self._loop = loop
-            self._timer = loop.call_later(self._threshold, self._look)
+            self._timer = loop.call_later(self.threshold, self._look)
         return stack_of_caller()
 
     def stop(self) -> None:
@@ -72,7 +75,7 @@ class LeakWatch:
 
     def _look(self) -> None:
         self._timer = None
-        due = time.monotonic() - self._threshold
+        due = time.monotonic() - self.threshold
         for suspect in self._suspects():
             if suspect.since > due:
                 assert self._loop is not None
@@ -88,7 +91,7 @@ class LeakWatch:
             " taken here:\n%s",
             suspect.describe(),
             time.monotonic() - suspect.since,
-            self._threshold,
+            self.threshold,
             _format(suspect.stack).rstrip(),
         )
 

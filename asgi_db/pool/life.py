@@ -8,7 +8,7 @@ import anyio
 from sqlalchemy import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from asgi_db.engine import variant, watch
+from asgi_db.engine import time_statements, variant, watch
 from asgi_db.logs import logger
 from asgi_db.modes import Mode
 from asgi_db.pool.abandoned import AbandonedStatements
@@ -72,6 +72,8 @@ class EngineLife:
         if found is None:
             with self._lock:
                 found = self._variants[key] = variant(bind, mode)
+                if self.statistics.is_tracing:
+                    time_statements(found)
         return found
 
     def holders(self) -> list[str]:

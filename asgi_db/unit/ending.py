@@ -13,12 +13,12 @@ from typing import Any
 
 import anyio
 from sqlalchemy import Connection
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.util.concurrency import in_greenlet
 
-from asgi_db.drivers import error_code
+from asgi_db.drivers.describing import brief
 from asgi_db.errors import DatabaseTimeoutError, OutcomeUnknownError
 from asgi_db.logs import logger
 from asgi_db.unit.deadline import Deadline
@@ -162,7 +162,7 @@ class Ending:
             await asyncio.wait((straggler.task,))
         transaction = self._transaction
         await self._close_streams()
-        has_work = transaction.has_writes or has_changes(self._session.sync_session)
+        has_work = transaction.effect.writes or has_changes(self._session.sync_session)
         if has_work or transaction.failure is not None:
             await AsyncSession.rollback(self._session)
         else:
@@ -231,11 +231,3 @@ def terminate(connections: tuple[Connection, ...]) -> None:
         if not connection.closed:
             connection.invalidate()
             connection.close()
-
-
-def brief(error: BaseException) -> str:
-    """Describe an error for the log, without a database's own message, which may hold user data."""
-    if not isinstance(error, DBAPIError):
-        return f"{type(error).__name__}: {error}"
-    code = "no code" if error.orig is None else error_code(error.orig) or "no code"
-    return f"{type(error).__name__} ({type(error.orig).__name__}, {code})"

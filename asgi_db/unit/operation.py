@@ -31,3 +31,7 @@ MAY_BE_LATE = frozenset({"commit", *ENDS_UNIT})
 
 KEEPS_CONNECTION = frozenset({"connection", "begin", "begin_nested"})
 """Operations that return the open connection or transaction itself."""
+
+WAITING = "wait for the body"
+"""The end of a unit that gives its connection back before a wait for the network. An operation of
+another task is not refused meanwhile, but comes after it."""

@@ -34,7 +34,6 @@ from asgi_db.errors import (
     SessionExpiredError,
 )
 from asgi_db.modes import Mode
-from asgi_db.statistics import Tally
 from asgi_db.unit.deadline import Deadline
 from asgi_db.unit.ending import (
     CLEANUP_TIMEOUT,
@@ -119,7 +118,7 @@ class Standing:
         self.life = origin.life()
         self.transaction = Transaction()
         self.transaction.stage = Stage.NONE
-        self.tally = Tally()
+        self.tally = self.life.statistics.new_tally()
 
     def describe(self) -> str:
         """Name the request or block, for messages."""
@@ -322,7 +321,7 @@ class Standing:
     @property
     def has_uncommitted_work(self) -> bool:
         """Whether there is anything that a ROLLBACK would undo."""
-        has_writes = self.transaction.has_writes and self.transaction.is_open
+        has_writes = self.transaction.effect.writes and self.transaction.is_open
         return has_writes or has_changes(self.sync_session)
 
     @property
@@ -363,7 +362,10 @@ class Standing:
             # The unit has run a statement, or tried to.
             if not mode.autocommit:
                 tally.outcome = OUTCOMES.get(self.transaction.stage)
-            self.tally = Tally()
+            if tally.trace is not None:
+                tally.trace.has_writes = self.transaction.effect.writes
+                tally.trace.attempt = self.origin.attempt
+            self.tally = self.life.statistics.new_tally()
             self.life.statistics.unit_ended(self.origin.route(), mode.name, tally)
             self.origin.unit_ended(tally)
 

@@ -22,7 +22,7 @@ from sqlalchemy.util.concurrency import in_greenlet
 
 from asgi_db.drivers import is_conflict
 from asgi_db.drivers.connecting import abandon_connect
-from asgi_db.engine import begin_unit
+from asgi_db.engine import begin_now, begin_unit
 from asgi_db.errors import DatabaseTimeoutError, ReadOnlyError
 from asgi_db.tasks import current_task
 from asgi_db.unit.deadline import Deadline
@@ -59,6 +59,12 @@ class UnitSession(Session):
                 tally.began = now
         return unit.life.bind_for(bind, mode)
 
+    def connection(self, *args: Any, **kwargs: Any) -> Connection:
+        """Hand out the connection, on which the driver's own may be used too."""
+        connection = super().connection(*args, **kwargs)
+        begin_now(connection, self.unit_of_work)
+        return connection
+
     def rollback(self) -> None:
         """Roll back, including the changes that `release` has kept outside any transaction."""
         if not self.in_transaction() and has_changes(self):
@@ -82,6 +88,10 @@ class UnitSession(Session):
         operation = unit.operation
         if operation is not None and operation.task is task:
             return False
+        if operation is not None and unit.is_giving_back and in_greenlet():
+            # The unit is giving its connection back because another task waits for the body.
+            await_(unit.wait_for_end())
+            operation, deadline = unit.operation, unit.deadline
         if operation is not None or (unit.state is State.CLOSED and name not in DISCARDING):
             unit.check_free(name)
         if unit.fixed_mode is not None and name not in ENDS_UNIT and unit.is_outdated():
@@ -161,6 +171,7 @@ class UnitSession(Session):
         if isinstance(error, DBAPIError) and unit.conflict is None and is_conflict(error):
             # A BEGIN has failed, before the unit had the connection.
             unit.conflict = error
+            unit.tally.conflicts += 1
 
     def _should_give_back(self, error: BaseException | None) -> bool:
         """Decide whether the connection goes back to the pool after an operation.
@@ -312,7 +323,7 @@ def _transaction_committed(session: UnitSession) -> None:
     unit = session.unit_of_work
     transaction = unit.transaction
     transaction.move(Stage.COMMITTED)
-    if transaction.has_writes and unit.unanswered is None:
+    if transaction.effect.writes and unit.unanswered is None:
         unit.unanswered = transaction
     if unit.hooks is not None:
         unit.hooks.settle("commit")

@@ -18,6 +18,7 @@ from sqlalchemy import Connection, Result
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from asgi_db.drivers.statements import Effect
 from asgi_db.errors import FailedTransactionError
 from asgi_db.statistics import Outcome
 
@@ -61,8 +62,8 @@ class Transaction:
         stage: how far it has come.
         connections: the connections on which it is open.
         streams: its results with an open server-side cursor.
-        has_writes: whether it contains writes.
-        is_pinned: whether it holds a lock or a setting, which would be lost with it.
+        effect: the greatest effect of its statements; `HOLDS` also if the connection itself was
+            handed out, over which anything may be sent.
         failure: why it can no longer be committed, if so.
         was_cancelled: whether one of its statements, or its COMMIT, was running when the request
             was cancelled.
@@ -72,8 +73,7 @@ class Transaction:
     stage = Stage.OPEN
     connections: tuple[Connection, ...] = ()
     streams: tuple[Result[object], ...] = ()
-    has_writes = False
-    is_pinned = False
+    effect = Effect.READS
     failure: BaseException | None = None
     was_cancelled = False
     when_sent: Callable[[], None] | None = None
@@ -95,8 +95,7 @@ class Transaction:
     def holds_more_than_reads(self) -> bool:
         """Whether anything would be lost if it were given back now."""
         return self.is_open and (
-            self.has_writes
-            or self.is_pinned
+            self.effect > Effect.READS
             or any(not stream.closed for stream in self.streams)
             or any(_has_own_isolation(connection) for connection in self.connections)
         )
@@ -104,7 +103,7 @@ class Transaction:
     @property
     def has_committed_writes(self) -> bool:
         """Whether it contains writes, and the database has committed them."""
-        return self.has_writes and self.stage is Stage.COMMITTED
+        return self.effect.writes and self.stage is Stage.COMMITTED
 
     def move(self, to: Stage) -> None:
         """Move to another stage.

@@ -17,20 +17,19 @@ from typing import Any
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from asgi_db.drivers.describing import brief
+from asgi_db.engine import has_isolation_level
 from asgi_db.errors import (
     ModeConflictError,
+    OutcomeUnknownError,
     SessionExpiredError,
     UncommittedWorkError,
 )
 from asgi_db.logs import logger
-from asgi_db.tasks import current_task, finish
-from asgi_db.unit.ending import (
-    Ending,
-    brief,
-    has_changes,
-)
+from asgi_db.tasks import cancelled_once, current_task, finish
+from asgi_db.unit.ending import Ending, has_changes
 from asgi_db.unit.hooks import Hook, HookOutcome, Hooks
-from asgi_db.unit.operation import Operation
+from asgi_db.unit.operation import WAITING, Operation
 from asgi_db.unit.standing import LeftOver, Standing, State
 from asgi_db.unit.transaction import Stage
 
@@ -49,7 +48,8 @@ class UnitOfWork(Standing):
     async def end(self, *, success: bool, answer: str = "") -> None:
         """End the unit: COMMIT if it succeeded and its mode commits, otherwise ROLLBACK.
 
-        Its hooks run afterwards. If no statement has run, this costs nothing.
+        Its hooks run afterwards. If no statement has run, this costs nothing. The end of a unit
+        that has failed leaves the error that goes out in its place; see `cancelled_once`.
 
         Args:
             success: whether the request or block has succeeded.
@@ -63,6 +63,15 @@ class UnitOfWork(Standing):
         """
         if not self.in_use:
             return
+        if not success:
+            with cancelled_once():
+                await self._end_with_hooks(success, answer)
+        elif self.hooks is None:
+            await self._end(success, answer)
+        else:
+            await self._end_with_hooks(success, answer)
+
+    async def _end_with_hooks(self, success: bool, answer: str) -> None:
         if self.hooks is None:
             await self._end(success, answer)
             return
@@ -90,7 +99,7 @@ class UnitOfWork(Standing):
         problem: Exception | None = None
         if self.state is State.ENDING:
             # Another task is committing or releasing the session.
-            problem = self._concurrent_use("commit")
+            problem = None if self.is_giving_back else self._concurrent_use("commit")
             await finish(asyncio.ensure_future(self.wait_for_end()))
         straggler = self.operation
         if straggler is not None:
@@ -135,7 +144,7 @@ class UnitOfWork(Standing):
 
     def _warn_of_lost_work(self) -> None:
         has_new = self.sync_session is not None and self.sync_session.new
-        has_writes = self.transaction.has_writes and self.transaction.is_open
+        has_writes = self.transaction.effect.writes and self.transaction.is_open
         if has_writes or self.left_over is LeftOver.DISCARDED or has_new:
             logger.warning(
                 "%s: uncommitted work was rolled back at the end of the %s unit: commit it with"
@@ -165,6 +174,8 @@ class UnitOfWork(Standing):
             if caller is not None and caller.cancelling():
                 self._log_failed_commit("", error)
 
+        if self.is_giving_back:
+            await self.wait_for_end()
         self.check_free("commit")
         if self.is_outdated():
             await self.change_mode()
@@ -184,9 +195,11 @@ class UnitOfWork(Standing):
         """Give the connection back before the unit's end; see `DBSession.release`."""
         if self.state is State.CLOSED:
             return
+        if self.is_giving_back:
+            await self.wait_for_end()
         self.check_free("release")
         transaction, session = self.transaction, self.sync_session
-        if transaction.has_writes and transaction.is_open:
+        if transaction.effect.writes and transaction.is_open:
             raise UncommittedWorkError(self.describe(), is_lost=False)
         if session is not None and session.in_transaction():
             try:
@@ -206,6 +219,32 @@ class UnitOfWork(Standing):
         if self.needs_other_mode():
             await self.release()
             self.origin.begins_anew()
+
+    async def give_back_before_waiting(self) -> None:
+        """Give the connection back before a wait for the network, unless something would be lost.
+
+        What the user has asked to last stays: an isolation level, a snapshot, a block, a savepoint,
+        a cursor, a lock, and every change.
+        """
+        session, transaction = self.sync_session, self.transaction
+        mode = self.fixed_mode
+        if (
+            session is not None
+            and mode is not None
+            and self.state is State.ACTIVE
+            and self.operation is None
+            and not (transaction.failure or transaction.was_cancelled)
+            and not (mode.isolation or mode.snapshot or self.left_over)
+            and not (self.holds_more_than_reads or has_changes(session))
+            and session.in_transaction()
+            and not any(map(has_isolation_level, transaction.connections))
+        ):
+            await self._end_by(WAITING, self._ending().give_back())
+
+    @property
+    def is_giving_back(self) -> bool:
+        """Whether another task gives the connection back before it waits; see above."""
+        return self.operation is not None and self.operation.name == WAITING
 
     async def _end_by(self, name: str, ending: Coroutine[Any, Any, None]) -> None:
         """End the transaction in a task of its own, and wait until that is complete."""
@@ -229,7 +268,11 @@ class UnitOfWork(Standing):
     async def _run_as_operation(self, ending: Coroutine[Any, Any, None]) -> None:
         if self.operation is not None:
             self.operation = self.operation._replace(task=asyncio.current_task())
-        await ending
+        try:
+            await ending
+        except OutcomeUnknownError:
+            self.tally.is_unknown = True
+            raise
 
     def close(self) -> None:
         """Close the session for good; using it is an error from now on."""
@@ -265,9 +308,10 @@ class UnitOfWork(Standing):
     async def run_late_hooks(self) -> None:
         """Run the hooks that waited for the response."""
         if self.hooks is not None:
-            try:
-                await self.hooks.run_late(self.describe)
-            finally:
-                # The response has been sent, so an error here is only logged.
-                with contextlib.suppress(Exception):
-                    await self.end(success=True)
+            with cancelled_once():
+                try:
+                    await self.hooks.run_late(self.describe)
+                finally:
+                    # The response has been sent, so an error here is only logged.
+                    with contextlib.suppress(Exception):
+                        await self.end(success=True)

@@ -1,0 +1,1 @@
+"""A live page of what the requests do to the database."""
