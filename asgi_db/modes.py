@@ -18,6 +18,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from types import FunctionType
 from typing import Any, ClassVar, Literal, Self, TypeAlias, TypeVar, cast, get_args, overload
 
 from asgi_db.types import Scope
@@ -31,6 +32,9 @@ ModeDefault: TypeAlias = "Mode | Callable[[Scope], Mode]"
 Target = TypeVar("Target", bound=Callable[..., Any])
 
 MODE_ATTRIBUTE = "__asgi_db_mode__"
+
+CLASS_MODE_ATTRIBUTE = "__asgi_db_mode_of_class__"
+"""On the methods of a class that is marked: a class-based view may leave its functions alone."""
 
 retrying: set[int] = set()
 """The `retries=` of all modes ever made; while it is empty, requests need no preparation."""
@@ -109,11 +113,17 @@ class Mode:
         with contextlib.suppress(AttributeError):
             if _can_be_an_endpoint(target):
                 setattr(target, MODE_ATTRIBUTE, self)
+                self._mark_methods(target)
                 return target
         raise TypeError(
             f"@{self.name} cannot mark {target!r}: put it below the route decorator, directly on"
             " the function or class."
         )
+
+    def _mark_methods(self, target: object) -> None:
+        for method in vars(target).values() if inspect.isclass(target) else ():
+            if isinstance(function := getattr(method, "__func__", method), FunctionType):
+                setattr(function, CLASS_MODE_ATTRIBUTE, self)
 
     def _variant(self, options: dict[str, Any]) -> Self:
         unknown = ", ".join(options.keys() - self.options)

@@ -27,6 +27,7 @@ from asgi_db import (
     session_of,
     transactional,
 )
+from asgi_db.asgi.frameworks import check_routes
 from asgi_db.modes import ModeDefault
 
 __all__ = ["DatabasePlugin"]
@@ -99,6 +100,7 @@ class DatabasePlugin(InitPlugin):
 
     @asynccontextmanager
     async def _lifespan(self, app: Litestar) -> AsyncGenerator[None]:
+        check_routes({"litestar_app": app})
         async with self.database:
             yield
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import enum
 
+from asgi_db.asgi.frameworks import check_routes
 from asgi_db.database import Database
 from asgi_db.logs import logger
 from asgi_db.types import ASGIApp, Message, Receive, Scope, Send
@@ -99,6 +100,7 @@ class Lifespan:
             self._phase = Phase.ENDED
             await self._database.dispose()
         else:
+            check_routes(self._scope)
             self._phase = Phase.RUNNING
             self._check_state_key()
         await self._send(message)

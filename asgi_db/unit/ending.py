@@ -118,7 +118,7 @@ class Ending:
             log_failure(own or error)
             await self._close_by(AsyncSession.rollback(self._session), self._session.close)
             if own is not None:
-                raise own from error
+                raise own from own.__cause__ or error
             raise
         else:
             self._overdue(None)

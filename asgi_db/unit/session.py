@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 
+from asgi_db.errors import FailedTransactionError
 from asgi_db.unit.hooks import Hook, HookFunction, When
 from asgi_db.unit.origin import Origin
 from asgi_db.unit.sync_session import UnitSession
@@ -40,7 +41,13 @@ class _Transaction(AsyncSessionTransaction):
         traceback: TracebackType | None,
     ) -> None:
         async def exit_block() -> None:
+            was_rolled_back = type_ is None and not self.session.is_active
             await super(_Transaction, self).__aexit__(type_, value, traceback)
+            if was_rolled_back:
+                # A flush in the block has failed, and SQLAlchemy would end the block in silence.
+                raise FailedTransactionError(statement_failed=True) from failure
+
+        failure = self._unit_of_work.transaction.failure
 
         if type_ is None:
             await self._end(exit_block)

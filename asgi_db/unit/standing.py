@@ -18,6 +18,7 @@ import asyncio
 import enum
 import time
 
+from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransactionOrigin
@@ -28,6 +29,7 @@ from asgi_db.errors import (
     DatabaseBusyError,
     DatabaseDownError,
     DatabaseTimeoutError,
+    FailedTransactionError,
     ModeConflictError,
     SessionExpiredError,
 )
@@ -238,9 +240,12 @@ class Standing:
     def translated(self, error: BaseException) -> Exception | None:
         """Return the library's own error for that of an operation, where there is one.
 
-        It is `DatabaseDownError` if the connection was closed while it was being set up, and
-        `DatabaseBusyError` if none became free.
+        It is `DatabaseDownError` if the connection was closed while it was being set up,
+        `DatabaseBusyError` if none became free, and `FailedTransactionError` after a flush that
+        failed, which ends the transaction for SQLAlchemy.
         """
+        if isinstance(error, PendingRollbackError):
+            return self._failed_transaction(error)
         try:
             raise_if_connect_failed(error)
         except DatabaseDownError as down:
@@ -250,6 +255,14 @@ class Standing:
         self.tally.timeouts += 1
         self.tally.add_wait(time.monotonic() - self.tally.asked)
         return DatabaseBusyError(self.describe(), self.life.holders())
+
+    def _failed_transaction(self, error: PendingRollbackError) -> Exception | None:
+        failure = self.transaction.failure
+        if isinstance(error, FailedTransactionError) or failure is None:
+            return None
+        failed = FailedTransactionError(statement_failed=True)
+        failed.__cause__ = failure
+        return failed
 
     def end_operation(self, operation: Operation) -> None:
         """Note that the operation has ended."""

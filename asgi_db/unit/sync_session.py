@@ -164,7 +164,10 @@ class UnitSession(Session):
     def _note_error(self, error: BaseException) -> None:
         unit = self.unit_of_work
         if self.in_transaction():  # Otherwise the error has ended the transaction.
-            unit.transaction.note_error(error, in_savepoint=self.in_nested_transaction())
+            in_savepoint = self.in_nested_transaction()
+            unit.transaction.note_error(error, in_savepoint=in_savepoint)
+            if not self.is_active and not in_savepoint:  # A flush has failed, whatever the reason.
+                unit.transaction.note_failure(error)
         if isinstance(error, DBAPIError) and unit.conflict is None and is_conflict(error):
             # A BEGIN has failed, before the unit had the connection.
             unit.conflict = error
@@ -199,7 +202,7 @@ class UnitSession(Session):
         """
         unit = self.unit_of_work
         if error is not None and (own := unit.translated(error)) is not None:
-            raise own from error
+            raise own from own.__cause__ or error
         if deadline is not None:
             if unit.state is State.IDLE:
                 unit.deadline = None
