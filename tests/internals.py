@@ -18,6 +18,7 @@ from asgi_db.engine import begin_unit, variant_options, writes
 from asgi_db.logs import logger
 from asgi_db.modes import ModeDefault, ReadOnly, Transactional, should_commit
 from asgi_db.pool.fair import FairPool, FairQueue
+from asgi_db.pool.life import EngineLife
 from asgi_db.profiles import POOL_PROFILES, PoolName, pool_profile
 from asgi_db.settings import (
     DatabaseType,
@@ -43,6 +44,7 @@ __all__ = [
     "Beginning",
     "Block",
     "DatabaseType",
+    "EngineLife",
     "FairPool",
     "FairQueue",
     "ModeDefault",
