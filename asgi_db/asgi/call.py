@@ -93,9 +93,12 @@ class Call(Origin):
 
         This also breaks the reference cycles, so that no object waits for the garbage collector
         and the next request reuses memory that is still warm: the scope refers to the session,
-        the session to this call, and the server's functions to the scope.
+        the session to this call, and the server's functions to the scope. Nothing leads from here
+        to an error or a task any more, because a server may keep those, out of the collector's
+        sight, together with all that their frames refer to.
         """
         self.is_over = True
+        self.task = self._outer_exception = None
         if (unit := self._session.unit) is not None:
             unit.close()
         self._session = _NO_SESSION

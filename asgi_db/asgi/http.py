@@ -80,6 +80,7 @@ class Exchange(Call):
             if (unit := self._session.unit) is not None:
                 await self._finish(unit, enclosing_app)
         finally:
+            self._app_task = self._commit_error = None  # see `close`
             if (unit := self._session.unit) is not None and unit.hooks is not None:
                 await unit.run_late_hooks()
 
