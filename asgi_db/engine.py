@@ -22,9 +22,10 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from asgi_db.drivers import driver_of
 from asgi_db.drivers.base import BEGIN_OPTION, Beginning, Driver, cause_of, connection_error
 from asgi_db.drivers.connecting import let_driver_connect
-from asgi_db.drivers.describing import brief, opening_of
+from asgi_db.drivers.describing import brief, conflict_error, opening_of
 from asgi_db.errors import (
     ConfigurationError,
+    DatabaseConflictError,
     DatabaseDownError,
     DatabaseTimeoutError,
     OutcomeUnknownError,
@@ -70,7 +71,7 @@ class Unit(Protocol):
     """
 
     fixed_mode: Mode | None
-    conflict: BaseException | None
+    conflict: DatabaseConflictError | None
 
     @property
     def mode(self) -> Mode:
@@ -261,11 +262,14 @@ def _where(unit: Unit | None) -> str:
     return "" if unit is None else f"{unit.describe()}: "
 
 
-def _handle_error(context: ExceptionContext) -> None:
+def _handle_error(context: ExceptionContext) -> Exception | None:
     """Note the failure of statements that bypass the session: `(await session.connection())…`.
 
     A savepoint confines a failure, unless the rollback to it fails as well: after a deadlock
     MariaDB has rolled back the whole transaction, including its savepoints.
+
+    Returns:
+        The error for a conflict in a unit, which takes the place of SQLAlchemy's.
 
     Raises:
         DatabaseDownError: replaces the various errors of the driver for a closed connection.
@@ -273,14 +277,17 @@ def _handle_error(context: ExceptionContext) -> None:
     connection, original = context.connection, context.original_exception
     if isinstance(original, DatabaseDownError):  # A driver's `begin` has raised it.
         context.is_disconnect = True
-        return
+        return None
     driver = driver_of(context.dialect)
     error = context.sqlalchemy_exception or original
     if context.is_pre_ping or not (isinstance(error, DBAPIError) or driver.is_own_error(original)):
-        return
+        return None
     unit = _unit_of(connection)
+    conflict: DatabaseConflictError | None = None
     if unit is not None and driver.is_conflict(original):
-        unit.conflict = error
+        unit.conflict = error = conflict = conflict_error(error, unit.describe())
+    elif connection is None and driver.is_conflict(original):
+        return None  # SQLite refuses to set up a connection to a locked file.
     if connection is not None:
         savepoint_failed = (context.statement or "").startswith("ROLLBACK TO SAVEPOINT")
         if unit is not None and (savepoint_failed or not connection.in_nested_transaction()):
@@ -296,6 +303,7 @@ def _handle_error(context: ExceptionContext) -> None:
         if unit is not None and unit.transaction.commit_was_sent:
             raise _outcome_unknown(original, unit, cause)
         raise connection_error(original, _where(unit), cause)
+    return conflict
 
 
 def _outcome_unknown(error: BaseException, unit: Unit, cause: str) -> OutcomeUnknownError:

@@ -18,17 +18,22 @@ import asyncio
 import enum
 import time
 
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from asgi_db.drivers import is_conflict
 from asgi_db.drivers.connecting import raise_if_connect_failed
+from asgi_db.drivers.describing import conflict_error
 from asgi_db.errors import (
     ConcurrentUseError,
     DatabaseBusyError,
+    DatabaseConflictError,
     DatabaseDownError,
     DatabaseTimeoutError,
     SessionExpiredError,
+    UnavailableError,
 )
 from asgi_db.modes import Mode
 from asgi_db.statistics import Tally
@@ -97,7 +102,7 @@ class Standing:
     operation: Operation | None = None
     deadline: Deadline | None = None
     hooks: Hooks | None = None
-    conflict: BaseException | None = None
+    conflict: DatabaseConflictError | None = None
     unanswered: Transaction | None = None
     owner: asyncio.Task[object] | None = None
     left_over: LeftOver | None = None
@@ -184,18 +189,32 @@ class Standing:
     def translated(self, error: BaseException) -> Exception | None:
         """Return the library's own error for that of an operation, where there is one.
 
-        It is `DatabaseDownError` if the connection was closed while it was being set up, and
-        `DatabaseBusyError` if none became free.
+        It is `DatabaseDownError` if the connection was closed while it was being set up,
+        `DatabaseBusyError` if none became free, and `DatabaseConflictError` if the database refused
+        to begin a transaction beside another one.
         """
         try:
             raise_if_connect_failed(error)
         except DatabaseDownError as down:
             return down
+        if (conflict := self.conflict_in(error)) is not None:
+            return conflict
         if not isinstance(error, PoolTimeoutError) or isinstance(error, DatabaseBusyError):
             return None
         self.tally.timeouts += 1
         self.tally.add_wait(time.monotonic() - self.tally.asked)
         return DatabaseBusyError(self.describe(), self.life.holders())
+
+    def conflict_in(self, error: BaseException) -> DatabaseConflictError | None:
+        """Return the error for a conflict at BEGIN, when the unit had no connection yet."""
+        if not isinstance(error, DBAPIError) or isinstance(error, UnavailableError):
+            return None
+        if not is_conflict(error):
+            return None
+        conflict = self.conflict
+        if conflict is None or conflict.orig is not error.orig:
+            self.conflict = conflict = conflict_error(error, self.describe())
+        return conflict
 
     def end_operation(self, operation: Operation) -> None:
         """Note that the operation has ended."""
