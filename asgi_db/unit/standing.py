@@ -23,7 +23,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from asgi_db.drivers import is_conflict
+from asgi_db.drivers import driver_of
 from asgi_db.drivers.connecting import raise_if_connect_failed
 from asgi_db.drivers.describing import conflict_error
 from asgi_db.errors import (
@@ -209,7 +209,7 @@ class Standing:
         """Return the error for a conflict at BEGIN, when the unit had no connection yet."""
         if not isinstance(error, DBAPIError) or isinstance(error, UnavailableError):
             return None
-        if not is_conflict(error):
+        if error.orig is None or not driver_of(self.life.engine.dialect).is_conflict(error.orig):
             return None
         conflict = self.conflict
         if conflict is None or conflict.orig is not error.orig:
