@@ -21,10 +21,11 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from asgi_db.drivers import driver_of
 from asgi_db.drivers.base import BEGIN_OPTION, Beginning, Driver, cause_of, connection_error
 from asgi_db.drivers.connecting import let_driver_connect
-from asgi_db.drivers.describing import brief, opening_of
+from asgi_db.drivers.describing import brief, conflict_error, opening_of
 from asgi_db.drivers.statements import Effect, Judge
 from asgi_db.errors import (
     ConfigurationError,
+    DatabaseConflictError,
     DatabaseDownError,
     DatabaseTimeoutError,
     OutcomeUnknownError,
@@ -70,7 +71,7 @@ class Unit(Protocol):
     """
 
     fixed_mode: Mode | None
-    conflict: BaseException | None
+    conflict: DatabaseConflictError | None
 
     @property
     def mode(self) -> Mode:
@@ -281,11 +282,14 @@ def _where(unit: Unit | None) -> str:
     return "" if unit is None else f"{unit.describe()}: "
 
 
-def _handle_error(context: ExceptionContext) -> None:
+def _handle_error(context: ExceptionContext) -> Exception | None:
     """Note the failure of statements that bypass the session: `(await session.connection())…`.
 
     A savepoint confines a failure, unless the rollback to it fails as well: after a deadlock
     MariaDB has rolled back the whole transaction, including its savepoints.
+
+    Returns:
+        The error for a conflict in a unit, which takes the place of SQLAlchemy's.
 
     Raises:
         DatabaseDownError: replaces the various errors of the driver for a closed connection.
@@ -293,15 +297,18 @@ def _handle_error(context: ExceptionContext) -> None:
     connection, original = context.connection, context.original_exception
     if isinstance(original, DatabaseDownError):  # A driver's `begin` has raised it.
         context.is_disconnect = True
-        return
+        return None
     driver = driver_of(context.dialect)
     error = context.sqlalchemy_exception or original
     if context.is_pre_ping or not (isinstance(error, DBAPIError) or driver.is_own_error(original)):
-        return
+        return None
     unit = _unit_of(connection)
+    conflict: DatabaseConflictError | None = None
     if unit is not None and driver.is_conflict(original):
-        unit.conflict = error
+        unit.conflict = error = conflict = conflict_error(error, unit.describe())
         unit.tally.conflicts += 1
+    elif connection is None and driver.is_conflict(original):
+        return None  # SQLite refuses to set up a connection to a locked file.
     if unit is not None and (trace := unit.tally.trace) is not None:
         code = driver.code(original)
         name = type(original).__name__
@@ -321,6 +328,7 @@ def _handle_error(context: ExceptionContext) -> None:
         if unit is not None and unit.transaction.commit_was_sent:
             raise _outcome_unknown(original, unit, cause)
         raise connection_error(original, _where(unit), cause)
+    return conflict
 
 
 def _outcome_unknown(error: BaseException, unit: Unit, cause: str) -> OutcomeUnknownError:

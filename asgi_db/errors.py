@@ -120,7 +120,7 @@ class UnavailableError(Exception):
     `Retry-After`; the message itself, which names routes, stays in the log.
 
     Attributes:
-        reason: one word for the client: busy, down, timeout or outcome-unknown.
+        reason: one word for the client: busy, conflict, down, timeout or outcome-unknown.
         public_message: a sentence for the client.
     """
 
@@ -129,9 +129,14 @@ class UnavailableError(Exception):
 
 
 def unavailable_in(error: BaseException | None) -> UnavailableError | None:
-    """Return the error itself, or the first of a group that contains no other kind of error."""
+    """Return the error itself, or the first of a group that contains no other kind of error.
+
+    For a failed COMMIT it is the error of the statement that failed before, and was swallowed.
+    """
     if isinstance(error, UnavailableError):
         return error
+    if isinstance(error, FailedTransactionError):
+        return unavailable_in(error.__cause__)
     # Only an `ExceptionGroup` has this attribute.
     errors: tuple[BaseException, ...] = getattr(error, "exceptions", ())
     found = [unavailable_in(one) for one in errors]
@@ -151,6 +156,21 @@ class DatabaseBusyError(UnavailableError, PoolTimeoutError):
             " Make those faster, let them call `await session.release()` around slow work, or"
             " raise pool_size."
         )
+
+
+class DatabaseConflictError(UnavailableError, OperationalError):
+    """Raised when a transaction has lost a conflict with another one; nothing has been applied.
+
+    It failed to be serialized, was the victim of a deadlock, or did not get a lock in time. The
+    error of the driver is the `orig`.
+    """
+
+    reason = "conflict"
+    public_message = "Another request was working on the same data. Try again."
+
+    def __init__(self, message: str, orig: BaseException) -> None:
+        super().__init__(None, None, orig)
+        self.args = (message,)
 
 
 class DatabaseDownError(UnavailableError, OperationalError):

@@ -106,8 +106,8 @@ class PostgreSQL(AnyDriver):
             abandoned.pop(id, None)
 
 
-_CONFLICTS = frozenset({"40001", "40P01"})
-"""A serialization failure, and a deadlock."""
+_CONFLICTS = frozenset({"40001", "40P01", "55P03"})
+"""A serialization failure, a deadlock, and a lock that was not available in time."""
 
 _OUTAGES = frozenset(
     {"08000", "08001", "08003", "08004", "08006", "57P01", "57P02", "57P03", "53300"}

@@ -18,20 +18,24 @@ import asyncio
 import enum
 import time
 
-from sqlalchemy.exc import PendingRollbackError
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransactionOrigin
 
+from asgi_db.drivers import driver_of
 from asgi_db.drivers.connecting import raise_if_connect_failed
+from asgi_db.drivers.describing import conflict_error
 from asgi_db.errors import (
     ConcurrentUseError,
     DatabaseBusyError,
+    DatabaseConflictError,
     DatabaseDownError,
     DatabaseTimeoutError,
     FailedTransactionError,
     ModeConflictError,
     SessionExpiredError,
+    UnavailableError,
 )
 from asgi_db.modes import Mode
 from asgi_db.unit.deadline import Deadline
@@ -101,7 +105,7 @@ class Standing:
     operation: Operation | None = None
     deadline: Deadline | None = None
     hooks: Hooks | None = None
-    conflict: BaseException | None = None
+    conflict: DatabaseConflictError | None = None
     unanswered: Transaction | None = None
     owner: asyncio.Task[object] | None = None
     left_over: LeftOver | None = None
@@ -241,7 +245,8 @@ class Standing:
         """Return the library's own error for that of an operation, where there is one.
 
         It is `DatabaseDownError` if the connection was closed while it was being set up,
-        `DatabaseBusyError` if none became free, and `FailedTransactionError` after a flush that
+        `DatabaseBusyError` if none became free, `DatabaseConflictError` if the database refused to
+        begin a transaction beside another one, and `FailedTransactionError` after a flush that
         failed, which ends the transaction for SQLAlchemy.
         """
         if isinstance(error, PendingRollbackError):
@@ -250,6 +255,8 @@ class Standing:
             raise_if_connect_failed(error)
         except DatabaseDownError as down:
             return down
+        if (conflict := self.conflict_in(error)) is not None:
+            return conflict
         if not isinstance(error, PoolTimeoutError) or isinstance(error, DatabaseBusyError):
             return None
         self.tally.timeouts += 1
@@ -263,6 +270,18 @@ class Standing:
         failed = FailedTransactionError(statement_failed=True)
         failed.__cause__ = failure
         return failed
+
+    def conflict_in(self, error: BaseException) -> DatabaseConflictError | None:
+        """Return the error for a conflict at BEGIN, when the unit had no connection yet."""
+        if not isinstance(error, DBAPIError) or isinstance(error, UnavailableError):
+            return None
+        if error.orig is None or not driver_of(self.life.engine.dialect).is_conflict(error.orig):
+            return None
+        conflict = self.conflict
+        if conflict is None or conflict.orig is not error.orig:
+            self.conflict = conflict = conflict_error(error, self.describe())
+            self.tally.conflicts += 1
+        return conflict
 
     def end_operation(self, operation: Operation) -> None:
         """Note that the operation has ended."""

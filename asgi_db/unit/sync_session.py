@@ -15,12 +15,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 from sqlalchemy.util import await_
 from sqlalchemy.util.concurrency import in_greenlet
 
-from asgi_db.drivers import is_conflict
 from asgi_db.drivers.connecting import abandon_connect
 from asgi_db.engine import begin_now, begin_unit
 from asgi_db.errors import DatabaseTimeoutError, ReadOnlyError
@@ -164,14 +162,11 @@ class UnitSession(Session):
     def _note_error(self, error: BaseException) -> None:
         unit = self.unit_of_work
         if self.in_transaction():  # Otherwise the error has ended the transaction.
+            error = unit.conflict_in(error) or error
             in_savepoint = self.in_nested_transaction()
             unit.transaction.note_error(error, in_savepoint=in_savepoint)
             if not self.is_active and not in_savepoint:  # A flush has failed, whatever the reason.
                 unit.transaction.note_failure(error)
-        if isinstance(error, DBAPIError) and unit.conflict is None and is_conflict(error):
-            # A BEGIN has failed, before the unit had the connection.
-            unit.conflict = error
-            unit.tally.conflicts += 1
 
     def _should_give_back(self, error: BaseException | None) -> bool:
         """Decide whether the connection goes back to the pool after an operation.
