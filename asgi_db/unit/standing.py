@@ -44,6 +44,7 @@ from asgi_db.unit.ending import (
     has_changes,
 )
 from asgi_db.unit.hooks import Hooks
+from asgi_db.unit.loaded import LoadedValues
 from asgi_db.unit.operation import MAY_BE_LATE, Operation
 from asgi_db.unit.origin import Origin
 from asgi_db.unit.transaction import OUTCOMES, Stage, Transaction
@@ -95,6 +96,7 @@ class Standing:
         unanswered: the first committed transaction that the client has not been told about.
         owner: the task that began the open transaction.
         left_over: work of the session that belongs to no transaction.
+        loaded: what its objects had loaded; None before the first flush or rollback.
     """
 
     # Most requests never set these, so that as class attributes they cost nothing.
@@ -109,6 +111,7 @@ class Standing:
     unanswered: Transaction | None = None
     owner: asyncio.Task[object] | None = None
     left_over: LeftOver | None = None
+    loaded: LoadedValues | None = None
 
     def __init__(self, session: AsyncSession, origin: Origin) -> None:
         """Prepare a unit; nothing is opened before the first statement.

@@ -25,6 +25,7 @@ from asgi_db.errors import DatabaseTimeoutError, ReadOnlyError
 from asgi_db.tasks import current_task
 from asgi_db.unit.deadline import Deadline
 from asgi_db.unit.ending import give_back, has_changes, terminate
+from asgi_db.unit.loaded import LoadedValues
 from asgi_db.unit.operation import (
     DISCARDING,
     ENDS_UNIT,
@@ -208,7 +209,7 @@ class UnitSession(Session):
 def _inside_the_unit(name: str) -> Callable[..., Any]:
     operation = getattr(UnitSession, name)
 
-    @functools.wraps(operation)
+    @functools.wraps(getattr(Session, name))
     def guarded(self: UnitSession, *args: Any, **kwargs: Any) -> Any:
         if not self.enter(name):
             return operation(self, *args, **kwargs)
@@ -302,6 +303,9 @@ def _check_flush(session: UnitSession, *_: Any) -> None:
             f" {unit.mode.name} and only reads. Put @transactional on the route, or ask for the"
             " transactional session."
         )
+    if unit.loaded is None:
+        unit.loaded = LoadedValues()
+    unit.loaded.flush_begins(session)
 
 
 @event.listens_for(UnitSession, "before_commit")
@@ -318,10 +322,21 @@ def _transaction_committed(session: UnitSession) -> None:
     unit = session.unit_of_work
     transaction = unit.transaction
     transaction.move(Stage.COMMITTED)
+    if unit.loaded is not None:
+        unit.loaded.committed()
     if transaction.effect.writes and unit.unanswered is None:
         unit.unanswered = transaction
     if unit.hooks is not None:
         unit.hooks.settle("commit")
+
+
+@event.listens_for(UnitSession, "after_rollback")
+def _objects_expire(session: UnitSession) -> None:
+    """Keep what the objects have loaded; SQLAlchemy expires it right after this event."""
+    unit = session.unit_of_work
+    if unit.loaded is None:
+        unit.loaded = LoadedValues()
+    unit.loaded.rolled_back(session)
 
 
 @event.listens_for(UnitSession, "after_soft_rollback")
@@ -343,6 +358,8 @@ def _transaction_ended(session: UnitSession, transaction: SessionTransaction) ->
     """Note that the session has ended its transaction, by itself or for the handler."""
     unit = session.unit_of_work
     if transaction.parent is not None:
+        if transaction.nested and unit.loaded is not None:
+            unit.loaded.savepoint_ended(transaction)
         return
     if unit.transaction.stage is Stage.OPEN:
         unit.transaction.end()

@@ -122,12 +122,16 @@ class UnitOfWork(Standing):
         session = self.sync_session
         has_transaction = session is not None and session.in_transaction()
         if has_transaction or straggler is not None or self.left_over is LeftOver.KEPT:
-            if success and problem is None and commits:
-                log_failure = functools.partial(self._log_failed_commit, answer)
-                commit = functools.partial(AsyncSession.commit, self.session)
-                await self._end_by("commit", self._ending().commit(commit, log_failure))
-            else:
-                await self._end_by("rollback", self._ending().roll_back_unit(straggler))
+            try:
+                if success and problem is None and commits:
+                    log_failure = functools.partial(self._log_failed_commit, answer)
+                    commit = functools.partial(AsyncSession.commit, self.session)
+                    await self._end_by("commit", self._ending().commit(commit, log_failure))
+                else:
+                    await self._end_by("rollback", self._ending().roll_back_unit(straggler))
+            finally:
+                if self.loaded is not None and session is not None:
+                    self.loaded.give_back(session)
         elif self.state is State.ACTIVE:
             self.become_idle()
         self.left_over = None
@@ -275,12 +279,24 @@ class UnitOfWork(Standing):
             raise
 
     def close(self) -> None:
-        """Close the session for good; using it is an error from now on."""
+        """Close the session for good; using it is an error from now on.
+
+        Its objects are detached, and keep what they have loaded.
+        """
         self.move(State.CLOSED)
-        self.sync_session = self.owner = self.deadline = self.conflict = None
+        session, self.sync_session = self.sync_session, None
+        self.owner = self.deadline = self.conflict = None
         self.transaction.failure = None
         self.transaction.connections = self.transaction.streams = ()
         del self.session
+        if session is not None:
+            try:
+                session.expunge_all()
+            except Exception:  # of a listener to SQLAlchemy's events
+                logger.exception("%s: an object could not be detached", self.describe())
+            if self.loaded is not None:
+                self.loaded.give_back(session)
+                self.loaded = None
 
     # -- hooks ---------------------------------------------------------------------------------
 
