@@ -46,9 +46,11 @@ class UnitTransaction(Protocol):
 
     Attributes:
         effect: the greatest effect of its statements.
+        was_handed_out: whether its connection was handed out, over which anything may be sent.
     """
 
     effect: Effect
+    was_handed_out: bool
 
     @property
     def commit_was_sent(self) -> bool:
@@ -207,6 +209,12 @@ def begin_now(connection: Connection, unit: Unit) -> None:
         connection.invalidate(error)
         raise connection_error(error, _where(unit)) from error
     unit.transaction.effect = max(unit.transaction.effect, Effect.HOLDS)
+    unit.transaction.was_handed_out = True
+
+
+def has_unseen_writes(connection: Connection) -> bool:
+    """Return whether the open transaction has written over the connection of the driver."""
+    return driver_of(connection.dialect).has_written(connection.connection)
 
 
 # -- statements and errors ---------------------------------------------------------------------

@@ -206,6 +206,7 @@ class DiaryOfTransaction:
 
     commit_was_sent = False
     effect = Effect.READS
+    was_handed_out: bool = False
 
     def __init__(self) -> None:
         self.entries: list[str] = []

@@ -163,6 +163,13 @@ class Driver(Protocol):
         of SQLAlchemy's.
         """
 
+    def has_written(self, pooled: PoolProxiedConnection) -> bool:
+        """Say whether the open transaction has written, as far as the database tells; it is asked.
+
+        Only for a connection that was handed out, over which more may have been sent.
+        """
+        ...
+
     def enter_autocommit(self, connection: DBAPIConnection) -> None:
         """Let each statement stand alone, where `begin` has not seen to that."""
 
@@ -283,6 +290,9 @@ class AnyDriver(Driver):
     def begin_now(self, pooled: PoolProxiedConnection) -> None:
         if isinstance(connection := pooled.driver_connection, StandIn):
             connection.begin_now()
+
+    def has_written(self, pooled: PoolProxiedConnection) -> bool:
+        return False
 
     def enter_autocommit(self, connection: DBAPIConnection) -> None:
         pass

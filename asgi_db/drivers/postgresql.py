@@ -304,6 +304,16 @@ class Asyncpg(PostgreSQL):
         if not isinstance(pooled.driver_connection, StandIn) and connection._transaction is None:
             await_(connection._start_transaction())
 
+    def has_written(self, pooled: PoolProxiedConnection) -> bool:
+        # A transaction gets its number with its first write.
+        cursor = pooled.cursor()
+        try:
+            cursor.execute("SELECT txid_current_if_assigned()")
+            row = cursor.fetchone()
+        finally:
+            cursor.close()
+        return row is not None and row[0] is not None
+
     def enter_autocommit(self, connection: DBAPIConnection) -> None:
         connection.autocommit = True
 

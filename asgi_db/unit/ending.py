@@ -19,6 +19,8 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util.concurrency import in_greenlet
 
 from asgi_db.drivers.describing import brief
+from asgi_db.drivers.statements import Effect
+from asgi_db.engine import has_unseen_writes
 from asgi_db.errors import DatabaseTimeoutError, OutcomeUnknownError
 from asgi_db.logs import logger
 from asgi_db.unit.deadline import Deadline
@@ -143,30 +145,44 @@ class Ending:
             TimeoutError(),
         )
 
-    async def roll_back_unit(self, straggler: Operation | None) -> None:
+    async def roll_back_unit(
+        self, straggler: Operation | None, *, looks_for_writes: bool = False
+    ) -> None:
         """Roll back at the end of a unit; after mere reads the loaded objects stay usable.
 
         Args:
             straggler: an operation still running in another task; it is cancelled first.
+            looks_for_writes: note first whether the driver's own connection was used to write.
         """
-        await self._close_by(self._roll_back_after(straggler), self._session.close)
+        rollback = self._roll_back_after(straggler, looks_for_writes=looks_for_writes)
+        await self._close_by(rollback, self._session.close)
 
     async def give_back(self) -> None:
         """Give the connection back, but keep the loaded objects usable."""
         await self._close_by(self._give_back_after_streams(), self._keep_objects)
 
-    async def _roll_back_after(self, straggler: Operation | None) -> None:
+    async def _roll_back_after(
+        self, straggler: Operation | None, *, looks_for_writes: bool
+    ) -> None:
         if straggler is not None and straggler.task is not None:
             # Ending a session in the middle of another task's statement would break it.
             straggler.task.cancel()
             await asyncio.wait((straggler.task,))
         transaction = self._transaction
         await self._close_streams()
+        if looks_for_writes and transaction.was_handed_out and transaction.failure is None:
+            await self._session.run_sync(self._note_unseen_writes)
         has_work = transaction.effect.writes or has_changes(self._session.sync_session)
         if has_work or transaction.failure is not None:
             await AsyncSession.rollback(self._session)
         else:
             await self._session.run_sync(give_back)
+
+    def _note_unseen_writes(self, _: Session) -> None:
+        # In a transaction that the database has aborted, this question fails too.
+        with contextlib.suppress(Exception):
+            if any(map(has_unseen_writes, self._transaction.connections)):
+                self._transaction.effect = Effect.WRITES
 
     async def _give_back_after_streams(self) -> None:
         await self._close_streams()

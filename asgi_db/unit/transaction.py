@@ -62,8 +62,9 @@ class Transaction:
         stage: how far it has come.
         connections: the connections on which it is open.
         streams: its results with an open server-side cursor.
-        effect: the greatest effect of its statements; `HOLDS` also if the connection itself was
-            handed out, over which anything may be sent.
+        effect: the greatest effect of its statements; `HOLDS` also if its connection was handed
+            out.
+        was_handed_out: whether its connection was handed out, over which anything may be sent.
         failure: why it can no longer be committed, if so.
         was_cancelled: whether one of its statements, or its COMMIT, was running when the request
             was cancelled.
@@ -74,6 +75,7 @@ class Transaction:
     connections: tuple[Connection, ...] = ()
     streams: tuple[Result[object], ...] = ()
     effect = Effect.READS
+    was_handed_out = False
     failure: BaseException | None = None
     was_cancelled = False
     when_sent: Callable[[], None] | None = None

@@ -26,6 +26,7 @@ from asgi_db.errors import (
     UncommittedWorkError,
 )
 from asgi_db.logs import logger
+from asgi_db.modes import Mode
 from asgi_db.tasks import cancelled_once, current_task, finish
 from asgi_db.unit.ending import Ending, has_changes
 from asgi_db.unit.hooks import Hook, HookOutcome, Hooks
@@ -117,8 +118,8 @@ class UnitOfWork(Standing):
         commits = mode is not None and mode.commits
         if self.left_over is LeftOver.DISCARDED and commits:
             problem = problem or UncommittedWorkError(self.describe(), is_lost=True)
-        if success and not commits:
-            self._warn_of_lost_work()
+        warns = success and problem is None and not commits
+        is_lost = warns and self._loses_work()
         session = self.sync_session
         has_transaction = session is not None and session.in_transaction()
         if has_transaction or straggler is not None or self.left_over is LeftOver.KEPT:
@@ -128,13 +129,16 @@ class UnitOfWork(Standing):
                     commit = functools.partial(AsyncSession.commit, self.session)
                     await self._end_by("commit", self._ending().commit(commit, log_failure))
                 else:
-                    await self._end_by("rollback", self._ending().roll_back_unit(straggler))
+                    rollback = self._ending().roll_back_unit(straggler, looks_for_writes=warns)
+                    await self._end_by("rollback", rollback)
             finally:
                 if self.loaded is not None and session is not None:
                     self.loaded.give_back(session)
         elif self.state is State.ACTIVE:
             self.become_idle()
         self.left_over = None
+        if mode is not None and (is_lost or (warns and self.transaction.effect.writes)):
+            self._warn_of_lost_work(mode)
         if success and problem is not None:
             logger.error("Not committed: %s", brief(problem))
             raise problem
@@ -146,16 +150,30 @@ class UnitOfWork(Standing):
                 Session.begin(session)
         return Ending(self.session, self.transaction, self.deadline, self.describe, self.translated)
 
-    def _warn_of_lost_work(self) -> None:
-        has_new = self.sync_session is not None and self.sync_session.new
-        has_writes = self.transaction.effect.writes and self.transaction.is_open
-        if has_writes or self.left_over is LeftOver.DISCARDED or has_new:
-            logger.warning(
-                "%s: uncommitted work was rolled back at the end of the %s unit: commit it with"
-                " `await session.commit()`, or put @transactional on the route.",
-                self.describe(),
-                self.mode.name,
+    def _loses_work(self) -> bool:
+        """Return whether a ROLLBACK undoes anything that is known of.
+
+        An attribute that was set to the value that it had is no change.
+        """
+        session, transaction = self.sync_session, self.transaction
+        return (
+            self.left_over is LeftOver.DISCARDED
+            or (transaction.effect.writes and transaction.is_open)
+            or session is not None
+            and (
+                bool(session.new or session.deleted)
+                or any(session.is_modified(changed) for changed in session.dirty)
             )
+        )
+
+    def _warn_of_lost_work(self, mode: Mode) -> None:
+        remedy = "put @transactional on the route"
+        logger.warning(
+            "%s: uncommitted work was rolled back at the end of the %s unit: %s.",
+            self.describe(),
+            mode.name,
+            remedy if mode.read_only else f"commit it with `await session.commit()`, or {remedy}",
+        )
 
     def _log_failed_commit(self, answer: str, error: BaseException) -> None:
         unsent = f", and {answer} was not sent" if answer else ""
