@@ -20,6 +20,7 @@ class Origin(Protocol):
         asked: the mode that the handler's dependencies ask for, if any.
         ends_at: when the mode's `timeout=` ends, by the event loop's clock, if the time began in
             an earlier attempt.
+        loop: the event loop in which the session is used.
         is_over: whether the request or block has ended, so that its session refuses to work.
         task: the task that owns each unit not begun by another task; None if any task may end it.
     """
@@ -28,6 +29,7 @@ class Origin(Protocol):
     asked: Mode | None = None
     ends_at: float | None = None
     is_over: bool = False
+    loop: asyncio.AbstractEventLoop
     task: asyncio.Task[object] | None = None
 
     @property

@@ -68,11 +68,14 @@ class UnitSession(Session):
 
         Raises:
             SessionExpiredError: the request is over.
-            ConcurrentUseError: another task is in the middle of an operation.
+            ConcurrentUseError: another task is in the middle of an operation, or this is another
+                event loop.
             DatabaseTimeoutError: the time of the unit is over.
         """
         unit, task = self.unit_of_work, asyncio.current_task()
         operation, deadline = unit.operation, unit.deadline
+        if asyncio.get_running_loop() is not unit.loop:
+            unit.check_free(name)
         if operation is not None and operation.task is task:
             return False
         if operation is not None and unit.is_giving_back and in_greenlet():

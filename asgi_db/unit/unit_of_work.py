@@ -246,9 +246,7 @@ class UnitOfWork(Standing):
     def close(self) -> None:
         """Close the session for good; using it is an error from now on."""
         self.move(State.CLOSED)
-        self.sync_session = self.owner = self.deadline = self.conflict = None
-        self.transaction.failure = None
-        self.transaction.connections = self.transaction.streams = ()
+        self.forget()
         del self.session
 
     # -- hooks ---------------------------------------------------------------------------------
