@@ -7,6 +7,7 @@ connection holds what the variant asks for, and the unit of work that uses the c
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -20,10 +21,11 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from asgi_db.drivers import driver_of
 from asgi_db.drivers.base import BEGIN_OPTION, Beginning, Driver, cause_of, connection_error
-from asgi_db.drivers.connecting import let_driver_connect
+from asgi_db.drivers.connecting import check_loop, let_driver_connect
 from asgi_db.drivers.describing import brief, conflict_error, opening_of
 from asgi_db.drivers.statements import Effect, Judge
 from asgi_db.errors import (
+    ConcurrentUseError,
     ConfigurationError,
     DatabaseConflictError,
     DatabaseDownError,
@@ -68,10 +70,12 @@ class Unit(Protocol):
     """What the events of an engine know about a unit of work, and what they report to it.
 
     Attributes:
+        loop: the event loop of its session.
         fixed_mode: the mode that its first statement has fixed.
         conflict: the last error of the database about a conflict with another transaction.
     """
 
+    loop: asyncio.AbstractEventLoop
     fixed_mode: Mode | None
     conflict: DatabaseConflictError | None
 
@@ -236,7 +240,10 @@ def _do_execute(
     found = _units.get(context.root_connection)
     unit = None if found is None else found()
     if unit is None:
+        check_loop(context.root_connection.engine.pool, "A connection of the engine was used")
         return
+    if asyncio.get_running_loop() is not unit.loop:
+        raise ConcurrentUseError.session_in_another_loop("execute", unit.describe())
     mode = unit.fixed_mode or unit.mode
     effect = judge.effect_of(statement)
     if mode.read_only:

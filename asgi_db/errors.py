@@ -62,13 +62,32 @@ class SessionExpiredError(RuntimeError):
 
 
 class ConcurrentUseError(RuntimeError):
-    """Raised when two tasks use one session at the same time."""
+    """Raised when two tasks use one session at the same time, or another event loop uses it."""
 
     def __init__(self, operation: str, running: str, owner: str) -> None:
         super().__init__(
             f"{owner}: session.{operation}() was called while session.{running}() was still running"
             " in another task. A session serves one task at a time: await the statements one after"
             " the other, or give each task its own `async with database.session()`."
+        )
+
+    @classmethod
+    def in_another_loop(cls, what: str, remedy: str) -> Self:
+        """Make the error for something that is used in another event loop than its own."""
+        return cls.__new__(
+            cls,
+            f"{what} in another event loop than its own, such as that of `asyncio.run()` in a"
+            f" thread. {remedy}",
+        )
+
+    @classmethod
+    def session_in_another_loop(cls, operation: str, owner: str) -> Self:
+        """Make the error for a session that is used in another event loop than its own."""
+        return cls.in_another_loop(
+            f"{owner}: session.{operation}() was called",
+            "In a synchronous endpoint call it by"
+            f" `anyio.from_thread.run(session.{operation}, ...)`, or open a session in that loop:"
+            " `async with database.session() as session:`.",
         )
 
 

@@ -233,6 +233,7 @@ class Diary:
     def __init__(self) -> None:
         self.transaction = DiaryOfTransaction()
         self.tally = Tally()
+        self.loop = asyncio.get_running_loop()
 
     @property
     def entries(self) -> list[str]:

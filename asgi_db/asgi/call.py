@@ -81,7 +81,7 @@ class Call(Origin):
         self._scope = scope
         self._receive = receive
         self._send = send
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._outer_exception = sys.exc_info()[1]
 
     async def run(self) -> None:
@@ -117,7 +117,7 @@ class Call(Origin):
 
     def life(self) -> EngineLife:
         """Return the engine of the call's event loop; this works in a thread without a loop too."""
-        return self._site.database.life_on(self._loop)
+        return self._site.database.life_on(self.loop)
 
     def serves(self, database: Database) -> bool:
         """Return whether the call is still running and its session belongs to this database."""

@@ -20,6 +20,7 @@ class Origin(Protocol):
         asked: the mode that the handler's dependencies ask for, if any.
         ends_at: when the mode's `timeout=` ends, by the event loop's clock, if the time began in
             an earlier attempt.
+        loop: the event loop in which the session is used.
         is_over: whether the request or block has ended, so that its session refuses to work.
         is_asked_anew: whether a mode was asked for, or has become the default, after the last call
             of `mode`.
@@ -30,6 +31,7 @@ class Origin(Protocol):
     asked: Mode | None = None
     ends_at: float | None = None
     is_over: bool = False
+    loop: asyncio.AbstractEventLoop
     is_asked_anew: bool = False
     task: asyncio.Task[object] | None = None
 

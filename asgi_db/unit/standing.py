@@ -84,6 +84,7 @@ class Standing:
         sync_session: its synchronous half; None before the session is first used.
         origin: the request or block that the session is for.
         life: the engine of the session, with its pool.
+        loop: the event loop of the session.
         state: where the unit stands.
         fixed_mode: the mode that the first statement has fixed until the unit ends.
         next_mode: another mode that was asked for meanwhile, in which the next one has to begin.
@@ -123,6 +124,7 @@ class Standing:
         self.session = session
         self.origin = origin
         self.life = origin.life()
+        self.loop = origin.loop
         self.transaction = Transaction()
         self.transaction.stage = Stage.NONE
         self.tally = self.life.statistics.new_tally()
@@ -228,8 +230,11 @@ class Standing:
 
         Raises:
             SessionExpiredError: the request is over.
-            ConcurrentUseError: another task is in the middle of an operation.
+            ConcurrentUseError: another task is in the middle of an operation, or this is another
+                event loop.
         """
+        if asyncio.get_running_loop() is not self.loop:
+            raise ConcurrentUseError.session_in_another_loop(name, self.describe())
         if self.state is State.CLOSED:
             raise SessionExpiredError(name, self.describe())
         if self.operation is not None and self.operation.task is not asyncio.current_task():
@@ -390,6 +395,12 @@ class Standing:
             self.tally = self.life.statistics.new_tally()
             self.life.statistics.unit_ended(self.origin.route(), mode.name, tally)
             self.origin.unit_ended(tally)
+
+    def forget(self) -> None:
+        """Forget the session, and all that leads to a task or an error."""
+        self.sync_session = self.owner = self.deadline = self.conflict = None
+        self.transaction.failure = None
+        self.transaction.connections = self.transaction.streams = ()
 
     def move(self, to: State) -> None:
         """Go on to another state.

@@ -79,18 +79,21 @@ class UnitSession(Session):
 
         Raises:
             SessionExpiredError: the request is over.
-            ConcurrentUseError: another task is in the middle of an operation.
+            ConcurrentUseError: another task is in the middle of an operation, or this is another
+                event loop.
             DatabaseTimeoutError: the time of the unit is over.
             ModeConflictError: another mode is asked for by now, and the unit holds work.
         """
         unit, task = self.unit_of_work, asyncio.current_task()
         operation = unit.operation
+        if asyncio.get_running_loop() is not unit.loop:
+            unit.check_free(name)
         if operation is not None and operation.task is task:
             return False
         if operation is not None and unit.is_giving_back and in_greenlet():
             # The unit is giving its connection back because another task waits for the body.
             await_(unit.wait_for_end())
-            operation, deadline = unit.operation, unit.deadline
+            operation = unit.operation
         if operation is not None or (unit.state is State.CLOSED and name not in DISCARDING):
             unit.check_free(name)
         if unit.fixed_mode is not None and name not in ENDS_UNIT and unit.is_outdated():

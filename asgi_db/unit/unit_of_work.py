@@ -302,10 +302,8 @@ class UnitOfWork(Standing):
         Its objects are detached, and keep what they have loaded.
         """
         self.move(State.CLOSED)
-        session, self.sync_session = self.sync_session, None
-        self.owner = self.deadline = self.conflict = None
-        self.transaction.failure = None
-        self.transaction.connections = self.transaction.streams = ()
+        session = self.sync_session
+        self.forget()
         del self.session
         if session is not None:
             try:
