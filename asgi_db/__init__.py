@@ -23,6 +23,7 @@ from asgi_db.errors import (
     ReadOnlyError,
     SandboxError,
     SessionExpiredError,
+    StatementTimeoutError,
     UnavailableError,
     UncommittedWorkError,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "Readiness",
     "SandboxError",
     "SessionExpiredError",
+    "StatementTimeoutError",
     "UnavailableError",
     "UncommittedWorkError",
     "by_method",

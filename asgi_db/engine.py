@@ -32,6 +32,7 @@ from asgi_db.errors import (
     DatabaseTimeoutError,
     OutcomeUnknownError,
     ReadOnlyError,
+    StatementTimeoutError,
 )
 from asgi_db.modes import Mode
 from asgi_db.statistics import Tally
@@ -304,7 +305,7 @@ def _handle_error(context: ExceptionContext) -> Exception | None:
     MariaDB has rolled back the whole transaction, including its savepoints.
 
     Returns:
-        The error for a conflict in a unit, which takes the place of SQLAlchemy's.
+        The error for a conflict or a timeout in a unit, in place of SQLAlchemy's.
 
     Raises:
         DatabaseDownError: replaces the various errors of the driver for a closed connection.
@@ -318,10 +319,16 @@ def _handle_error(context: ExceptionContext) -> Exception | None:
     if context.is_pre_ping or not (isinstance(error, DBAPIError) or driver.is_own_error(original)):
         return None
     unit = _unit_of(connection)
-    conflict: DatabaseConflictError | None = None
+    own: DatabaseConflictError | StatementTimeoutError | None = None
     if unit is not None and driver.is_conflict(original):
-        unit.conflict = error = conflict = conflict_error(error, unit.describe())
+        unit.conflict = error = own = conflict_error(error, unit.describe())
         unit.tally.conflicts += 1
+    elif unit is not None and (limit := driver.time_limit(original)) is not None:
+        error = own = StatementTimeoutError(
+            f"{unit.describe()}: the server has ended the statement, because it took longer than"
+            f" its limit allows ({limit}). Make the statement faster, or raise the limit.",
+            original,
+        )
     elif connection is None and driver.is_conflict(original):
         return None  # SQLite refuses to set up a connection to a locked file.
     if unit is not None and (trace := unit.tally.trace) is not None:
@@ -340,10 +347,22 @@ def _handle_error(context: ExceptionContext) -> Exception | None:
         context.is_disconnect = True
         # A connection may also be closed when a value is refused, and the error then repeats it.
         cause = cause_of(original) if driver.is_outage(original) else brief(original)
+        if connection is not None and (limit := _idle_limit(driver, connection)) is not None:
+            cause = f"{cause}; {limit}"
         if unit is not None and unit.transaction.commit_was_sent:
             raise _outcome_unknown(original, unit, cause)
         raise connection_error(original, _where(unit), cause)
-    return conflict
+    return own
+
+
+def _idle_limit(driver: Driver, connection: Connection) -> str | None:
+    """Name the limit that may have closed a connection while nothing was running on it."""
+    if connection.closed or connection.invalidated:
+        return None
+    pooled = connection.connection
+    if pooled.driver_connection is None or not driver.is_closed(pooled.driver_connection):
+        return None
+    return driver.idle_limit(pooled.driver_connection, in_transaction=True)
 
 
 def _outcome_unknown(error: BaseException, unit: Unit, cause: str) -> OutcomeUnknownError:
@@ -393,6 +412,7 @@ def watch(engine: Engine) -> None:
         return
     _watched.add(dialect)
     driver = driver_of(dialect)
+    driver.extend(dialect)
     _wrap(dialect, driver, engine.get_execution_options().get(BEGIN_OPTION))
     event.listen(engine, "do_connect", let_driver_connect)
     judge = Judge(driver.effect_of, drops_row_locks=driver.drops_row_locks)

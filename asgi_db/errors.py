@@ -221,7 +221,10 @@ class OutcomeUnknownError(DatabaseDownError):
 
 
 class DatabaseTimeoutError(UnavailableError, TimeoutError):
-    """Raised when the `timeout=` of the mode is over; the running statement was cancelled."""
+    """Raised when the `timeout=` of the mode is over; the running statement was cancelled.
+
+    A `StatementTimeoutError` is one, too.
+    """
 
     reason = "timeout"
     public_message = "The database took too long. Try again."
@@ -231,3 +234,15 @@ class DatabaseTimeoutError(UnavailableError, TimeoutError):
             f"{route}: the unit of work was not finished within its timeout of {timeout:g} s, and"
             " has been rolled back."
         )
+
+
+class StatementTimeoutError(DatabaseTimeoutError, OperationalError):
+    """Raised when the server has ended a statement, because its own limit of time was over.
+
+    The limit is PostgreSQL's `statement_timeout`, MySQL's `max_execution_time` or MariaDB's
+    `max_statement_time`. The error of the driver is the `orig`.
+    """
+
+    def __init__(self, message: str, orig: BaseException) -> None:
+        OperationalError.__init__(self, None, None, orig)
+        self.args = (message,)

@@ -165,3 +165,27 @@ async def test_after_a_commit_by_hand_nobody_is_told_to_try_again(contended: Sit
     exchange = await contended.answer(commit_and_lose, plain)
     assert exchange.status == 500
     assert await contended.items() == ["a", "shared"]
+
+
+async def test_a_lock_that_is_free_again_is_had_in_the_next_attempt(contended: Site) -> None:
+    attempts = list[int]()
+
+    async def try_again(session: DBSession) -> Answer:
+        attempts.append(session.attempt)
+        if session.attempt == 1:
+            async with locked(contended):
+                await lose(session)
+        await session.execute(OUR_UPDATE)
+        return Answer(201)
+
+    exchange = await contended.answer(try_again, transactional(retries=1))
+    assert (exchange.status, attempts) == (201, [1, 2])
+
+
+async def test_nowait_is_a_conflict(framework: Framework, postgresql_url: str) -> None:
+    async def nowait(session: DBSession) -> None:
+        await session.execute(text("SELECT * FROM item WHERE name = 'shared' FOR UPDATE NOWAIT"))
+
+    async with Site.on(framework, postgresql_url) as site:
+        await site.from_outside("INSERT INTO item VALUES ('shared', NULL)")
+        assert_refused(await lost(site, nowait), "conflict")
