@@ -22,6 +22,7 @@ class Origin(Protocol):
             an earlier attempt.
         is_over: whether the request or block has ended, so that its session refuses to work.
         task: the task that owns each unit not begun by another task; None if any task may end it.
+        waiting: the tasks that wait for their turn with the session, if any.
     """
 
     attempt: int = 1
@@ -29,6 +30,7 @@ class Origin(Protocol):
     ends_at: float | None = None
     is_over: bool = False
     task: asyncio.Task[object] | None = None
+    waiting: tuple[asyncio.Future[None], ...] = ()
 
     @property
     def session_options(self) -> Mapping[str, Any]:
@@ -90,6 +92,12 @@ class Origin(Protocol):
             if begun is not None and not begun.covers(mode):
                 raise ModeConflictError.too_late(mode.name, begun.name, self.describe())
         self.asked = mode
+
+    # -- one task at a time --------------------------------------------------------------------
+
+    def takes_turns(self, task: asyncio.Task[object]) -> bool:
+        """Return whether a task waits for others that do so too, instead of getting an error."""
+        return False
 
     # -- what a unit reports -------------------------------------------------------------------
 

@@ -175,6 +175,20 @@ class Standing:
         if self.operation is not None and self.operation.task is not asyncio.current_task():
             raise self._concurrent_use(name)
 
+    async def wait_for_turn(self) -> None:
+        """Wait while another task uses the session, if both are tasks that take turns."""
+        origin, task = self.origin, asyncio.current_task()
+        while (operation := self.operation) is not None and task is not None:
+            other = operation.task
+            if other is task or not origin.takes_turns(task):
+                return
+            # A COMMIT by hand runs in a task of its own.
+            if self.state is not State.ENDING and (other is None or not origin.takes_turns(other)):
+                return
+            turn = task.get_loop().create_future()
+            origin.waiting = (*origin.waiting, turn)
+            await turn
+
     def overdue(self) -> DatabaseTimeoutError:
         """Make the error for a unit whose time is over."""
         timeout = 0.0 if self.deadline is None else self.deadline.timeout
@@ -204,6 +218,11 @@ class Standing:
         """Note that the operation has ended."""
         self.tally.busy += time.monotonic() - operation.began
         self.operation = None
+        if waiting := self.origin.waiting:
+            self.origin.waiting = ()
+            for turn in waiting:
+                if not turn.done():
+                    turn.set_result(None)
 
     def terminate_streams(self) -> None:
         """Close the connections of server-side cursors which are read after their time is over.

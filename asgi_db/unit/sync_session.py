@@ -17,7 +17,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
-from sqlalchemy.util.concurrency import in_greenlet
+from sqlalchemy.util.concurrency import await_, in_greenlet
 
 from asgi_db.drivers import is_conflict
 from asgi_db.drivers.connecting import abandon_connect
@@ -78,11 +78,16 @@ class UnitSession(Session):
             DatabaseTimeoutError: the time of the unit is over.
         """
         unit, task = self.unit_of_work, asyncio.current_task()
-        operation, deadline = unit.operation, unit.deadline
-        if operation is not None and operation.task is task:
-            return False
-        if operation is not None or (unit.state is State.CLOSED and name not in DISCARDING):
+        operation = unit.operation
+        if operation is not None:
+            if operation.task is task:
+                return False
+            if in_greenlet():
+                await_(unit.wait_for_turn())
             unit.check_free(name)
+        elif unit.state is State.CLOSED and name not in DISCARDING:
+            unit.check_free(name)
+        deadline = unit.deadline
         if deadline is not None and unit.state is State.ACTIVE:
             if name not in MAY_BE_LATE and deadline.is_over:
                 raise unit.overdue()

@@ -162,6 +162,8 @@ class UnitOfWork(Standing):
             if caller is not None and caller.cancelling():
                 self._log_failed_commit("", error)
 
+        if self.operation is not None:
+            await self.wait_for_turn()
         self.check_free("commit")
         self.begin()
         try:
@@ -179,6 +181,8 @@ class UnitOfWork(Standing):
         """Give the connection back before the unit's end; see `DBSession.release`."""
         if self.state is State.CLOSED:
             return
+        if self.operation is not None:
+            await self.wait_for_turn()
         self.check_free("release")
         transaction, session = self.transaction, self.sync_session
         if transaction.has_writes and transaction.is_open:
