@@ -10,7 +10,13 @@ from typing import Any, Protocol, cast
 
 import anyio
 
-from asgi_db.asgi.frameworks import describe_route, marks_of, mode_of_route, name_of_route
+from asgi_db.asgi.frameworks import (
+    describe_route,
+    is_framework_task,
+    marks_of,
+    mode_of_route,
+    name_of_route,
+)
 from asgi_db.asgi.late_cancellation import LateCancellation
 from asgi_db.database import Database
 from asgi_db.errors import MissingMiddlewareError
@@ -165,6 +171,10 @@ class Call(Origin):
     def route(self) -> str:
         """Name the route, for the counters."""
         return name_of_route(self._scope)
+
+    def takes_turns(self, task: asyncio.Task[object]) -> bool:
+        """Return whether a task waits for the others; those of the framework itself do so."""
+        return is_framework_task(task)
 
     # -- how a unit ends before an answer ------------------------------------------------------
 

@@ -25,6 +25,7 @@ class Origin(Protocol):
         is_asked_anew: whether a mode was asked for, or has become the default, after the last call
             of `mode`.
         task: the task that owns each unit not begun by another task; None if any task may end it.
+        waiting: the tasks that wait for their turn with the session, if any.
     """
 
     attempt: int = 1
@@ -34,6 +35,7 @@ class Origin(Protocol):
     loop: asyncio.AbstractEventLoop
     is_asked_anew: bool = False
     task: asyncio.Task[object] | None = None
+    waiting: tuple[asyncio.Future[None], ...] = ()
 
     @property
     def session_options(self) -> Mapping[str, Any]:
@@ -93,6 +95,12 @@ class Origin(Protocol):
             raise ModeConflictError.at_odds(repr(mode), repr(asked), self.describe())
         self.asked = mode
         self.is_asked_anew = True
+
+    # -- one task at a time --------------------------------------------------------------------
+
+    def takes_turns(self, task: asyncio.Task[object]) -> bool:
+        """Return whether a task waits for others that do so too, instead of getting an error."""
+        return False
 
     # -- what a unit reports -------------------------------------------------------------------
 

@@ -295,6 +295,11 @@ class Standing:
         """Note that the operation has ended."""
         self.tally.busy += time.monotonic() - operation.began
         self.operation = None
+        if waiting := self.origin.waiting:
+            self.origin.waiting = ()
+            for turn in waiting:
+                if not turn.done():
+                    turn.set_result(None)
 
     def terminate_streams(self) -> None:
         """Close the connections of server-side cursors which are read after their time is over.

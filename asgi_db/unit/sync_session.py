@@ -16,8 +16,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
-from sqlalchemy.util import await_
-from sqlalchemy.util.concurrency import in_greenlet
+from sqlalchemy.util.concurrency import await_, in_greenlet
 
 from asgi_db.drivers.connecting import abandon_connect
 from asgi_db.engine import begin_now, begin_unit
@@ -88,13 +87,13 @@ class UnitSession(Session):
         operation = unit.operation
         if asyncio.get_running_loop() is not unit.loop:
             unit.check_free(name)
-        if operation is not None and operation.task is task:
-            return False
-        if operation is not None and unit.is_giving_back and in_greenlet():
-            # The unit is giving its connection back because another task waits for the body.
-            await_(unit.wait_for_end())
-            operation = unit.operation
-        if operation is not None or (unit.state is State.CLOSED and name not in DISCARDING):
+        if operation is not None:
+            if operation.task is task:
+                return False
+            if in_greenlet():
+                await_(unit.wait_for_turn())
+            unit.check_free(name)
+        elif unit.state is State.CLOSED and name not in DISCARDING:
             unit.check_free(name)
         if unit.fixed_mode is not None and name not in ENDS_UNIT and unit.is_outdated():
             if in_greenlet():  # Outside of it nothing can be sent, and the operation fails.

@@ -46,6 +46,26 @@ class UnitOfWork(Standing):
             task = self.operation.task
             await (asyncio.sleep(0) if task is None else asyncio.wait((task,)))
 
+    async def wait_for_turn(self) -> None:
+        """Wait while another task uses the session, if it will be done by itself.
+
+        It gives the connection back before it waits for the body, or both tasks are tasks that the
+        framework has started, which take turns.
+        """
+        if self.is_giving_back:
+            await self.wait_for_end()
+        origin, task = self.origin, asyncio.current_task()
+        while (operation := self.operation) is not None and task is not None:
+            other = operation.task
+            if other is task or not origin.takes_turns(task):
+                return
+            # A COMMIT by hand runs in a task of its own.
+            if self.state is not State.ENDING and (other is None or not origin.takes_turns(other)):
+                return
+            turn = task.get_loop().create_future()
+            origin.waiting = (*origin.waiting, turn)
+            await turn
+
     async def end(self, *, success: bool, answer: str = "") -> None:
         """End the unit: COMMIT if it succeeded and its mode commits, otherwise ROLLBACK.
 
@@ -196,8 +216,8 @@ class UnitOfWork(Standing):
             if caller is not None and caller.cancelling():
                 self._log_failed_commit("", error)
 
-        if self.is_giving_back:
-            await self.wait_for_end()
+        if self.operation is not None:
+            await self.wait_for_turn()
         self.check_free("commit")
         if self.is_outdated():
             await self.change_mode()
@@ -217,8 +237,8 @@ class UnitOfWork(Standing):
         """Give the connection back before the unit's end; see `DBSession.release`."""
         if self.state is State.CLOSED:
             return
-        if self.is_giving_back:
-            await self.wait_for_end()
+        if self.operation is not None:
+            await self.wait_for_turn()
         self.check_free("release")
         transaction, session = self.transaction, self.sync_session
         if transaction.effect.writes and transaction.is_open:
