@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import AsyncGenerator, Mapping
@@ -314,6 +315,7 @@ class Block(Origin):
     """An `async with` block that has a session."""
 
     def __init__(self, database: Database, mode: Mode, name: str) -> None:
+        self.loop = asyncio.get_running_loop()
         self._database = database
         self._mode = mode
         self._name = name

@@ -7,6 +7,7 @@ connection holds what the variant asks for, and the unit of work that uses the c
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -20,15 +21,18 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from asgi_db.drivers import driver_of
 from asgi_db.drivers.base import BEGIN_OPTION, Beginning, Driver, cause_of, connection_error
-from asgi_db.drivers.connecting import let_driver_connect
-from asgi_db.drivers.describing import brief, opening_of
+from asgi_db.drivers.connecting import check_loop, let_driver_connect
+from asgi_db.drivers.describing import brief, conflict_error, opening_of
 from asgi_db.drivers.statements import Effect, Judge
 from asgi_db.errors import (
+    ConcurrentUseError,
     ConfigurationError,
+    DatabaseConflictError,
     DatabaseDownError,
     DatabaseTimeoutError,
     OutcomeUnknownError,
     ReadOnlyError,
+    StatementTimeoutError,
 )
 from asgi_db.modes import Mode
 from asgi_db.statistics import Tally
@@ -67,12 +71,14 @@ class Unit(Protocol):
     """What the events of an engine know about a unit of work, and what they report to it.
 
     Attributes:
+        loop: the event loop of its session.
         fixed_mode: the mode that its first statement has fixed.
         conflict: the last error of the database about a conflict with another transaction.
     """
 
+    loop: asyncio.AbstractEventLoop
     fixed_mode: Mode | None
-    conflict: BaseException | None
+    conflict: DatabaseConflictError | None
 
     @property
     def mode(self) -> Mode:
@@ -235,7 +241,10 @@ def _do_execute(
     found = _units.get(context.root_connection)
     unit = None if found is None else found()
     if unit is None:
+        check_loop(context.root_connection.engine.pool, "A connection of the engine was used")
         return
+    if asyncio.get_running_loop() is not unit.loop:
+        raise ConcurrentUseError.session_in_another_loop("execute", unit.describe())
     mode = unit.fixed_mode or unit.mode
     effect = judge.effect_of(statement)
     if mode.read_only:
@@ -289,11 +298,14 @@ def _where(unit: Unit | None) -> str:
     return "" if unit is None else f"{unit.describe()}: "
 
 
-def _handle_error(context: ExceptionContext) -> None:
+def _handle_error(context: ExceptionContext) -> Exception | None:
     """Note the failure of statements that bypass the session: `(await session.connection())…`.
 
     A savepoint confines a failure, unless the rollback to it fails as well: after a deadlock
     MariaDB has rolled back the whole transaction, including its savepoints.
+
+    Returns:
+        The error for a conflict or a timeout in a unit, in place of SQLAlchemy's.
 
     Raises:
         DatabaseDownError: replaces the various errors of the driver for a closed connection.
@@ -301,15 +313,24 @@ def _handle_error(context: ExceptionContext) -> None:
     connection, original = context.connection, context.original_exception
     if isinstance(original, DatabaseDownError):  # A driver's `begin` has raised it.
         context.is_disconnect = True
-        return
+        return None
     driver = driver_of(context.dialect)
     error = context.sqlalchemy_exception or original
     if context.is_pre_ping or not (isinstance(error, DBAPIError) or driver.is_own_error(original)):
-        return
+        return None
     unit = _unit_of(connection)
+    own: DatabaseConflictError | StatementTimeoutError | None = None
     if unit is not None and driver.is_conflict(original):
-        unit.conflict = error
+        unit.conflict = error = own = conflict_error(error, unit.describe())
         unit.tally.conflicts += 1
+    elif unit is not None and (limit := driver.time_limit(original)) is not None:
+        error = own = StatementTimeoutError(
+            f"{unit.describe()}: the server has ended the statement, because it took longer than"
+            f" its limit allows ({limit}). Make the statement faster, or raise the limit.",
+            original,
+        )
+    elif connection is None and driver.is_conflict(original):
+        return None  # SQLite refuses to set up a connection to a locked file.
     if unit is not None and (trace := unit.tally.trace) is not None:
         code = driver.code(original)
         name = type(original).__name__
@@ -326,9 +347,22 @@ def _handle_error(context: ExceptionContext) -> None:
         context.is_disconnect = True
         # A connection may also be closed when a value is refused, and the error then repeats it.
         cause = cause_of(original) if driver.is_outage(original) else brief(original)
+        if connection is not None and (limit := _idle_limit(driver, connection)) is not None:
+            cause = f"{cause}; {limit}"
         if unit is not None and unit.transaction.commit_was_sent:
             raise _outcome_unknown(original, unit, cause)
         raise connection_error(original, _where(unit), cause)
+    return own
+
+
+def _idle_limit(driver: Driver, connection: Connection) -> str | None:
+    """Name the limit that may have closed a connection while nothing was running on it."""
+    if connection.closed or connection.invalidated:
+        return None
+    pooled = connection.connection
+    if pooled.driver_connection is None or not driver.is_closed(pooled.driver_connection):
+        return None
+    return driver.idle_limit(pooled.driver_connection, in_transaction=True)
 
 
 def _outcome_unknown(error: BaseException, unit: Unit, cause: str) -> OutcomeUnknownError:
@@ -378,6 +412,7 @@ def watch(engine: Engine) -> None:
         return
     _watched.add(dialect)
     driver = driver_of(dialect)
+    driver.extend(dialect)
     _wrap(dialect, driver, engine.get_execution_options().get(BEGIN_OPTION))
     event.listen(engine, "do_connect", let_driver_connect)
     judge = Judge(driver.effect_of, drops_row_locks=driver.drops_row_locks)

@@ -62,13 +62,32 @@ class SessionExpiredError(RuntimeError):
 
 
 class ConcurrentUseError(RuntimeError):
-    """Raised when two tasks use one session at the same time."""
+    """Raised when two tasks use one session at the same time, or another event loop uses it."""
 
     def __init__(self, operation: str, running: str, owner: str) -> None:
         super().__init__(
             f"{owner}: session.{operation}() was called while session.{running}() was still running"
             " in another task. A session serves one task at a time: await the statements one after"
             " the other, or give each task its own `async with database.session()`."
+        )
+
+    @classmethod
+    def in_another_loop(cls, what: str, remedy: str) -> Self:
+        """Make the error for something that is used in another event loop than its own."""
+        return cls.__new__(
+            cls,
+            f"{what} in another event loop than its own, such as that of `asyncio.run()` in a"
+            f" thread. {remedy}",
+        )
+
+    @classmethod
+    def session_in_another_loop(cls, operation: str, owner: str) -> Self:
+        """Make the error for a session that is used in another event loop than its own."""
+        return cls.in_another_loop(
+            f"{owner}: session.{operation}() was called",
+            "In a synchronous endpoint call it by"
+            f" `anyio.from_thread.run(session.{operation}, ...)`, or open a session in that loop:"
+            " `async with database.session() as session:`.",
         )
 
 
@@ -120,7 +139,7 @@ class UnavailableError(Exception):
     `Retry-After`; the message itself, which names routes, stays in the log.
 
     Attributes:
-        reason: one word for the client: busy, down, timeout or outcome-unknown.
+        reason: one word for the client: busy, conflict, down, timeout or outcome-unknown.
         public_message: a sentence for the client.
     """
 
@@ -129,9 +148,14 @@ class UnavailableError(Exception):
 
 
 def unavailable_in(error: BaseException | None) -> UnavailableError | None:
-    """Return the error itself, or the first of a group that contains no other kind of error."""
+    """Return the error itself, or the first of a group that contains no other kind of error.
+
+    For a failed COMMIT it is the error of the statement that failed before, and was swallowed.
+    """
     if isinstance(error, UnavailableError):
         return error
+    if isinstance(error, FailedTransactionError):
+        return unavailable_in(error.__cause__)
     # Only an `ExceptionGroup` has this attribute.
     errors: tuple[BaseException, ...] = getattr(error, "exceptions", ())
     found = [unavailable_in(one) for one in errors]
@@ -151,6 +175,21 @@ class DatabaseBusyError(UnavailableError, PoolTimeoutError):
             " Make those faster, let them call `await session.release()` around slow work, or"
             " raise pool_size."
         )
+
+
+class DatabaseConflictError(UnavailableError, OperationalError):
+    """Raised when a transaction has lost a conflict with another one; nothing has been applied.
+
+    It failed to be serialized, was the victim of a deadlock, or did not get a lock in time. The
+    error of the driver is the `orig`.
+    """
+
+    reason = "conflict"
+    public_message = "Another request was working on the same data. Try again."
+
+    def __init__(self, message: str, orig: BaseException) -> None:
+        super().__init__(None, None, orig)
+        self.args = (message,)
 
 
 class DatabaseDownError(UnavailableError, OperationalError):
@@ -182,7 +221,10 @@ class OutcomeUnknownError(DatabaseDownError):
 
 
 class DatabaseTimeoutError(UnavailableError, TimeoutError):
-    """Raised when the `timeout=` of the mode is over; the running statement was cancelled."""
+    """Raised when the `timeout=` of the mode is over; the running statement was cancelled.
+
+    A `StatementTimeoutError` is one, too.
+    """
 
     reason = "timeout"
     public_message = "The database took too long. Try again."
@@ -192,3 +234,15 @@ class DatabaseTimeoutError(UnavailableError, TimeoutError):
             f"{route}: the unit of work was not finished within its timeout of {timeout:g} s, and"
             " has been rolled back."
         )
+
+
+class StatementTimeoutError(DatabaseTimeoutError, OperationalError):
+    """Raised when the server has ended a statement, because its own limit of time was over.
+
+    The limit is PostgreSQL's `statement_timeout`, MySQL's `max_execution_time` or MariaDB's
+    `max_statement_time`. The error of the driver is the `orig`.
+    """
+
+    def __init__(self, message: str, orig: BaseException) -> None:
+        OperationalError.__init__(self, None, None, orig)
+        self.args = (message,)

@@ -105,6 +105,12 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
+def is_of_another_loop(loop: asyncio.AbstractEventLoop | None) -> bool:
+    """Return whether another event loop than this one is running here, and this one still lives."""
+    running = running_loop()
+    return loop is not None and running not in (None, loop) and not loop.is_closed()
+
+
 _background: set[asyncio.Future[Any]] = set()
 
 

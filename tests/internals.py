@@ -9,6 +9,8 @@ from asgi_db.asgi.retry import BODY_LIMIT
 from asgi_db.cli.check import PINGS
 from asgi_db.cli.commands import cli
 from asgi_db.cli.sqlite import file_system
+from asgi_db.dashboard.chart import steps, top_of
+from asgi_db.dashboard.markup import Markup, duration, percent, rate, seconds, tag
 from asgi_db.dashboard.recorder import (
     HISTORY,
     KINDS,
@@ -18,6 +20,8 @@ from asgi_db.dashboard.recorder import (
     Recorder,
     UnitOfInterest,
 )
+from asgi_db.dashboard.routes import MOST_ROWS
+from asgi_db.dashboard.view import View
 from asgi_db.database import Block
 from asgi_db.drivers import driver_of, register
 from asgi_db.drivers.base import BEGIN_OPTION, AnyDriver, Beginning
@@ -29,6 +33,7 @@ from asgi_db.histograms import BOUNDS, BUCKETS, Histogram, no_counts
 from asgi_db.logs import logger
 from asgi_db.modes import ModeDefault, ReadOnly, Transactional, should_commit
 from asgi_db.pool.fair import FairPool, FairQueue
+from asgi_db.pool.life import EngineLife
 from asgi_db.profiles import POOL_PROFILES, PoolName, pool_profile
 from asgi_db.sampling import Sampler
 from asgi_db.settings import (
@@ -53,6 +58,16 @@ from asgi_db.unit.transaction import STAGES, Stage, Transaction
 from asgi_db.unit.unit_of_work import UnitOfWork
 
 __all__ = [
+    "MOST_ROWS",
+    "Markup",
+    "View",
+    "duration",
+    "percent",
+    "rate",
+    "seconds",
+    "steps",
+    "tag",
+    "top_of",
     "AnyDriver",
     "STAGES",
     "Stage",
@@ -66,6 +81,7 @@ __all__ = [
     "Block",
     "DatabaseType",
     "Effect",
+    "EngineLife",
     "FairPool",
     "FairQueue",
     "HISTORY",

@@ -90,3 +90,5 @@ PGBOUNCER = Program(name="PgBouncer", programs=["pgbouncer"], packages=["pgbounc
 SERVERS = [POSTGRESQL, MARIADB, PGBOUNCER]
 WRK = Program(name="wrk", programs=["wrk"], packages=["wrk"])
 """The load of `make bench`; no test needs it."""
+VALGRIND = Program(name="valgrind", programs=["valgrind"], packages=["valgrind"])
+"""It counts for `make count`; no test needs it."""

@@ -255,6 +255,16 @@ def test_a_failed_commit_leaves_the_keep_alive_connection_in_order(site: Site) -
     site.assert_nothing_is_held("postgresql")
 
 
+@pytest.mark.parametrize("where", ["statement", "commit"])
+def test_what_a_request_that_failed_leaves_behind_is_nothing(site: Site, where: str) -> None:
+    for _ in range(20):
+        with site.server.client() as client:  # some servers close it after an error
+            assert client.request("POST", f"/postgresql/fails/{where}").status == 500
+    site.wait_until_its_requests_have_ended()
+    with site.server.client() as client:
+        assert int(client.request("GET", "/left").body) == 0
+
+
 @each_database
 def test_who_got_the_status_line_of_a_write_finds_the_row_at_once(
     site: Site, database: str

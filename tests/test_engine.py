@@ -13,7 +13,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_db import Database, DBSession, Mode, plain, read_only, transactional
-from asgi_db.errors import ConfigurationError, DatabaseDownError
+from asgi_db.errors import ConfigurationError, DatabaseConflictError, DatabaseDownError
 from tests.internals import (
     BEGIN_OPTION,
     Beginning,
@@ -228,11 +228,12 @@ class Diary:
 
     mode: Mode = plain
     fixed_mode: Mode | None = plain
-    conflict: BaseException | None = None
+    conflict: DatabaseConflictError | None = None
 
     def __init__(self) -> None:
         self.transaction = DiaryOfTransaction()
         self.tally = Tally()
+        self.loop = asyncio.get_running_loop()
 
     @property
     def entries(self) -> list[str]:

@@ -343,9 +343,11 @@ async def test_other_listeners_of_a_statement_are_called_as_before(
     database: Database, recorder: Recorder
 ) -> None:
     seen: list[str] = []
-    event.listen(
-        database.engine.sync_engine, "do_execute", lambda c, statement, p, x: seen.append(statement)
-    )
+
+    def note(_: object, statement: str, *__: object) -> None:
+        seen.append(statement)
+
+    event.listen(database.engine.sync_engine, "do_execute", note)
     async with database.session() as session:
         await session.execute(text("SELECT 1"))
     assert seen[-1] == "SELECT 1"

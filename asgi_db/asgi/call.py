@@ -10,7 +10,13 @@ from typing import Any, Protocol, cast
 
 import anyio
 
-from asgi_db.asgi.frameworks import describe_route, marks_of, mode_of_route, name_of_route
+from asgi_db.asgi.frameworks import (
+    describe_route,
+    is_framework_task,
+    marks_of,
+    mode_of_route,
+    name_of_route,
+)
 from asgi_db.asgi.late_cancellation import LateCancellation
 from asgi_db.database import Database
 from asgi_db.errors import MissingMiddlewareError
@@ -81,7 +87,7 @@ class Call(Origin):
         self._scope = scope
         self._receive = receive
         self._send = send
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._outer_exception = sys.exc_info()[1]
 
     async def run(self) -> None:
@@ -93,9 +99,12 @@ class Call(Origin):
 
         This also breaks the reference cycles, so that no object waits for the garbage collector
         and the next request reuses memory that is still warm: the scope refers to the session,
-        the session to this call, and the server's functions to the scope.
+        the session to this call, and the server's functions to the scope. Nothing leads from here
+        to an error or a task any more, because a server may keep those, out of the collector's
+        sight, together with all that their frames refer to.
         """
         self.is_over = True
+        self.task = self._outer_exception = None
         if (unit := self._session.unit) is not None:
             unit.close()
         self._session = _NO_SESSION
@@ -114,7 +123,7 @@ class Call(Origin):
 
     def life(self) -> EngineLife:
         """Return the engine of the call's event loop; this works in a thread without a loop too."""
-        return self._site.database.life_on(self._loop)
+        return self._site.database.life_on(self.loop)
 
     def serves(self, database: Database) -> bool:
         """Return whether the call is still running and its session belongs to this database."""
@@ -162,6 +171,10 @@ class Call(Origin):
     def route(self) -> str:
         """Name the route, for the counters."""
         return name_of_route(self._scope)
+
+    def takes_turns(self, task: asyncio.Task[object]) -> bool:
+        """Return whether a task waits for the others; those of the framework itself do so."""
+        return is_framework_task(task)
 
     # -- how a unit ends before an answer ------------------------------------------------------
 

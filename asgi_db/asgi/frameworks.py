@@ -13,6 +13,7 @@ or when a request is run again; the framework that left the marks has been impor
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import functools
 from collections.abc import Iterator
@@ -191,6 +192,16 @@ def _name(method: str, path: str, endpoint: Any) -> str:
 
 
 _cached_name = functools.lru_cache(maxsize=_ROUTES)(_name)
+
+
+def is_framework_task(task: asyncio.Task[Any]) -> bool:
+    """Return whether the framework itself has started this task.
+
+    Litestar resolves independent dependencies side by side, and ends them so, in task groups of
+    anyio's, which name each task after the function that it runs; `test_litestar_providers.py`
+    breaks when this changes.
+    """
+    return task.get_name().startswith("litestar.")
 
 
 def has_handler(scope: Scope, error: Exception) -> bool:

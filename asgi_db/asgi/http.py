@@ -10,7 +10,12 @@ from asgi_db.asgi.call import Call
 from asgi_db.asgi.frameworks import answer_error, has_handler, reopen_response
 from asgi_db.asgi.readiness import refuse
 from asgi_db.asgi.retry import Attempts
-from asgi_db.errors import OutcomeUnknownError, UnavailableError, unavailable_in
+from asgi_db.errors import (
+    FailedTransactionError,
+    OutcomeUnknownError,
+    UnavailableError,
+    unavailable_in,
+)
 from asgi_db.logs import logger
 from asgi_db.modes import Mode, should_commit
 from asgi_db.statistics import Tally
@@ -80,6 +85,7 @@ class Exchange(Call):
             if (unit := self._session.unit) is not None:
                 await self._finish(unit, enclosing_app)
         finally:
+            self._app_task = self._commit_error = None  # see `close`
             if (unit := self._session.unit) is not None and unit.hooks is not None:
                 await unit.run_late_hooks()
 
@@ -239,9 +245,12 @@ class Exchange(Call):
         status = message["status"]
         error = self._exception_being_handled()
         if status == 500 and (unavailable := self._unavailable(error)) is not None:
-            if not has_handler(self._scope, unavailable):
-                await self._refuse(unavailable)
-                return
+            failed = error if isinstance(error, FailedTransactionError) else unavailable
+            if not has_handler(self._scope, failed):
+                self._note_conflict(error)
+                if not self.needs_retry:
+                    await self._refuse(unavailable)
+                    return
         unit = self._session.unit
         if unit is None:
             self._response = STARTED

@@ -7,7 +7,6 @@ hundred kilobytes in practice.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -42,7 +41,7 @@ class Sample:
     Attributes:
         at: when it was taken, in seconds since the epoch.
         used: the most connections that were seen in use.
-        idle: the connections that were open and free.
+        opened: the connections that were open, in use or free.
         waiting: the most tasks that were seen waiting for a connection.
         limit: the greatest number of connections; None if there is no bound.
         units: the units of work that ended.
@@ -51,7 +50,7 @@ class Sample:
 
     at: float
     used: int
-    idle: int
+    opened: int
     waiting: int
     limit: int | None
     units: int
@@ -141,6 +140,7 @@ class Recorder:
     Attributes:
         units: the units of interest, the oldest first.
         found: how many there have been of each kind.
+        total: how many there have been of all kinds.
     """
 
     def __init__(self, database: Database) -> None:
@@ -148,7 +148,7 @@ class Recorder:
         self.units: deque[UnitOfInterest] = deque(maxlen=MOST_UNITS)
         self.found = dict.fromkeys(KINDS, 0)
         self._samples: deque[Sample] = deque(maxlen=HISTORY)
-        self._numbers = itertools.count(1)
+        self.total = 0
         self._database = database
         self._sampler = Sampler(self.sample)
         self._used = self._waiting = self._ended = self._failed = 0
@@ -175,7 +175,7 @@ class Recorder:
             Sample(
                 time.time(),
                 self._used,
-                pool.idle,
+                max(pool.checked_out + pool.idle, self._used),
                 self._waiting,
                 pool.limit,
                 self._ended,
@@ -200,12 +200,13 @@ class Recorder:
             # Samples are a little more than a second apart, so that some seconds have none.
             sample = samples.get(ago) or _without_counts(samples.get(ago + 1))
             known = sample or known
-            idle, limit = (known.idle, known.limit) if known else (0, pool.limit)
-            found.append(sample or Sample(now - ago, 0, idle, 0, limit, 0, 0))
+            opened, limit = (known.opened, known.limit) if known else (0, pool.limit)
+            found.append(sample or Sample(now - ago, 0, opened, 0, limit, 0, 0))
         used = max(self._used, pool.checked_out)
         waiting = max(self._waiting, pool.waiting or 0)
+        opened = max(pool.checked_out + pool.idle, used)
         ended, failed = self._ended, self._failed
-        return [*found, Sample(now, used, pool.idle, waiting, pool.limit, ended, failed)]
+        return [*found, Sample(now, used, opened, waiting, pool.limit, ended, failed)]
 
     # -- what the statistics tell --------------------------------------------------------------
 
@@ -231,6 +232,7 @@ class Recorder:
         if kinds:
             for kind in kinds:
                 self.found[kind] += 1
+            self.total += 1
             self.units.append(self._unit(route, mode, tally, kinds, lasted))
 
     def _unit(
@@ -240,7 +242,7 @@ class Recorder:
         statements = _statements(trace)
         shown = tuple(statements[:MOST_SHOWN])
         return UnitOfInterest(
-            number=next(self._numbers),
+            number=self.total,
             at=time.time(),
             kinds=kinds,
             route=route,
@@ -262,7 +264,7 @@ class Recorder:
 def _without_counts(sample: Sample | None) -> Sample | None:
     if sample is None:
         return None
-    pool = sample.used, sample.idle, sample.waiting, sample.limit
+    pool = sample.used, sample.opened, sample.waiting, sample.limit
     return Sample(sample.at + 1, *pool, units=0, failed=0)
 
 

@@ -122,6 +122,9 @@ class Driver(Protocol):
             durable: whether what is committed has to outlast a crash of the machine.
         """
 
+    def extend(self, dialect: Dialect) -> None:
+        """Extend the methods of the dialect of any engine, also one of the user's own."""
+
     # -- a connection
 
     @property
@@ -196,6 +199,14 @@ class Driver(Protocol):
         """Say whether the server shuts down, starts, or takes no more connections."""
         ...
 
+    def time_limit(self, error: BaseException) -> str | None:
+        """Name the setting of the server by whose limit a statement was ended, if it was."""
+        ...
+
+    def idle_limit(self, connection: Any, *, in_transaction: bool) -> str | None:
+        """Name the server's limit for an idle connection, and its value, if it has one."""
+        ...
+
     def code(self, error: BaseException) -> str | None:
         """Return the database's code for an error; unlike its text it repeats no value."""
         ...
@@ -247,6 +258,9 @@ class AnyDriver(Driver):
         return False
 
     def prepare(self, engine: Engine, *, pooler: bool, durable: bool) -> None:
+        pass
+
+    def extend(self, dialect: Dialect) -> None:
         pass
 
     @property
@@ -311,6 +325,12 @@ class AnyDriver(Driver):
 
     def is_outage(self, error: BaseException) -> bool:
         return False
+
+    def time_limit(self, error: BaseException) -> str | None:
+        return None
+
+    def idle_limit(self, connection: Any, *, in_transaction: bool) -> str | None:
+        return None
 
     def code(self, error: BaseException) -> str | None:
         return None

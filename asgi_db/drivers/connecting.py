@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from sqlalchemy.engine import Dialect
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.pool import ConnectionPoolEntry, Pool
 
 from asgi_db.drivers import driver_of
 from asgi_db.drivers.base import Driver, connection_error
-from asgi_db.errors import ConfigurationError, DatabaseDownError
-from asgi_db.tasks import current_task, of_this_loop, wait_for_background
+from asgi_db.errors import ConcurrentUseError, ConfigurationError, DatabaseDownError
+from asgi_db.tasks import current_task, is_of_another_loop, of_this_loop, wait_for_background
 
 
 def let_driver_connect(
@@ -65,6 +65,20 @@ class Connector:
         raise ConfigurationError(
             "The user name, the password or another part of the URL has a character that the"
             f" driver, which sends it as {encoding}, cannot send: change it."
+        )
+
+
+def check_loop(pool: Pool, what: str) -> None:
+    """Refuse to use a pool in another event loop than its own; that of a user's own has none.
+
+    Raises:
+        ConcurrentUseError: it belongs to another event loop.
+    """
+    if is_of_another_loop(getattr(pool, "loop", None)):
+        raise ConcurrentUseError.in_another_loop(
+            what,
+            "Each event loop has an engine of its own: ask for `database.engine` in the loop that"
+            " uses it.",
         )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from sqlalchemy.exc import SQLAlchemyError, StatementError
 
 from asgi_db.drivers import driver_packages, error_code
+from asgi_db.errors import DatabaseConflictError
 
 
 def brief(error: BaseException) -> str:
@@ -26,6 +27,21 @@ def brief(error: BaseException) -> str:
         return f"{kind.__name__}: {error}" if str(error) else kind.__name__
     code = error.code if isinstance(error, SQLAlchemyError) else error_code(error)
     return f"{kind.__name__} ({code})" if code else kind.__name__
+
+
+def conflict_error(error: BaseException, where: str) -> DatabaseConflictError:
+    """Make the error for a transaction that has lost a conflict with another one.
+
+    Args:
+        error: what the database says.
+        where: the request or block.
+    """
+    orig = getattr(error, "orig", None) or error
+    return DatabaseConflictError(
+        f"{where}: the transaction has lost a conflict with another one ({brief(error)}). With"
+        " `transactional(retries=...)` on the route such a request is run again.",
+        orig,
+    )
 
 
 def may_hold_values(error: BaseException) -> bool:

@@ -77,6 +77,10 @@ class MySQL(AnyDriver):
     def is_outage(self, error: BaseException) -> bool:
         return _number(error) in _OUTAGES
 
+    def time_limit(self, error: BaseException) -> str | None:
+        number = _number(error)
+        return _TIME_LIMITS.get(number) if isinstance(number, int) else None
+
     def code(self, error: BaseException) -> str | None:
         number = _number(error)
         return str(number) if isinstance(number, int) else None
@@ -118,6 +122,13 @@ _CONFLICTS = (1213, 1205)
 
 _OUTAGES = (1040, 1053)
 """The server refuses more connections, or is shutting down."""
+
+_TIME_LIMITS = {1969: "max_statement_time", 3024: "max_execution_time"}
+"""The limit of a statement's time in MariaDB, and in MySQL.
+
+Sources: https://mariadb.com/kb/en/mariadb-error-code-reference/,
+https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html
+"""
 
 _UNKNOWN_THREAD = 1094
 """The connection has ended already."""

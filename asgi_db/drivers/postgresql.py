@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import re
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import URL, Engine, event, text
-from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.engine import Dialect
+from sqlalchemy.engine.interfaces import DBAPIConnection, ExecutionContext
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.util.concurrency import await_
@@ -73,10 +76,15 @@ class PostgreSQL(AnyDriver):
         return hasattr(error, "sqlstate")
 
     def is_conflict(self, error: BaseException) -> bool:
-        return _sqlstate(error) in _CONFLICTS
+        return _sqlstate(error) in _CONFLICTS or _has_invalid_plan(error)
 
     def is_outage(self, error: BaseException) -> bool:
         return _sqlstate(error) in _OUTAGES
+
+    def time_limit(self, error: BaseException) -> str | None:
+        if _sqlstate(error) != _QUERY_CANCELED:
+            return None
+        return "statement_timeout, unless somebody has cancelled it"
 
     def code(self, error: BaseException) -> str | None:
         return _sqlstate(error)
@@ -106,8 +114,20 @@ class PostgreSQL(AnyDriver):
             abandoned.pop(id, None)
 
 
-_CONFLICTS = frozenset({"40001", "40P01"})
-"""A serialization failure, and a deadlock."""
+_CONFLICTS = frozenset({"40001", "40P01", "55P03"})
+"""A serialization failure, a deadlock, and a lock that was not available in time."""
+
+_QUERY_CANCELED = "57014"
+
+
+def _has_invalid_plan(error: BaseException) -> bool:
+    """Whether DDL has changed what a prepared statement returns; it was not executed.
+
+    asyncpg and SQLAlchemy call their classes so; the tests of plans in `test_server_limits.py`
+    break when this changes.
+    """
+    return type(error).__name__ == "InvalidCachedStatementError"
+
 
 _OUTAGES = frozenset(
     {"08000", "08001", "08003", "08004", "08006", "57P01", "57P02", "57P03", "53300"}
@@ -216,6 +236,11 @@ class Asyncpg(PostgreSQL):
     is_supported = True
     sandbox: type[SandboxRules] | None = AsyncpgSandbox
 
+    def __init__(self) -> None:
+        # The server's answer to a connection that was idle for too long comes too late: asyncpg
+        # has no statement then to which it could belong.
+        self._idle_limits: WeakKeyDictionary[Any, tuple[str | None, ...]] = WeakKeyDictionary()
+
     def options(self, url: URL, *, pooler: bool) -> dict[str, Any]:
         if not pooler:
             return {}
@@ -230,6 +255,21 @@ class Asyncpg(PostgreSQL):
     def prepare(self, engine: Engine, *, pooler: bool, durable: bool) -> None:
         if not pooler:
             self._watch_connections(engine)
+
+    def extend(self, dialect: Dialect) -> None:
+        """Prepare a statement anew if DDL has made its plan invalid, where nothing is lost by it.
+
+        In autocommit, and as the first statement of its transaction, it is simply sent again.
+        Otherwise PostgreSQL has discarded the transaction, which counts as a conflict.
+        """
+        for name in ("do_execute", "do_executemany", "do_execute_no_params"):
+            setattr(dialect, name, functools.partial(_execute, getattr(dialect, name)))
+
+    def idle_limit(self, connection: Any, *, in_transaction: bool) -> str | None:
+        in_transaction_limit, limit = self._idle_limits.get(connection, ("", ""))
+        value = in_transaction_limit if in_transaction else limit
+        name = "idle_in_transaction_session_timeout" if in_transaction else "idle_session_timeout"
+        return f"{name} is {value}" if value not in ("", "0", None) else None
 
     def _watch_connections(self, engine: Engine) -> None:
         """Have the server check its clients, and warn of a pooler that the settings do not name.
@@ -250,7 +290,8 @@ class Asyncpg(PostgreSQL):
             cursor = connection.cursor()
             try:
                 cursor.execute(_WATCH_CLIENT)
-                ((_, id),) = cursor.fetchall()
+                ((_, id, *limits),) = cursor.fetchall()
+                self._idle_limits[driver_connection] = tuple(limits)
             except engine.dialect.loaded_dbapi.Error:
                 if self.is_closed(driver_connection):
                     raise
@@ -323,8 +364,29 @@ class Asyncpg(PostgreSQL):
 
 _WATCH_CLIENT = """
     SELECT CASE WHEN current_setting('client_connection_check_interval', true) = '0'
-    THEN set_config('client_connection_check_interval', '1s', false) END, pg_backend_pid()
+    THEN set_config('client_connection_check_interval', '1s', false) END, pg_backend_pid(),
+    current_setting('idle_in_transaction_session_timeout', true),
+    current_setting('idle_session_timeout', true)
 """
+
+
+def _execute(execute: Callable[..., None], cursor: Any, *arguments: Any) -> None:
+    """Execute a statement; send it again if its plan was invalid and nothing is lost by it."""
+    context: ExecutionContext = arguments[-1]
+    pooled = context.root_connection.connection
+    connection: Any = pooled.driver_connection
+    # asyncpg begins a transaction with its first statement.
+    comes_first = not isinstance(connection, StandIn) and not connection.is_in_transaction()
+    try:
+        execute(cursor, *arguments)
+    except Exception as error:
+        if not (comes_first and _has_invalid_plan(error)):
+            raise
+        context.handle_dbapi_exception(error)  # SQLAlchemy's dialect then forgets all plans.
+        pooled.rollback()
+        context.pre_exec()
+        execute(cursor, *arguments)
+
 
 PATIENCE = 2.0
 """Seconds that a cancel request may take to pass through a pooler."""

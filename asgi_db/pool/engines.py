@@ -154,6 +154,8 @@ class Engines:
             if life is None:
                 self._forget_closed_loops()
                 life = self._make_life(self.statistics, self.settings.leak_threshold)
+                if isinstance(pool := life.engine.pool, FairPool):
+                    pool.loop = loop
                 self._lives[loop] = life
                 if self.active_cover is not None:
                     self.active_cover.cover(life)

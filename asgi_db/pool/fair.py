@@ -17,6 +17,7 @@ from sqlalchemy.pool.base import _ConnectionRecord  # pyright: ignore[reportPriv
 from sqlalchemy.util import await_
 from sqlalchemy.util.queue import Empty, Full, QueueCommon
 
+from asgi_db.drivers.connecting import check_loop
 from asgi_db.logs import logger
 
 T = TypeVar("T")
@@ -159,7 +160,12 @@ class FairPool(AsyncAdaptedQueuePool):
     """SQLAlchemy's pool with a fair queue.
 
     SQLAlchemy has no public API for this; the tests in `test_fair_pool.py` break when it changes.
+
+    Attributes:
+        loop: the event loop that it serves; None if any.
     """
+
+    loop: asyncio.AbstractEventLoop | None = None
 
     # SQLAlchemy derives the name of its logger from this.
     __module__ = "sqlalchemy.pool"
@@ -177,6 +183,17 @@ class FairPool(AsyncAdaptedQueuePool):
 
     def _create_connection(self) -> ConnectionPoolEntry:
         return _Entry(self)
+
+    def _do_get(self) -> ConnectionPoolEntry:
+        check_loop(self, "The engine was used")
+        return super()._do_get()
+
+    def recreate(self) -> FairPool:
+        """Return a new pool for the same event loop, which SQLAlchemy asks for at `dispose`."""
+        pool = super().recreate()
+        assert isinstance(pool, FairPool)
+        pool.loop = self.loop
+        return pool
 
     def return_after_error(self, entry: ConnectionPoolEntry) -> None:
         """Return a connection that SQLAlchemy itself has not returned because of an error."""

@@ -20,18 +20,22 @@ class Origin(Protocol):
         asked: the mode that the handler's dependencies ask for, if any.
         ends_at: when the mode's `timeout=` ends, by the event loop's clock, if the time began in
             an earlier attempt.
+        loop: the event loop in which the session is used.
         is_over: whether the request or block has ended, so that its session refuses to work.
         is_asked_anew: whether a mode was asked for, or has become the default, after the last call
             of `mode`.
         task: the task that owns each unit not begun by another task; None if any task may end it.
+        waiting: the tasks that wait for their turn with the session, if any.
     """
 
     attempt: int = 1
     asked: Mode | None = None
     ends_at: float | None = None
     is_over: bool = False
+    loop: asyncio.AbstractEventLoop
     is_asked_anew: bool = False
     task: asyncio.Task[object] | None = None
+    waiting: tuple[asyncio.Future[None], ...] = ()
 
     @property
     def session_options(self) -> Mapping[str, Any]:
@@ -91,6 +95,12 @@ class Origin(Protocol):
             raise ModeConflictError.at_odds(repr(mode), repr(asked), self.describe())
         self.asked = mode
         self.is_asked_anew = True
+
+    # -- one task at a time --------------------------------------------------------------------
+
+    def takes_turns(self, task: asyncio.Task[object]) -> bool:
+        """Return whether a task waits for others that do so too, instead of getting an error."""
+        return False
 
     # -- what a unit reports -------------------------------------------------------------------
 

@@ -65,6 +65,8 @@ class _Transaction(AsyncSessionTransaction):
 
     async def _watched(self, operation: str, end: Callable[[], Awaitable[None]]) -> None:
         unit, session = self._unit_of_work, cast(UnitSession, self.session.sync_session)
+        if unit.operation is not None:
+            await unit.wait_for_turn()
         if not session.enter(operation):
             await end()
             return

@@ -18,20 +18,24 @@ import asyncio
 import enum
 import time
 
-from sqlalchemy.exc import PendingRollbackError
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransactionOrigin
 
+from asgi_db.drivers import driver_of
 from asgi_db.drivers.connecting import raise_if_connect_failed
+from asgi_db.drivers.describing import conflict_error
 from asgi_db.errors import (
     ConcurrentUseError,
     DatabaseBusyError,
+    DatabaseConflictError,
     DatabaseDownError,
     DatabaseTimeoutError,
     FailedTransactionError,
     ModeConflictError,
     SessionExpiredError,
+    UnavailableError,
 )
 from asgi_db.modes import Mode
 from asgi_db.unit.deadline import Deadline
@@ -40,6 +44,7 @@ from asgi_db.unit.ending import (
     has_changes,
 )
 from asgi_db.unit.hooks import Hooks
+from asgi_db.unit.loaded import LoadedValues
 from asgi_db.unit.operation import MAY_BE_LATE, Operation
 from asgi_db.unit.origin import Origin
 from asgi_db.unit.transaction import OUTCOMES, Stage, Transaction
@@ -79,6 +84,7 @@ class Standing:
         sync_session: its synchronous half; None before the session is first used.
         origin: the request or block that the session is for.
         life: the engine of the session, with its pool.
+        loop: the event loop of the session.
         state: where the unit stands.
         fixed_mode: the mode that the first statement has fixed until the unit ends.
         next_mode: another mode that was asked for meanwhile, in which the next one has to begin.
@@ -91,6 +97,7 @@ class Standing:
         unanswered: the first committed transaction that the client has not been told about.
         owner: the task that began the open transaction.
         left_over: work of the session that belongs to no transaction.
+        loaded: what its objects had loaded; None before the first flush or rollback.
     """
 
     # Most requests never set these, so that as class attributes they cost nothing.
@@ -101,10 +108,11 @@ class Standing:
     operation: Operation | None = None
     deadline: Deadline | None = None
     hooks: Hooks | None = None
-    conflict: BaseException | None = None
+    conflict: DatabaseConflictError | None = None
     unanswered: Transaction | None = None
     owner: asyncio.Task[object] | None = None
     left_over: LeftOver | None = None
+    loaded: LoadedValues | None = None
 
     def __init__(self, session: AsyncSession, origin: Origin) -> None:
         """Prepare a unit; nothing is opened before the first statement.
@@ -116,6 +124,7 @@ class Standing:
         self.session = session
         self.origin = origin
         self.life = origin.life()
+        self.loop = origin.loop
         self.transaction = Transaction()
         self.transaction.stage = Stage.NONE
         self.tally = self.life.statistics.new_tally()
@@ -221,8 +230,11 @@ class Standing:
 
         Raises:
             SessionExpiredError: the request is over.
-            ConcurrentUseError: another task is in the middle of an operation.
+            ConcurrentUseError: another task is in the middle of an operation, or this is another
+                event loop.
         """
+        if asyncio.get_running_loop() is not self.loop:
+            raise ConcurrentUseError.session_in_another_loop(name, self.describe())
         if self.state is State.CLOSED:
             raise SessionExpiredError(name, self.describe())
         if self.operation is not None and self.operation.task is not asyncio.current_task():
@@ -241,7 +253,8 @@ class Standing:
         """Return the library's own error for that of an operation, where there is one.
 
         It is `DatabaseDownError` if the connection was closed while it was being set up,
-        `DatabaseBusyError` if none became free, and `FailedTransactionError` after a flush that
+        `DatabaseBusyError` if none became free, `DatabaseConflictError` if the database refused to
+        begin a transaction beside another one, and `FailedTransactionError` after a flush that
         failed, which ends the transaction for SQLAlchemy.
         """
         if isinstance(error, PendingRollbackError):
@@ -250,6 +263,8 @@ class Standing:
             raise_if_connect_failed(error)
         except DatabaseDownError as down:
             return down
+        if (conflict := self.conflict_in(error)) is not None:
+            return conflict
         if not isinstance(error, PoolTimeoutError) or isinstance(error, DatabaseBusyError):
             return None
         self.tally.timeouts += 1
@@ -264,10 +279,27 @@ class Standing:
         failed.__cause__ = failure
         return failed
 
+    def conflict_in(self, error: BaseException) -> DatabaseConflictError | None:
+        """Return the error for a conflict at BEGIN, when the unit had no connection yet."""
+        if not isinstance(error, DBAPIError) or isinstance(error, UnavailableError):
+            return None
+        if error.orig is None or not driver_of(self.life.engine.dialect).is_conflict(error.orig):
+            return None
+        conflict = self.conflict
+        if conflict is None or conflict.orig is not error.orig:
+            self.conflict = conflict = conflict_error(error, self.describe())
+            self.tally.conflicts += 1
+        return conflict
+
     def end_operation(self, operation: Operation) -> None:
         """Note that the operation has ended."""
         self.tally.busy += time.monotonic() - operation.began
         self.operation = None
+        if waiting := self.origin.waiting:
+            self.origin.waiting = ()
+            for turn in waiting:
+                if not turn.done():
+                    turn.set_result(None)
 
     def terminate_streams(self) -> None:
         """Close the connections of server-side cursors which are read after their time is over.
@@ -368,6 +400,12 @@ class Standing:
             self.tally = self.life.statistics.new_tally()
             self.life.statistics.unit_ended(self.origin.route(), mode.name, tally)
             self.origin.unit_ended(tally)
+
+    def forget(self) -> None:
+        """Forget the session, and all that leads to a task or an error."""
+        self.sync_session = self.owner = self.deadline = self.conflict = None
+        self.transaction.failure = None
+        self.transaction.connections = self.transaction.streams = ()
 
     def move(self, to: State) -> None:
         """Go on to another state.

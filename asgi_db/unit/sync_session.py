@@ -15,18 +15,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
-from sqlalchemy.util import await_
-from sqlalchemy.util.concurrency import in_greenlet
+from sqlalchemy.util.concurrency import await_, in_greenlet
 
-from asgi_db.drivers import is_conflict
 from asgi_db.drivers.connecting import abandon_connect
 from asgi_db.engine import begin_now, begin_unit
 from asgi_db.errors import DatabaseTimeoutError, ReadOnlyError
 from asgi_db.tasks import current_task
 from asgi_db.unit.deadline import Deadline
 from asgi_db.unit.ending import give_back, has_changes, terminate
+from asgi_db.unit.loaded import LoadedValues
 from asgi_db.unit.operation import (
     DISCARDING,
     ENDS_UNIT,
@@ -85,19 +83,22 @@ class UnitSession(Session):
 
         Raises:
             SessionExpiredError: the request is over.
-            ConcurrentUseError: another task is in the middle of an operation.
+            ConcurrentUseError: another task is in the middle of an operation, or this is another
+                event loop.
             DatabaseTimeoutError: the time of the unit is over.
             ModeConflictError: another mode is asked for by now, and the unit holds work.
         """
         unit, task = self.unit_of_work, asyncio.current_task()
         operation = unit.operation
-        if operation is not None and operation.task is task:
-            return False
-        if operation is not None and unit.is_giving_back and in_greenlet():
-            # The unit is giving its connection back because another task waits for the body.
-            await_(unit.wait_for_end())
-            operation, deadline = unit.operation, unit.deadline
-        if operation is not None or (unit.state is State.CLOSED and name not in DISCARDING):
+        if asyncio.get_running_loop() is not unit.loop:
+            unit.check_free(name)
+        if operation is not None:
+            if operation.task is task:
+                return False
+            if in_greenlet():
+                await_(unit.wait_for_turn())
+            unit.check_free(name)
+        elif unit.state is State.CLOSED and name not in DISCARDING:
             unit.check_free(name)
         if unit.fixed_mode is not None and name not in ENDS_UNIT and unit.is_outdated():
             if in_greenlet():  # Outside of it nothing can be sent, and the operation fails.
@@ -169,14 +170,11 @@ class UnitSession(Session):
     def _note_error(self, error: BaseException) -> None:
         unit = self.unit_of_work
         if self.in_transaction():  # Otherwise the error has ended the transaction.
+            error = unit.conflict_in(error) or error
             in_savepoint = self.in_nested_transaction()
             unit.transaction.note_error(error, in_savepoint=in_savepoint)
             if not self.is_active and not in_savepoint:  # A flush has failed, whatever the reason.
                 unit.transaction.note_failure(error)
-        if isinstance(error, DBAPIError) and unit.conflict is None and is_conflict(error):
-            # A BEGIN has failed, before the unit had the connection.
-            unit.conflict = error
-            unit.tally.conflicts += 1
 
     def _should_give_back(self, error: BaseException | None) -> bool:
         """Decide whether the connection goes back to the pool after an operation.
@@ -218,7 +216,7 @@ class UnitSession(Session):
 def _inside_the_unit(name: str) -> Callable[..., Any]:
     operation = getattr(UnitSession, name)
 
-    @functools.wraps(operation)
+    @functools.wraps(getattr(Session, name))
     def guarded(self: UnitSession, *args: Any, **kwargs: Any) -> Any:
         if not self.enter(name):
             return operation(self, *args, **kwargs)
@@ -312,6 +310,9 @@ def _check_flush(session: UnitSession, *_: Any) -> None:
             f" {unit.mode.name} and only reads. Put @transactional on the route, or ask for the"
             " transactional session."
         )
+    if unit.loaded is None:
+        unit.loaded = LoadedValues()
+    unit.loaded.flush_begins(session)
 
 
 @event.listens_for(UnitSession, "before_commit")
@@ -328,10 +329,21 @@ def _transaction_committed(session: UnitSession) -> None:
     unit = session.unit_of_work
     transaction = unit.transaction
     transaction.move(Stage.COMMITTED)
+    if unit.loaded is not None:
+        unit.loaded.committed()
     if transaction.effect.writes and unit.unanswered is None:
         unit.unanswered = transaction
     if unit.hooks is not None:
         unit.hooks.settle("commit")
+
+
+@event.listens_for(UnitSession, "after_rollback")
+def _objects_expire(session: UnitSession) -> None:
+    """Keep what the objects have loaded; SQLAlchemy expires it right after this event."""
+    unit = session.unit_of_work
+    if unit.loaded is None:
+        unit.loaded = LoadedValues()
+    unit.loaded.rolled_back(session)
 
 
 @event.listens_for(UnitSession, "after_soft_rollback")
@@ -353,6 +365,8 @@ def _transaction_ended(session: UnitSession, transaction: SessionTransaction) ->
     """Note that the session has ended its transaction, by itself or for the handler."""
     unit = session.unit_of_work
     if transaction.parent is not None:
+        if transaction.nested and unit.loaded is not None:
+            unit.loaded.savepoint_ended(transaction)
         return
     if unit.transaction.stage is Stage.OPEN:
         unit.transaction.end()

@@ -46,6 +46,26 @@ class UnitOfWork(Standing):
             task = self.operation.task
             await (asyncio.sleep(0) if task is None else asyncio.wait((task,)))
 
+    async def wait_for_turn(self) -> None:
+        """Wait while another task uses the session, if it will be done by itself.
+
+        It gives the connection back before it waits for the body, or both tasks are tasks that the
+        framework has started, which take turns.
+        """
+        if self.is_giving_back:
+            await self.wait_for_end()
+        origin, task = self.origin, asyncio.current_task()
+        while (operation := self.operation) is not None and task is not None:
+            other = operation.task
+            if other is task or not origin.takes_turns(task):
+                return
+            # A COMMIT by hand runs in a task of its own.
+            if self.state is not State.ENDING and (other is None or not origin.takes_turns(other)):
+                return
+            turn = task.get_loop().create_future()
+            origin.waiting = (*origin.waiting, turn)
+            await turn
+
     async def end(self, *, success: bool, answer: str = "") -> None:
         """End the unit: COMMIT if it succeeded and its mode commits, otherwise ROLLBACK.
 
@@ -123,13 +143,17 @@ class UnitOfWork(Standing):
         session = self.sync_session
         has_transaction = session is not None and session.in_transaction()
         if has_transaction or straggler is not None or self.left_over is LeftOver.KEPT:
-            if success and problem is None and commits:
-                log_failure = functools.partial(self._log_failed_commit, answer)
-                commit = functools.partial(AsyncSession.commit, self.session)
-                await self._end_by("commit", self._ending().commit(commit, log_failure))
-            else:
-                rollback = self._ending().roll_back_unit(straggler, looks_for_writes=warns)
-                await self._end_by("rollback", rollback)
+            try:
+                if success and problem is None and commits:
+                    log_failure = functools.partial(self._log_failed_commit, answer)
+                    commit = functools.partial(AsyncSession.commit, self.session)
+                    await self._end_by("commit", self._ending().commit(commit, log_failure))
+                else:
+                    rollback = self._ending().roll_back_unit(straggler, looks_for_writes=warns)
+                    await self._end_by("rollback", rollback)
+            finally:
+                if self.loaded is not None and session is not None:
+                    self.loaded.give_back(session)
         elif self.state is State.ACTIVE:
             self.become_idle()
         self.left_over = None
@@ -192,8 +216,8 @@ class UnitOfWork(Standing):
             if caller is not None and caller.cancelling():
                 self._log_failed_commit("", error)
 
-        if self.is_giving_back:
-            await self.wait_for_end()
+        if self.operation is not None:
+            await self.wait_for_turn()
         self.check_free("commit")
         if self.is_outdated():
             await self.change_mode()
@@ -213,8 +237,8 @@ class UnitOfWork(Standing):
         """Give the connection back before the unit's end; see `DBSession.release`."""
         if self.state is State.CLOSED:
             return
-        if self.is_giving_back:
-            await self.wait_for_end()
+        if self.operation is not None:
+            await self.wait_for_turn()
         self.check_free("release")
         transaction, session = self.transaction, self.sync_session
         if transaction.effect.writes and transaction.is_open:
@@ -293,10 +317,22 @@ class UnitOfWork(Standing):
             raise
 
     def close(self) -> None:
-        """Close the session for good; using it is an error from now on."""
+        """Close the session for good; using it is an error from now on.
+
+        Its objects are detached, and keep what they have loaded.
+        """
         self.move(State.CLOSED)
-        self.sync_session = None
+        session = self.sync_session
+        self.forget()
         del self.session
+        if session is not None:
+            try:
+                session.expunge_all()
+            except Exception:  # of a listener to SQLAlchemy's events
+                logger.exception("%s: an object could not be detached", self.describe())
+            if self.loaded is not None:
+                self.loaded.give_back(session)
+                self.loaded = None
 
     # -- hooks ---------------------------------------------------------------------------------
 

@@ -119,17 +119,17 @@ async def test_when_the_last_attempt_has_lost_its_error_says_so(
     rival: Rival, caplog: pytest.LogCaptureFixture
 ) -> None:
     exchange = await rival.site.answer(rival.work(9, write()), SERIALIZABLE)
-    assert exchange.status == 500
+    assert exchange.status == 503
     assert rival.attempts == [1, 2, 3, 4]
     assert "will not be run again after a conflict: 4 attempts have failed" in caplog.text
     assert await left(rival.site) == []
 
 
-async def test_without_retries_a_conflict_is_an_error(rival: Rival) -> None:
+async def test_without_retries_a_conflict_is_no_second_attempt(rival: Rival) -> None:
     exchange = await rival.site.answer(
         rival.work(1, write()), transactional(isolation="SERIALIZABLE")
     )
-    assert exchange.status == 500
+    assert exchange.status == 503
     assert rival.attempts == [1]
 
 
@@ -180,7 +180,7 @@ async def test_the_time_of_a_request_counts_for_all_its_attempts_together(
         return Answer()
 
     mode = transactional(isolation="SERIALIZABLE", retries=50, timeout=60)
-    assert (await rival.site.answer(order, mode)).status == 500
+    assert (await rival.site.answer(order, mode)).status == 503
     assert ends[0] is not None and ends == [ends[0], ends[0]]
     assert "its timeout= is nearly over" in caplog.text
 
