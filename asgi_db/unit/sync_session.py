@@ -46,9 +46,14 @@ class UnitSession(Session):
         unit_of_work.sync_session = self
 
     def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
-        """Choose the engine for the mode; SQLAlchemy calls this before it takes a connection."""
+        """Choose the engine for the mode; SQLAlchemy calls this before it takes a connection.
+
+        Outside of any operation this is a mere question, which begins nothing.
+        """
         bind = super().get_bind(*args, **kwargs)
         unit = self.unit_of_work
+        if unit.operation is None:
+            return bind if unit.fixed_mode is None else unit.life.bind_for(bind, unit.fixed_mode)
         mode = unit.fixed_mode or unit.begin()
         tally = unit.tally
         if not unit.transaction.connections or not unit.transaction.is_open:
