@@ -331,6 +331,7 @@ class DiaryOfTransaction:
 
     commit_was_sent = False
     has_writes: bool = False
+    must_last: bool = False
 
     def __init__(self) -> None:
         self.entries: list[str] = []
@@ -355,6 +356,7 @@ class Diary:
     conflict: BaseException | None = None
 
     def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
         self.transaction = DiaryOfTransaction()
         self.tally = Tally()
 
