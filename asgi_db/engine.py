@@ -241,7 +241,8 @@ def _do_execute(
     found = _units.get(context.root_connection)
     unit = None if found is None else found()
     if unit is None:
-        check_loop(context.root_connection.engine.pool, "A connection of the engine was used")
+        pool = context.root_connection.engine.pool
+        check_loop(getattr(pool, "loop", None), "A connection of the engine was used")
         return
     if asyncio.get_running_loop() is not unit.loop:
         raise ConcurrentUseError.session_in_another_loop("execute", unit.describe())

@@ -697,10 +697,7 @@ def abandon_twice_then_serve(
     run_on_a_new_loop(abandon, new_loop)
     run_on_a_new_loop(serve, new_loop)
     assert connected == [0 if "sqlite" in database_url else 1]
-    assert len(messages(caplog)) == 2
-    for line in messages(caplog):
-        assert "1 connections were terminated" in line
-        assert "event loop was closed without `await database.dispose()`" in line
+    assert messages(caplog) == []  # nobody had them
 
 
 @pytest.mark.filterwarnings("ignore:The garbage collector is trying to clean up")
@@ -730,6 +727,9 @@ def test_a_transaction_that_its_loop_has_left_behind_ends_at_the_server_too(
         gc.collect()
     run_on_a_new_loop(serve)
     assert [record for record in caplog.records if record.exc_info] == []
+    if not forgotten:
+        (line,) = messages(caplog)
+        assert "They were held by: the engine, without a session for " in line
 
 
 def test_two_loops_at_the_same_time_have_an_engine_each(database_url: str) -> None:

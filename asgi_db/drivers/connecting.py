@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from sqlalchemy.engine import Dialect
-from sqlalchemy.pool import ConnectionPoolEntry, Pool
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from asgi_db.drivers import driver_of
 from asgi_db.drivers.base import Driver, connection_error
@@ -68,13 +68,13 @@ class Connector:
         )
 
 
-def check_loop(pool: Pool, what: str) -> None:
-    """Refuse to use a pool in another event loop than its own; that of a user's own has none.
+def check_loop(loop: asyncio.AbstractEventLoop | None, what: str) -> None:
+    """Refuse to use something in another event loop than its own, if it has one.
 
     Raises:
         ConcurrentUseError: it belongs to another event loop.
     """
-    if is_of_another_loop(getattr(pool, "loop", None)):
+    if is_of_another_loop(loop):
         raise ConcurrentUseError.in_another_loop(
             what,
             "Each event loop has an engine of its own: ask for `database.engine` in the loop that"

@@ -11,8 +11,9 @@ import sqlite3
 import tempfile
 from collections.abc import Awaitable, Coroutine, Mapping
 from importlib import import_module
+from threading import Thread
 from typing import Any, ClassVar
-from weakref import WeakSet, finalize
+from weakref import WeakSet, finalize, ref
 
 import anyio
 from sqlalchemy import URL, Engine, event
@@ -201,9 +202,11 @@ class Aiosqlite(SQLite):
     def connect(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
         kwargs.setdefault("factory", _Connection)
         connection = import_module("aiosqlite").connect(*args, **kwargs)
-        # Without this a program that does not dispose its database could not end. SQLAlchemy does
-        # the same when it connects itself; there is no public API.
-        connection._thread.daemon = True
+        # Without a daemon a program that does not dispose its database could not end. SQLAlchemy
+        # does the same when it connects itself; there is no public API.
+        connection._thread = Thread(
+            target=_work, args=(ref(connection), connection._tx), daemon=True
+        )
         stop = connection.stop
 
         def stop_once() -> Any:
@@ -230,6 +233,26 @@ class Aiosqlite(SQLite):
         An idle connection would not close properly after an interrupt.
         """
         return _interrupt(connection)
+
+
+def _work(connection: ref[Any], queue: Any) -> None:
+    """Do the work of a connection in its thread, also after its event loop was closed.
+
+    The driver's own thread ends with an error when the answer comes too late for a closed loop, and
+    leaves the connection open, with its transaction and its lock. There is no public API; the tests
+    in `test_loops_without_dispose.py` break when this changes.
+    """
+    work = import_module("aiosqlite.core")._connection_worker_thread
+    while True:
+        try:
+            work(queue)
+            return
+        except RuntimeError:
+            # What comes next in the queue may be the end of the transaction, or of the connection.
+            alive = connection()
+            if (alive is None or not alive._running) and queue.empty():
+                return
+            del alive
 
 
 class _Connection(sqlite3.Connection):
