@@ -293,8 +293,6 @@ def _handle_error(context: ExceptionContext) -> Exception | None:
             f" its limit allows ({limit}). Make the statement faster, or raise the limit.",
             original,
         )
-    elif connection is None and driver.is_conflict(original):
-        return None  # SQLite refuses to set up a connection to a locked file.
     if connection is not None:
         savepoint_failed = (context.statement or "").startswith("ROLLBACK TO SAVEPOINT")
         if unit is not None and (savepoint_failed or not connection.in_nested_transaction()):
@@ -303,7 +301,7 @@ def _handle_error(context: ExceptionContext) -> Exception | None:
         raise overdue
     if isinstance(error, DBAPIError) and (advice := driver.advice(original)) is not None:
         error.add_detail(advice)
-    elif context.is_disconnect or connection is None or driver.is_outage(original):
+    elif context.is_disconnect or driver.is_outage(original):
         context.is_disconnect = True
         # A connection may also be closed when a value is refused, and the error then repeats it.
         cause = cause_of(original) if driver.is_outage(original) else brief(original)
