@@ -330,8 +330,6 @@ def _handle_error(context: ExceptionContext) -> Exception | None:
             f" its limit allows ({limit}). Make the statement faster, or raise the limit.",
             original,
         )
-    elif connection is None and driver.is_conflict(original):
-        return None  # SQLite refuses to set up a connection to a locked file.
     if unit is not None and (trace := unit.tally.trace) is not None:
         code = driver.code(original)
         name = type(original).__name__
@@ -344,7 +342,7 @@ def _handle_error(context: ExceptionContext) -> Exception | None:
         raise overdue
     if isinstance(error, DBAPIError) and (advice := driver.advice(original)) is not None:
         error.add_detail(advice)
-    elif context.is_disconnect or connection is None or driver.is_outage(original):
+    elif context.is_disconnect or driver.is_outage(original):
         context.is_disconnect = True
         # A connection may also be closed when a value is refused, and the error then repeats it.
         cause = cause_of(original) if driver.is_outage(original) else brief(original)

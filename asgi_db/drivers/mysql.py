@@ -225,6 +225,10 @@ class Asyncmy(MySQL):
         event.listen(engine, "reset", reset)
         self._autocommit_requests.watch(dialect)
 
+    @property
+    def connect_errors(self) -> tuple[type[Exception], ...]:
+        return OSError, import_module("asyncmy").errors.Error
+
     def connect(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
         connecting: Awaitable[Any] = import_module("asyncmy").connect(*args, **kwargs)
         return connecting

@@ -72,12 +72,23 @@ class SQLite(AnyDriver):
         return {BEGIN_OPTION: Beginning(("BEGIN IMMEDIATE" if immediate else "BEGIN",))}
 
     def is_conflict(self, error: BaseException) -> bool:
-        code: object = getattr(error, "sqlite_errorcode", None)
-        # The higher bits give a more specific reason.
-        return isinstance(code, int) and code & 0xFF == sqlite3.SQLITE_BUSY
+        return _code(error) == sqlite3.SQLITE_BUSY
+
+    def is_outage(self, error: BaseException) -> bool:
+        return _code(error) in _OUTAGES
 
     def code(self, error: BaseException) -> str | None:
         return getattr(error, "sqlite_errorname", None)
+
+
+def _code(error: BaseException) -> int | None:
+    code: object = getattr(error, "sqlite_errorcode", None)
+    # The higher bits give a more specific reason.
+    return code & 0xFF if isinstance(code, int) else None
+
+
+_OUTAGES = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR)
+"""The file cannot be opened, or read and written; SQLite opens it with the first statement."""
 
 
 class AiosqliteSandbox(SandboxRules):
@@ -198,6 +209,10 @@ class Aiosqlite(SQLite):
 
         event.listen(engine, "connect", connect)
         self._autocommit_requests.watch(engine.dialect, after=_begin_nothing_by_itself)
+
+    @property
+    def connect_errors(self) -> tuple[type[Exception], ...]:
+        return OSError, sqlite3.Error
 
     def connect(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
         kwargs.setdefault("factory", _Connection)
