@@ -84,6 +84,9 @@ class Driver(Protocol):
             SQLAlchemy does.
         has_deferrable: whether a transaction can wait for a snapshot that needs no locks.
         drops_row_locks: whether SQLAlchemy leaves out FOR UPDATE, which this SQL does not have.
+        lock_definitions: the statement that waits until nobody else changes the definitions of
+            tables, and keeps others from doing so; none if the transaction itself does that.
+        unlock_definitions: the statement that ends this; none if the transaction's end does so.
         sandbox: the rules of a sandbox for tests; None if there is none.
     """
 
@@ -91,6 +94,8 @@ class Driver(Protocol):
     is_supported: bool
     has_deferrable: bool
     drops_row_locks: bool
+    lock_definitions: str | None
+    unlock_definitions: str | None
     sandbox: type[SandboxRules] | None
 
     # -- the engine
@@ -218,6 +223,8 @@ class AnyDriver(Driver):
     is_supported = False
     has_deferrable = False
     drops_row_locks = False
+    lock_definitions: str | None = None
+    unlock_definitions: str | None = None
     grammar = COMMON
     sandbox: type[SandboxRules] | None = None
 
