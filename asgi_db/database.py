@@ -137,8 +137,10 @@ class Database:
     def engine(self) -> AsyncEngine:
         """The engine of the running event loop; made at first use.
 
+        Where no event loop runs, as in a synchronous endpoint, it is the only engine there is.
+
         Raises:
-            RuntimeError: there is no running event loop.
+            RuntimeError: there is no running event loop, and no engine yet, or several.
         """
         return self._engines.running.engine
 
