@@ -85,6 +85,9 @@ class Driver(Protocol):
         has_deferrable: whether a transaction can wait for a snapshot that needs no locks.
         has_double_quoted_strings: whether `"…"` is a string in this SQL, and not a name.
         drops_row_locks: whether SQLAlchemy leaves out FOR UPDATE, which this SQL does not have.
+        lock_definitions: the statement that waits until nobody else changes the definitions of
+            tables, and keeps others from doing so; none if the transaction itself does that.
+        unlock_definitions: the statement that ends this; none if the transaction's end does so.
         sandbox: the rules of a sandbox for tests; None if there is none.
     """
 
@@ -93,6 +96,8 @@ class Driver(Protocol):
     has_deferrable: bool
     has_double_quoted_strings: bool
     drops_row_locks: bool
+    lock_definitions: str | None
+    unlock_definitions: str | None
     sandbox: type[SandboxRules] | None
 
     @property
@@ -244,6 +249,8 @@ class AnyDriver(Driver):
     has_deferrable = False
     has_double_quoted_strings = False
     drops_row_locks = False
+    lock_definitions: str | None = None
+    unlock_definitions: str | None = None
     grammar = COMMON
     sandbox: type[SandboxRules] | None = None
 

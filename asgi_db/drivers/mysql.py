@@ -59,10 +59,16 @@ https://dev.mysql.com/doc/refman/8.4/en/comments.html
 """
 
 
+_LOCK_NAME = "CONCAT('asgi_db ', MD5(COALESCE(DATABASE(), '')))"
+
+
 class MySQL(AnyDriver):
     """MySQL and MariaDB with any driver."""
 
     has_double_quoted_strings = True
+    # It commits before DDL, so a lock of the transaction would be gone; the name is the server's.
+    lock_definitions = f"SELECT GET_LOCK({_LOCK_NAME}, 86400)"
+    unlock_definitions = f"SELECT RELEASE_LOCK({_LOCK_NAME})"
     grammar = _GRAMMAR
 
     def begin_options(self, mode: Mode, *, is_prepared: bool) -> dict[str, Any]:

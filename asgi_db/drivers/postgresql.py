@@ -58,6 +58,8 @@ class PostgreSQL(AnyDriver):
     """PostgreSQL with any driver."""
 
     has_deferrable = True
+    # The key is arbitrary, and the lock is one of this database alone.
+    lock_definitions = "SELECT pg_advisory_xact_lock(6021023, 1)"
     grammar = _GRAMMAR
 
     def begin_options(self, mode: Mode, *, is_prepared: bool) -> dict[str, Any]:
