@@ -34,7 +34,7 @@ from asgi_db.settings import (
 )
 from asgi_db.statistics import DatabaseStats, PoolStats, Statistics, name_of, total
 from asgi_db.unit.origin import Origin
-from asgi_db.unit.session import DBSession
+from asgi_db.unit.session import DBSession, check_session_options
 
 if TYPE_CHECKING:
     from asgi_db.testing import Sandbox
@@ -99,6 +99,9 @@ class Database:
         else:
             self.url = database_url_from_env(os.environ) or _embedded()
             options = {**engine_options_from_env(os.environ), **options}
+        if session_options:
+            dialect = self.url.get_dialect() if engine is None else type(engine.dialect)
+            check_session_options(session_options, dialect)
         defaults = {"autoflush": False, "expire_on_commit": False}
         self.session_options: dict[str, Any] = {**defaults, **(session_options or {})}
         self.statistics = Statistics()  # `asgi_db.opentelemetry` observes them
