@@ -20,7 +20,14 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from asgi_db.drivers import driver_of
-from asgi_db.drivers.base import BEGIN_OPTION, Beginning, Driver, cause_of, connection_error
+from asgi_db.drivers.base import (
+    BEGIN_OPTION,
+    Beginning,
+    Driver,
+    cause_of,
+    connection_error,
+    wrong_settings,
+)
 from asgi_db.drivers.connecting import check_loop, let_driver_connect
 from asgi_db.drivers.describing import brief, conflict_error, opening_of
 from asgi_db.drivers.statements import Effect, Judge
@@ -342,6 +349,9 @@ def _handle_error(context: ExceptionContext) -> Exception | None:
         raise overdue
     if isinstance(error, DBAPIError) and (advice := driver.advice(original)) is not None:
         error.add_detail(advice)
+    elif connection is None and (remedy := driver.remedy(original)) is not None:
+        # SQLite opens the file only now, when the connection is set up.
+        raise wrong_settings(original, remedy)
     elif context.is_disconnect or driver.is_outage(original):
         context.is_disconnect = True
         # A connection may also be closed when a value is refused, and the error then repeats it.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -21,7 +22,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from asgi_db.drivers.sandbox import SandboxRules
 from asgi_db.drivers.statements import COMMON, Effect
-from asgi_db.errors import DatabaseDownError
+from asgi_db.errors import ConfigurationError, DatabaseDownError
 from asgi_db.modes import Mode
 
 BEGIN_OPTION = "asgi_db_begin"
@@ -212,6 +213,10 @@ class Driver(Protocol):
         """Name the server's limit for an idle connection, and its value, if it has one."""
         ...
 
+    def remedy(self, error: BaseException) -> str | None:
+        """Return the remedy if a connection cannot be made with the settings as they are."""
+        ...
+
     def code(self, error: BaseException) -> str | None:
         """Return the database's code for an error; unlike its text it repeats no value."""
         ...
@@ -339,6 +344,9 @@ class AnyDriver(Driver):
     def idle_limit(self, connection: Any, *, in_transaction: bool) -> str | None:
         return None
 
+    def remedy(self, error: BaseException) -> str | None:
+        return REMEDIES["certificate"] if isinstance(error, ssl.SSLCertVerificationError) else None
+
     def code(self, error: BaseException) -> str | None:
         return None
 
@@ -416,3 +424,20 @@ def connection_error(error: BaseException, where: str = "", cause: str = "") -> 
     """
     cause = cause or cause_of(error)
     return DatabaseDownError(f"{where}the database cannot be reached ({cause})", error)
+
+
+REMEDIES = {
+    "certificate": "Name the authority that has signed the server's certificate, and the host for"
+    " which it was signed.",
+    "database": "Create it with CREATE DATABASE, or correct its name.",
+    "encryption": "The server wants an encrypted connection: ask for one in the URL.",
+    "login": "Correct the user and the password, or the access rules of the server (pg_hba.conf,"
+    " GRANT).",
+    "option": "Correct the settings for the server in the URL or in connect_args.",
+}
+"""What to do about settings with which a server refuses to be connected to, whenever one tries."""
+
+
+def wrong_settings(error: BaseException, remedy: str) -> ConfigurationError:
+    """Make the error for settings with which no connection can be made."""
+    return ConfigurationError(f"The database refuses the connection ({cause_of(error)}). {remedy}")

@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from asgi_db.drivers import driver_of
-from asgi_db.drivers.base import Driver, connection_error
+from asgi_db.drivers.base import Driver, connection_error, wrong_settings
 from asgi_db.drivers.describing import may_hold_values
 from asgi_db.errors import ConcurrentUseError, ConfigurationError, DatabaseDownError
 from asgi_db.tasks import current_task, is_of_another_loop, of_this_loop, wait_for_background
@@ -58,6 +58,8 @@ class Connector:
             if not self._is_refused_by_driver(error):
                 raise
             encoding = error.encoding
+        except ConfigurationError:
+            raise
         except (TypeError, ValueError) as error:
             if not self._is_refused_by_driver(error):
                 raise
@@ -66,6 +68,8 @@ class Connector:
                 f" async_creator: {error}."
             ) from error
         except self._errors as error:
+            if (remedy := self._driver.remedy(error)) is not None:
+                raise wrong_settings(error, remedy) from error
             raise connection_error(error) from error
         # This is raised outside the `except`, because Python's error contains the whole password
         # and would remain reachable as the `__context__` even with `from None`.
@@ -81,8 +85,8 @@ class Connector:
 
 def _is_raised_by(driver: Driver, error: BaseException) -> bool:
     """Whether an error comes from the code of the driver, or from asyncio's below it."""
-    *_, (innermost, _) = (None, 0), *traceback.walk_tb(error.__traceback__)
-    module = "" if innermost is None else str(innermost.f_globals.get("__name__"))
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    module = str(frames[-1].f_globals.get("__name__")) if frames else ""
     return module.partition(".")[0] in (*driver.packages, "asyncio")
 
 

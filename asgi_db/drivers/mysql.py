@@ -18,6 +18,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, PoolRese
 
 from asgi_db.drivers.base import (
     BEGIN_OPTION,
+    REMEDIES,
     Abandoned,
     AnyDriver,
     AutocommitRequests,
@@ -87,6 +88,11 @@ class MySQL(AnyDriver):
         number = _number(error)
         return _TIME_LIMITS.get(number) if isinstance(number, int) else None
 
+    def remedy(self, error: BaseException) -> str | None:
+        number = _number(error)
+        kind = _WRONG_SETTINGS.get(number) if isinstance(number, int) else None
+        return super().remedy(error) if kind is None else REMEDIES[kind]
+
     def code(self, error: BaseException) -> str | None:
         number = _number(error)
         return str(number) if isinstance(number, int) else None
@@ -128,6 +134,23 @@ _CONFLICTS = (1213, 1205)
 
 _OUTAGES = (1040, 1053)
 """The server refuses more connections, or is shutting down."""
+
+_WRONG_SETTINGS = {
+    1049: "database",
+    1044: "login",
+    1045: "login",
+    1130: "login",
+    1251: "login",
+    1698: "login",
+    1115: "option",
+    1193: "option",
+    1231: "option",
+    3159: "encryption",
+}
+"""What a server answers to a new connection that cannot be made with these settings.
+
+Source: https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html
+"""
 
 _TIME_LIMITS = {1969: "max_statement_time", 3024: "max_execution_time"}
 """The limit of a statement's time in MariaDB, and in MySQL.

@@ -28,6 +28,7 @@ from asgi_db.drivers.base import (
 )
 from asgi_db.drivers.sandbox import SandboxConnection, SandboxControl, SandboxRules, SandboxStandIn
 from asgi_db.drivers.statements import WRITING_WITH, Grammar
+from asgi_db.errors import ConfigurationError
 from asgi_db.modes import Mode
 from asgi_db.tasks import in_background
 
@@ -76,6 +77,11 @@ class SQLite(AnyDriver):
 
     def is_outage(self, error: BaseException) -> bool:
         return _code(error) in _OUTAGES
+
+    def remedy(self, error: BaseException) -> str | None:
+        if _code(error) == sqlite3.SQLITE_NOTADB:
+            return "Name a file that SQLite has made, or one that does not exist yet."
+        return super().remedy(error)
 
     def code(self, error: BaseException) -> str | None:
         return getattr(error, "sqlite_errorname", None)
@@ -216,6 +222,10 @@ class Aiosqlite(SQLite):
 
     def connect(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
         kwargs.setdefault("factory", _Connection)
+        if not kwargs.get("uri") and not os.path.isdir(os.path.dirname(args[0]) or "."):
+            raise ConfigurationError(
+                "The folder of the SQLite file does not exist: create it, or correct its name."
+            )
         connection = import_module("aiosqlite").connect(*args, **kwargs)
         # Without a daemon a program that does not dispose its database could not end. SQLAlchemy
         # does the same when it connects itself; there is no public API.
