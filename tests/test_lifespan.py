@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import anyio
 import pytest
+import uvicorn
 import uvloop
 from fastapi import FastAPI
 from litestar import Litestar
@@ -28,6 +29,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
+from uvicorn.lifespan.on import LifespanOn
 
 from asgi_db import Database, DBSession, DBSessionMiddleware, read_only, session_of, transactional
 from asgi_db.types import ASGIApp, Message, Receive, Scope, Send
@@ -543,6 +545,72 @@ async def test_an_application_without_a_lifespan_is_stood_in_for(
     assert await server.shutdown() == "lifespan.shutdown.complete"
     assert (server.types, server.error) == (COMPLETE, None)
     assert messages(caplog) == []
+
+
+class Failing:
+    """Middleware of the application's own, which fails at startup before it calls anything."""
+
+    def __init__(self, app: ASGIApp, *, after_reading: bool = False) -> None:
+        self.app = app
+        self._after_reading = after_reading
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            if self._after_reading:
+                await receive()
+            raise ConnectionError("the cache is not there")
+        await self.app(scope, receive, send)
+
+
+def failing_in_starlette(database: Database, **options: Any) -> ASGIApp:
+    app = Starlette()
+    app.add_middleware(Failing, **options)
+    app.add_middleware(DBSessionMiddleware, database=database)
+    return app
+
+
+def failing_in_fastapi(database: Database, **options: Any) -> ASGIApp:
+    app = FastAPI()
+    app.add_middleware(Failing, **options)
+    app.add_middleware(DBSessionMiddleware, database=database)
+    return app
+
+
+def failing_around_starlette(database: Database, **options: Any) -> ASGIApp:
+    return DBSessionMiddleware(Failing(Failing(Starlette()), **options), database=database)
+
+
+def failing_around_litestar(database: Database, **options: Any) -> ASGIApp:
+    app = Litestar([], logging_config=None)
+    return DBSessionMiddleware(Failing(app, **options), database=database)
+
+
+@pytest.mark.parametrize("after_reading", [False, True], ids=["", "after_reading"])
+@pytest.mark.parametrize(
+    "make",
+    [failing_in_starlette, failing_in_fastapi, failing_around_starlette, failing_around_litestar],
+)
+async def test_middleware_that_fails_at_startup_fails_it_as_without_the_database(
+    make: Callable[..., ASGIApp], after_reading: bool, database_url: str
+) -> None:
+    """What the server makes of it is the server's business: uvicorn does not serve with "on"."""
+    database = Database(database_url, wait_for=5)
+    server = Server(make(database, after_reading=after_reading))
+    assert await server.startup() is None
+    await server.task
+    assert (server.types, str(server.error)) == ([], "the cache is not there")
+    await assert_no_connection(database_url)
+
+
+@pytest.mark.parametrize("make", [failing_in_starlette, failing_around_litestar])
+async def test_uvicorn_does_not_serve_where_it_insists_on_the_lifespan(
+    make: Callable[..., ASGIApp], sqlite_url: str
+) -> None:
+    config = uvicorn.Config(make(Database(sqlite_url)), lifespan="on", log_config=None)
+    config.load()
+    lifespan = LifespanOn(config)
+    await lifespan.startup()
+    assert lifespan.should_exit
 
 
 def litestar_without_plugin(database: Database, lifespan: OwnLifespan) -> ASGIApp:
