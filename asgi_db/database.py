@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import anyio
-from sqlalchemy import URL, MetaData
+from sqlalchemy import URL, Connection, MetaData
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from asgi_db.engine import isolation_options, refuse_autocommit
+from asgi_db.drivers import driver_of
+from asgi_db.engine import isolation_options, refuse_autocommit, variant
 from asgi_db.errors import ConfigurationError
 from asgi_db.logs import logger
 from asgi_db.modes import Mode, Transactional, as_mode, is_number, plain, transactional
@@ -33,10 +35,13 @@ from asgi_db.settings import (
 )
 from asgi_db.statistics import DatabaseStats, PoolStats, Statistics, name_of, total
 from asgi_db.unit.origin import Origin
-from asgi_db.unit.session import DBSession
+from asgi_db.unit.session import DBSession, check_session_options
 
 if TYPE_CHECKING:
     from asgi_db.testing import Sandbox
+
+_DEFINING = transactional(isolation="READ COMMITTED")
+"""The mode for DDL, which has to see what another process has created while this one waited."""
 
 DEFAULT_FILE = "app.db"
 """The SQLite file that is used if no database is configured."""
@@ -95,6 +100,9 @@ class Database:
         else:
             self.url = database_url_from_env(os.environ) or _embedded()
             options = {**engine_options_from_env(os.environ), **options}
+        if session_options:
+            dialect = self.url.get_dialect() if engine is None else type(engine.dialect)
+            check_session_options(session_options, dialect)
         defaults = {"autoflush": False, "expire_on_commit": False}
         self.session_options: dict[str, Any] = {**defaults, **(session_options or {})}
         self.statistics = Statistics()  # `asgi_db.opentelemetry` observes them
@@ -134,8 +142,10 @@ class Database:
     def engine(self) -> AsyncEngine:
         """The engine of the running event loop; made at first use.
 
+        Where no event loop runs, as in a synchronous endpoint, it is the only engine there is.
+
         Raises:
-            RuntimeError: there is no running event loop.
+            RuntimeError: there is no running event loop, and no engine yet, or several.
         """
         return self._engines.running.engine
 
@@ -209,14 +219,30 @@ class Database:
         await ping(self.life)
 
     async def create_tables(self, metadata: MetaData) -> None:
-        """Create the tables which do not exist yet."""
-        async with connection_of(self.engine) as connection, connection.begin():
-            await connection.run_sync(metadata.create_all)
+        """Create the tables which do not exist yet.
+
+        Several processes may do so at once: one creates the tables, and the others wait.
+        """
+        await self._define(metadata.create_all)
 
     async def drop_tables(self, metadata: MetaData) -> None:
         """Drop the tables which exist."""
-        async with connection_of(self.engine) as connection, connection.begin():
-            await connection.run_sync(metadata.drop_all)
+        await self._define(metadata.drop_all)
+
+    async def _define(self, change: Callable[[Connection], None]) -> None:
+        """Change the definitions of tables while no other process does so."""
+        engine = AsyncEngine(variant(self.engine.sync_engine, _DEFINING))
+        driver = driver_of(engine.dialect)
+        async with connection_of(engine) as connection, connection.begin():
+            if driver.lock_definitions is not None:
+                await connection.exec_driver_sql(driver.lock_definitions)
+            try:
+                await connection.run_sync(change)
+            finally:
+                if driver.unlock_definitions is not None:
+                    # On a connection that was closed the lock has ended by itself.
+                    with contextlib.suppress(SQLAlchemyError):
+                        await connection.exec_driver_sql(driver.unlock_definitions)
 
     # -- statistics ----------------------------------------------------------------------------
 

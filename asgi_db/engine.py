@@ -20,7 +20,14 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from asgi_db.drivers import driver_of
-from asgi_db.drivers.base import BEGIN_OPTION, Beginning, Driver, cause_of, connection_error
+from asgi_db.drivers.base import (
+    BEGIN_OPTION,
+    Beginning,
+    Driver,
+    cause_of,
+    connection_error,
+    wrong_settings,
+)
 from asgi_db.drivers.connecting import check_loop, let_driver_connect
 from asgi_db.drivers.describing import brief, conflict_error, opening_of
 from asgi_db.drivers.statements import Effect, Judge
@@ -241,7 +248,8 @@ def _do_execute(
     found = _units.get(context.root_connection)
     unit = None if found is None else found()
     if unit is None:
-        check_loop(context.root_connection.engine.pool, "A connection of the engine was used")
+        pool = context.root_connection.engine.pool
+        check_loop(getattr(pool, "loop", None), "A connection of the engine was used")
         return
     if asyncio.get_running_loop() is not unit.loop:
         raise ConcurrentUseError.session_in_another_loop("execute", unit.describe())
@@ -329,8 +337,6 @@ def _handle_error(context: ExceptionContext) -> Exception | None:
             f" its limit allows ({limit}). Make the statement faster, or raise the limit.",
             original,
         )
-    elif connection is None and driver.is_conflict(original):
-        return None  # SQLite refuses to set up a connection to a locked file.
     if unit is not None and (trace := unit.tally.trace) is not None:
         code = driver.code(original)
         name = type(original).__name__
@@ -343,7 +349,10 @@ def _handle_error(context: ExceptionContext) -> Exception | None:
         raise overdue
     if isinstance(error, DBAPIError) and (advice := driver.advice(original)) is not None:
         error.add_detail(advice)
-    elif context.is_disconnect or connection is None or driver.is_outage(original):
+    elif connection is None and (remedy := driver.remedy(original)) is not None:
+        # SQLite opens the file only now, when the connection is set up.
+        raise wrong_settings(original, remedy)
+    elif context.is_disconnect or driver.is_outage(original):
         context.is_disconnect = True
         # A connection may also be closed when a value is refused, and the error then repeats it.
         cause = cause_of(original) if driver.is_outage(original) else brief(original)

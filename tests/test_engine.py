@@ -231,9 +231,9 @@ class Diary:
     conflict: DatabaseConflictError | None = None
 
     def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
         self.transaction = DiaryOfTransaction()
         self.tally = Tally()
-        self.loop = asyncio.get_running_loop()
 
     @property
     def entries(self) -> list[str]:

@@ -23,7 +23,7 @@ from typing import Any
 from asgi_db.asgi.marks import layers, mark_of
 from asgi_db.errors import ConfigurationError
 from asgi_db.modes import Mode, as_mode
-from asgi_db.types import Receive, Scope, Send
+from asgi_db.types import ASGIApp, Receive, Scope, Send
 
 _ROUTES = 1024
 """For how many routes the name is cached."""
@@ -202,6 +202,22 @@ def _name(method: str, path: str, endpoint: Any) -> str:
 
 
 _cached_name = functools.lru_cache(maxsize=_ROUTES)(_name)
+
+
+def supports_lifespan(app: ASGIApp, scope: Scope) -> bool:
+    """Return whether an application belongs to a framework, all of which have a lifespan.
+
+    Args:
+        app: the application, which may be surrounded by middleware.
+        scope: the scope of its lifespan.
+    """
+    if "app" in scope:  # All of them set this, before their own middleware is called.
+        return True
+    innermost: object = app
+    while (inner := getattr(innermost, "app", None)) is not None:  # what middleware calls it
+        innermost = inner
+    modules = {kind.__module__.partition(".")[0] for kind in type(innermost).__mro__}
+    return bool(modules & {"starlette", "fastapi", "litestar"})
 
 
 def is_framework_task(task: asyncio.Task[Any]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -21,7 +22,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from asgi_db.drivers.sandbox import SandboxRules
 from asgi_db.drivers.statements import COMMON, Effect
-from asgi_db.errors import DatabaseDownError
+from asgi_db.errors import ConfigurationError, DatabaseDownError
 from asgi_db.modes import Mode
 
 BEGIN_OPTION = "asgi_db_begin"
@@ -85,6 +86,9 @@ class Driver(Protocol):
         has_deferrable: whether a transaction can wait for a snapshot that needs no locks.
         has_double_quoted_strings: whether `"…"` is a string in this SQL, and not a name.
         drops_row_locks: whether SQLAlchemy leaves out FOR UPDATE, which this SQL does not have.
+        lock_definitions: the statement that waits until nobody else changes the definitions of
+            tables, and keeps others from doing so; none if the transaction itself does that.
+        unlock_definitions: the statement that ends this; none if the transaction's end does so.
         sandbox: the rules of a sandbox for tests; None if there is none.
     """
 
@@ -93,6 +97,8 @@ class Driver(Protocol):
     has_deferrable: bool
     has_double_quoted_strings: bool
     drops_row_locks: bool
+    lock_definitions: str | None
+    unlock_definitions: str | None
     sandbox: type[SandboxRules] | None
 
     @property
@@ -207,6 +213,10 @@ class Driver(Protocol):
         """Name the server's limit for an idle connection, and its value, if it has one."""
         ...
 
+    def remedy(self, error: BaseException) -> str | None:
+        """Return the remedy if a connection cannot be made with the settings as they are."""
+        ...
+
     def code(self, error: BaseException) -> str | None:
         """Return the database's code for an error; unlike its text it repeats no value."""
         ...
@@ -244,6 +254,8 @@ class AnyDriver(Driver):
     has_deferrable = False
     has_double_quoted_strings = False
     drops_row_locks = False
+    lock_definitions: str | None = None
+    unlock_definitions: str | None = None
     grammar = COMMON
     sandbox: type[SandboxRules] | None = None
 
@@ -332,6 +344,9 @@ class AnyDriver(Driver):
     def idle_limit(self, connection: Any, *, in_transaction: bool) -> str | None:
         return None
 
+    def remedy(self, error: BaseException) -> str | None:
+        return REMEDIES["certificate"] if isinstance(error, ssl.SSLCertVerificationError) else None
+
     def code(self, error: BaseException) -> str | None:
         return None
 
@@ -409,3 +424,20 @@ def connection_error(error: BaseException, where: str = "", cause: str = "") -> 
     """
     cause = cause or cause_of(error)
     return DatabaseDownError(f"{where}the database cannot be reached ({cause})", error)
+
+
+REMEDIES = {
+    "certificate": "Name the authority that has signed the server's certificate, and the host for"
+    " which it was signed.",
+    "database": "Create it with CREATE DATABASE, or correct its name.",
+    "encryption": "The server wants an encrypted connection: ask for one in the URL.",
+    "login": "Correct the user and the password, or the access rules of the server (pg_hba.conf,"
+    " GRANT).",
+    "option": "Correct the settings for the server in the URL or in connect_args.",
+}
+"""What to do about settings with which a server refuses to be connected to, whenever one tries."""
+
+
+def wrong_settings(error: BaseException, remedy: str) -> ConfigurationError:
+    """Make the error for settings with which no connection can be made."""
+    return ConfigurationError(f"The database refuses the connection ({cause_of(error)}). {remedy}")

@@ -38,8 +38,8 @@ def conflict_error(error: BaseException, where: str) -> DatabaseConflictError:
     """
     orig = getattr(error, "orig", None) or error
     return DatabaseConflictError(
-        f"{where}: the transaction has lost a conflict with another one ({brief(error)}). With"
-        " `transactional(retries=...)` on the route such a request is run again.",
+        f"{where}: the transaction has lost a conflict with another one ({brief(error)}). A"
+        " request is run again with `transactional(retries=...)`, a block by a loop of your own.",
         orig,
     )
 

@@ -18,6 +18,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, PoolRese
 
 from asgi_db.drivers.base import (
     BEGIN_OPTION,
+    REMEDIES,
     Abandoned,
     AnyDriver,
     AutocommitRequests,
@@ -59,10 +60,16 @@ https://dev.mysql.com/doc/refman/8.4/en/comments.html
 """
 
 
+_LOCK_NAME = "CONCAT('asgi_db ', MD5(COALESCE(DATABASE(), '')))"
+
+
 class MySQL(AnyDriver):
     """MySQL and MariaDB with any driver."""
 
     has_double_quoted_strings = True
+    # It commits before DDL, so a lock of the transaction would be gone; the name is the server's.
+    lock_definitions = f"SELECT GET_LOCK({_LOCK_NAME}, 86400)"
+    unlock_definitions = f"SELECT RELEASE_LOCK({_LOCK_NAME})"
     grammar = _GRAMMAR
 
     def begin_options(self, mode: Mode, *, is_prepared: bool) -> dict[str, Any]:
@@ -80,6 +87,11 @@ class MySQL(AnyDriver):
     def time_limit(self, error: BaseException) -> str | None:
         number = _number(error)
         return _TIME_LIMITS.get(number) if isinstance(number, int) else None
+
+    def remedy(self, error: BaseException) -> str | None:
+        number = _number(error)
+        kind = _WRONG_SETTINGS.get(number) if isinstance(number, int) else None
+        return super().remedy(error) if kind is None else REMEDIES[kind]
 
     def code(self, error: BaseException) -> str | None:
         number = _number(error)
@@ -122,6 +134,23 @@ _CONFLICTS = (1213, 1205)
 
 _OUTAGES = (1040, 1053)
 """The server refuses more connections, or is shutting down."""
+
+_WRONG_SETTINGS = {
+    1049: "database",
+    1044: "login",
+    1045: "login",
+    1130: "login",
+    1251: "login",
+    1698: "login",
+    1115: "option",
+    1193: "option",
+    1231: "option",
+    3159: "encryption",
+}
+"""What a server answers to a new connection that cannot be made with these settings.
+
+Source: https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html
+"""
 
 _TIME_LIMITS = {1969: "max_statement_time", 3024: "max_execution_time"}
 """The limit of a statement's time in MariaDB, and in MySQL.
@@ -224,6 +253,10 @@ class Asyncmy(MySQL):
 
         event.listen(engine, "reset", reset)
         self._autocommit_requests.watch(dialect)
+
+    @property
+    def connect_errors(self) -> tuple[type[Exception], ...]:
+        return OSError, import_module("asyncmy").errors.Error
 
     def connect(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
         connecting: Awaitable[Any] = import_module("asyncmy").connect(*args, **kwargs)

@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.util.concurrency import await_
 
-from asgi_db.drivers.base import Abandoned, AnyDriver, StandIn
+from asgi_db.drivers.base import REMEDIES, Abandoned, AnyDriver, StandIn
 from asgi_db.drivers.sandbox import SandboxControl, SandboxRules, SandboxStandIn
 from asgi_db.drivers.statements import WRITING_WITH, Grammar
 from asgi_db.logs import logger
@@ -58,6 +58,8 @@ class PostgreSQL(AnyDriver):
     """PostgreSQL with any driver."""
 
     has_deferrable = True
+    # The key is arbitrary, and the lock is one of this database alone.
+    lock_definitions = "SELECT pg_advisory_xact_lock(6021023, 1)"
     grammar = _GRAMMAR
 
     def begin_options(self, mode: Mode, *, is_prepared: bool) -> dict[str, Any]:
@@ -85,6 +87,10 @@ class PostgreSQL(AnyDriver):
         if _sqlstate(error) != _QUERY_CANCELED:
             return None
         return "statement_timeout, unless somebody has cancelled it"
+
+    def remedy(self, error: BaseException) -> str | None:
+        kind = _WRONG_SETTINGS.get(_sqlstate(error) or "")
+        return super().remedy(error) if kind is None else REMEDIES[kind]
 
     def code(self, error: BaseException) -> str | None:
         return _sqlstate(error)
@@ -133,6 +139,19 @@ _OUTAGES = frozenset(
     {"08000", "08001", "08003", "08004", "08006", "57P01", "57P02", "57P03", "53300"}
 )
 """The connection failed, or the server is starting, shutting down or refusing connections."""
+
+_WRONG_SETTINGS = {
+    "3D000": "database",
+    "28000": "login",
+    "28P01": "login",
+    "42501": "login",
+    "22023": "option",
+    "42704": "option",
+}
+"""What a server answers to a new connection that cannot be made with these settings.
+
+Source: https://www.postgresql.org/docs/current/errcodes-appendix.html
+"""
 
 _NO_STATEMENT = frozenset({"26000", "42P05"})
 """A prepared statement does not exist, or its name is in use already."""

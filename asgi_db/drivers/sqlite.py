@@ -11,8 +11,9 @@ import sqlite3
 import tempfile
 from collections.abc import Awaitable, Coroutine, Mapping
 from importlib import import_module
+from threading import Thread
 from typing import Any, ClassVar
-from weakref import WeakSet, finalize
+from weakref import WeakSet, finalize, ref
 
 import anyio
 from sqlalchemy import URL, Engine, event
@@ -27,6 +28,7 @@ from asgi_db.drivers.base import (
 )
 from asgi_db.drivers.sandbox import SandboxConnection, SandboxControl, SandboxRules, SandboxStandIn
 from asgi_db.drivers.statements import WRITING_WITH, Grammar
+from asgi_db.errors import ConfigurationError
 from asgi_db.modes import Mode
 from asgi_db.tasks import in_background
 
@@ -71,12 +73,28 @@ class SQLite(AnyDriver):
         return {BEGIN_OPTION: Beginning(("BEGIN IMMEDIATE" if immediate else "BEGIN",))}
 
     def is_conflict(self, error: BaseException) -> bool:
-        code: object = getattr(error, "sqlite_errorcode", None)
-        # The higher bits give a more specific reason.
-        return isinstance(code, int) and code & 0xFF == sqlite3.SQLITE_BUSY
+        return _code(error) == sqlite3.SQLITE_BUSY
+
+    def is_outage(self, error: BaseException) -> bool:
+        return _code(error) in _OUTAGES
+
+    def remedy(self, error: BaseException) -> str | None:
+        if _code(error) == sqlite3.SQLITE_NOTADB:
+            return "Name a file that SQLite has made, or one that does not exist yet."
+        return super().remedy(error)
 
     def code(self, error: BaseException) -> str | None:
         return getattr(error, "sqlite_errorname", None)
+
+
+def _code(error: BaseException) -> int | None:
+    code: object = getattr(error, "sqlite_errorcode", None)
+    # The higher bits give a more specific reason.
+    return code & 0xFF if isinstance(code, int) else None
+
+
+_OUTAGES = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR)
+"""The file cannot be opened, or read and written; SQLite opens it with the first statement."""
 
 
 class AiosqliteSandbox(SandboxRules):
@@ -198,12 +216,22 @@ class Aiosqlite(SQLite):
         event.listen(engine, "connect", connect)
         self._autocommit_requests.watch(engine.dialect, after=_begin_nothing_by_itself)
 
+    @property
+    def connect_errors(self) -> tuple[type[Exception], ...]:
+        return OSError, sqlite3.Error
+
     def connect(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
         kwargs.setdefault("factory", _Connection)
+        if not kwargs.get("uri") and not os.path.isdir(os.path.dirname(args[0]) or "."):
+            raise ConfigurationError(
+                "The folder of the SQLite file does not exist: create it, or correct its name."
+            )
         connection = import_module("aiosqlite").connect(*args, **kwargs)
-        # Without this a program that does not dispose its database could not end. SQLAlchemy does
-        # the same when it connects itself; there is no public API.
-        connection._thread.daemon = True
+        # Without a daemon a program that does not dispose its database could not end. SQLAlchemy
+        # does the same when it connects itself; there is no public API.
+        connection._thread = Thread(
+            target=_work, args=(ref(connection), connection._tx), daemon=True
+        )
         stop = connection.stop
 
         def stop_once() -> Any:
@@ -230,6 +258,26 @@ class Aiosqlite(SQLite):
         An idle connection would not close properly after an interrupt.
         """
         return _interrupt(connection)
+
+
+def _work(connection: ref[Any], queue: Any) -> None:
+    """Do the work of a connection in its thread, also after its event loop was closed.
+
+    The driver's own thread ends with an error when the answer comes too late for a closed loop, and
+    leaves the connection open, with its transaction and its lock. There is no public API; the tests
+    in `test_loops_without_dispose.py` break when this changes.
+    """
+    work = import_module("aiosqlite.core")._connection_worker_thread
+    while True:
+        try:
+            work(queue)
+            return
+        except RuntimeError:
+            # What comes next in the queue may be the end of the transaction, or of the connection.
+            alive = connection()
+            if (alive is None or not alive._running) and queue.empty():
+                return
+            del alive
 
 
 class _Connection(sqlite3.Connection):

@@ -201,10 +201,11 @@ class Connections:
             self._returned = anyio.Event()
             await self._returned.wait()
 
-    def terminate(self) -> int:
-        """Close every open connection without a word to the server; return their number."""
+    def terminate(self) -> list[Holder]:
+        """Close every open connection without a word to the server; return those that were out."""
         if self._leaks is not None:
             self._leaks.stop()
+        holders = self.holders()
         connections = self._still_open()
         for entry, connection in connections.items():
             held = self._out.get(entry)
@@ -217,7 +218,7 @@ class Connections:
                 self._dialect.do_terminate(connection)
         self._open.clear()
         self._out.clear()
-        return len(connections)
+        return holders
 
     def forget(self, kind: type[object]) -> None:
         """Count the connections of a kind as closed: there is nothing of them to be closed."""

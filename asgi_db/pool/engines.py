@@ -22,7 +22,7 @@ from asgi_db.pool.fair import FairPool
 from asgi_db.pool.life import DISPOSE_TIMEOUT, EngineLife
 from asgi_db.profiles import PoolProfile
 from asgi_db.statistics import Statistics
-from asgi_db.tasks import run_to_completion
+from asgi_db.tasks import run_to_completion, running_loop
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +113,32 @@ class Engines:
     def running(self) -> EngineLife:
         """The engine of the running event loop, with its life; made at first use.
 
+        Where no event loop runs, as in the thread of a synchronous endpoint, it is the only one.
+
         Raises:
-            RuntimeError: there is no running event loop.
+            RuntimeError: there is no running event loop, and no engine yet, or several.
         """
-        return self._given or self.on(asyncio.get_running_loop())
+        if self._given is not None:
+            return self._given
+        loop = running_loop()
+        return self._only() if loop is None else self.on(loop)
+
+    def _only(self) -> EngineLife:
+        lives = [life for loop, life in tuple(self._lives.items()) if not loop.is_closed()]
+        if len(lives) == 1:
+            return lives[0]
+        raise RuntimeError(
+            f"{self!r}: there is no running event loop here, and "
+            + (
+                f"there are {len(lives)} engines, each for an event loop of its own: ask inside"
+                " the event loop that is meant."
+                if lives
+                else "no engine yet, because it is made in the event loop that uses it. Ask for"
+                " `database.engine` when the application starts, in its lifespan, or later; what"
+                " needs one already when it is imported, such as an admin panel, takes an engine of"
+                " your own, and so does the database: Database(engine=...)."
+            )
+        )
 
     def on(self, loop: asyncio.AbstractEventLoop) -> EngineLife:
         """Return the engine of an event loop, with its life; made at first use.

@@ -29,7 +29,10 @@ class FairQueue(QueueCommon[T]):
     Attributes:
         receive: makes an item of what a waiter was handed.
         take_back: takes what a waiter was handed that has ended meanwhile.
+        loop: the event loop that it serves; None if any.
     """
+
+    loop: asyncio.AbstractEventLoop | None = None
 
     def __init__(self, maxsize: int = 0, use_lifo: bool = False) -> None:
         self.maxsize = maxsize
@@ -92,7 +95,11 @@ class FairQueue(QueueCommon[T]):
 
         Raises:
             Empty: there is no item, or none came within `timeout` seconds.
+            ConcurrentUseError: this is another event loop than the one that it serves.
         """
+        # Each request comes here, so the common case is told without a call.
+        if self.loop is not None and asyncio.get_running_loop() is not self.loop:
+            check_loop(self.loop, "The engine was used")
         if self._items:
             return self._items.pop() if self.use_lifo else self._items.popleft()
         if not block:
@@ -160,12 +167,7 @@ class FairPool(AsyncAdaptedQueuePool):
     """SQLAlchemy's pool with a fair queue.
 
     SQLAlchemy has no public API for this; the tests in `test_fair_pool.py` break when it changes.
-
-    Attributes:
-        loop: the event loop that it serves; None if any.
     """
-
-    loop: asyncio.AbstractEventLoop | None = None
 
     # SQLAlchemy derives the name of its logger from this.
     __module__ = "sqlalchemy.pool"
@@ -184,16 +186,21 @@ class FairPool(AsyncAdaptedQueuePool):
     def _create_connection(self) -> ConnectionPoolEntry:
         return _Entry(self)
 
-    def _do_get(self) -> ConnectionPoolEntry:
-        check_loop(self, "The engine was used")
-        return super()._do_get()
-
     def recreate(self) -> FairPool:
         """Return a new pool for the same event loop, which SQLAlchemy asks for at `dispose`."""
         pool = super().recreate()
         assert isinstance(pool, FairPool)
         pool.loop = self.loop
         return pool
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The event loop that it serves; None if any."""
+        return self._queue.loop
+
+    @loop.setter
+    def loop(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        self._queue.loop = loop
 
     def return_after_error(self, entry: ConnectionPoolEntry) -> None:
         """Return a connection that SQLAlchemy itself has not returned because of an error."""

@@ -94,18 +94,23 @@ class EngineLife:
             with anyio.move_on_after(DISPOSE_TIMEOUT):
                 await self.engine.dispose()
             await self._abandoned.all_ended()
-            self.terminate()
+            self._terminate(f"not returned to the pool in {DISPOSE_TIMEOUT:.0f} s")
         await self._abandoned.all_ended()
 
     def terminate(self) -> None:
-        """Terminate the connections that are still open."""
-        if self._given:
-            return
-        terminated = self.connections.terminate()
-        if terminated:
+        """Terminate the connections that are still open, because their event loop is closed."""
+        if not self._given:
+            self._terminate(
+                "not returned to the pool before their event loop was closed without `await"
+                " database.dispose()`"
+            )
+
+    def _terminate(self, why: str) -> None:
+        # A connection that nobody used harms nobody, also where each test has its own event loop.
+        if holders := self.connections.terminate():
             logger.warning(
-                "%d connections were terminated: they were not returned to the pool in %.0f s, or"
-                " their event loop was closed without `await database.dispose()`.",
-                terminated,
-                DISPOSE_TIMEOUT,
+                "%d connections were terminated: they were %s. They were held by: %s",
+                len(holders),
+                why,
+                "; ".join(map(str, holders)),
             )

@@ -3,17 +3,67 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable
+import difflib
+import inspect
+from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
+from sqlalchemy import Connection, Engine
+from sqlalchemy.engine.default import DefaultDialect
+from sqlalchemy.engine.interfaces import Dialect
+from sqlalchemy.ext.asyncio import (
+    AsyncConnection,
+    AsyncEngine,
+    AsyncSession,
+    AsyncSessionTransaction,
+)
+from sqlalchemy.orm import Session
 
-from asgi_db.errors import FailedTransactionError
+from asgi_db.errors import ConfigurationError, FailedTransactionError
 from asgi_db.unit.hooks import Hook, HookFunction, When
 from asgi_db.unit.origin import Origin
 from asgi_db.unit.sync_session import UnitSession
 from asgi_db.unit.unit_of_work import UnitOfWork
+
+_BINDS = (AsyncEngine, AsyncConnection, Engine, Connection)
+
+_OPTIONS = frozenset(inspect.signature(Session).parameters)
+_OURS = {
+    "bind": "the session uses the engine of its database; `binds` names another one for a table",
+    "class_": "the session is an `asgi_db.DBSession`",
+    "sync_session_class": "the session inside is asgi-db's own",
+}
+"""Options that would take away what the promises rest on."""
+
+
+def check_session_options(options: Mapping[str, Any], dialect: type[Dialect]) -> None:
+    """Check the options for the constructor of SQLAlchemy's session.
+
+    Args:
+        options: the options that the user has given.
+        dialect: of the database.
+
+    Raises:
+        ConfigurationError: one of them cannot work; the message names it, and the remedy.
+    """
+    for name in options:
+        if name in _OURS:
+            raise ConfigurationError(
+                f"session_options={{{name!r}: …}} cannot be set, because {_OURS[name]}: leave it"
+                " out."
+            )
+        if name not in _OPTIONS:
+            close = difflib.get_close_matches(name, _OPTIONS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "leave it out."
+            raise ConfigurationError(
+                f"session_options={{{name!r}: …}}: SQLAlchemy's session has no such option; {hint}"
+            )
+    if options.get("twophase") and dialect.do_begin_twophase is DefaultDialect.do_begin_twophase:
+        raise ConfigurationError(
+            "session_options={'twophase': True}: there is no two-phase commit on"
+            f" {dialect.name}: leave it out."
+        )
 
 
 class _Transaction(AsyncSessionTransaction):
@@ -98,12 +148,21 @@ class DBSession(AsyncSession):
     unit: UnitOfWork | None = None
     """The unit of work of the session; None before its first use."""
 
-    def __init__(self, origin: Origin) -> None:
+    def __init__(self, origin: Origin | None = None, **options: Any) -> None:
         """Make an empty session, which is completed at its first use.
 
         Args:
-            origin: the request or block that the session is for.
+            origin: the request or block that the session is for; asgi-db itself gives it.
+            options: none; SQLAlchemy's own are refused with the remedy.
+
+        Raises:
+            ConfigurationError: it is made by hand, as an `AsyncSession` is.
         """
+        if options or origin is None or isinstance(origin, _BINDS):
+            raise ConfigurationError(
+                "A DBSession belongs to a request or a block, and is not made by hand: use"
+                " `async with database.session()` or `database.transaction()`."
+            )
         self.origin = origin
 
     if not TYPE_CHECKING:  # A type checker would accept every misspelt name.

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
+from sqlalchemy.exc import MissingGreenlet
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 from sqlalchemy.util.concurrency import await_, in_greenlet
 
@@ -88,8 +89,13 @@ class UnitSession(Session):
                 event loop.
             DatabaseTimeoutError: the time of the unit is over.
             ModeConflictError: another mode is asked for by now, and the unit holds work.
+            MissingGreenlet: there is no event loop here.
         """
-        unit, task = self.unit_of_work, asyncio.current_task()
+        unit = self.unit_of_work
+        try:
+            task = asyncio.current_task()
+        except RuntimeError:
+            raise _outside_the_loop(name, unit.describe()) from None
         operation = unit.operation
         if asyncio.get_running_loop() is not unit.loop:
             unit.check_free(name)
@@ -212,6 +218,14 @@ class UnitSession(Session):
                 unit.deadline = None
             if unit.operation is None and deadline.has_cancelled(error):
                 raise DatabaseTimeoutError(unit.describe(), deadline.timeout) from error
+
+
+def _outside_the_loop(name: str, owner: str) -> MissingGreenlet:
+    return MissingGreenlet(
+        f"{owner}: session.{name}() was called in a thread, where nothing can be awaited, perhaps"
+        " by a lazy load in a synchronous endpoint (`def`). Make the endpoint `async def`, and"
+        " await there what is to be loaded; or load it with the object: `selectinload(...)`."
+    )
 
 
 def _inside_the_unit(name: str) -> Callable[..., Any]:
