@@ -20,13 +20,14 @@ from asgi_db.drivers import driver_of
 from asgi_db.engine import isolation_options, refuse_autocommit, variant
 from asgi_db.errors import ConfigurationError
 from asgi_db.logs import logger
-from asgi_db.modes import Mode, Transactional, plain, transactional
+from asgi_db.modes import Mode, Transactional, as_mode, is_number, plain, transactional
 from asgi_db.pool.abandoned import connection_of
 from asgi_db.pool.engines import Engines, EngineSettings
 from asgi_db.pool.life import EngineLife
 from asgi_db.pool.ping import ping
 from asgi_db.profiles import PoolName, PoolProfile, pool_profile
 from asgi_db.settings import (
+    Secret,
     create_database_url,
     database_url_from_env,
     engine_options_from_env,
@@ -57,7 +58,7 @@ class Database:
 
     def __init__(
         self,
-        url: str | URL | None = None,
+        url: str | URL | Secret | None = None,
         *,
         engine: AsyncEngine | None = None,
         pool: PoolName | PoolProfile = "medium",
@@ -70,9 +71,9 @@ class Database:
         """Check the settings; nothing is opened yet.
 
         Args:
-            url: where the database is. Without it, `DATABASE_URL` or `DATABASE_TYPE` and its
-                companions name the place; without these, an SQLite file in the working directory
-                is used.
+            url: where the database is; pydantic's `SecretStr` too. Without it, `DATABASE_URL` or
+                `DATABASE_TYPE` and its companions name the place; without these, an SQLite file in
+                the working directory is used.
             engine: an engine of your own instead; it is used as it is, and never disposed. Errors
                 of its `async_creator`, if it has one, are not translated.
             pool: the pool profile, "low", "medium" or "high", or a `PoolProfile` of your own.
@@ -284,7 +285,11 @@ class Database:
         Args:
             mode: how its unit of work ends with the block; `plain` rolls back what is not
                 committed by hand.
+
+        Raises:
+            ConfigurationError: that is no mode, or one with `retries=`.
         """
+        mode = as_mode(mode, "The mode of database.session()")
         if mode.retries:
             raise ConfigurationError(
                 f"A block cannot be run again: leave out retries={mode.retries}, and put the block"
@@ -317,7 +322,15 @@ class Database:
 
         Args:
             mode: `transactional`, or `transactional(isolation=…)`.
+
+        Raises:
+            ConfigurationError: that is no mode which commits, or one with `retries=`.
         """
+        if not as_mode(mode, "The mode of database.transaction()").commits:
+            raise ConfigurationError(
+                "database.transaction() commits, so its mode is transactional, with options or"
+                " without; for another mode there is database.session(mode)."
+            )
         async with self.session(mode) as session:
             yield session
 
@@ -364,10 +377,27 @@ def _cause(error: Exception) -> str:
     return str(error).partition("\n")[0] or "no answer"
 
 
+def as_database(value: object) -> Database:
+    """Return a database; what is embedded or named by the environment if None is given.
+
+    Raises:
+        ConfigurationError: it is something else than a `Database`.
+    """
+    if isinstance(value, Database):
+        return value
+    if value is not None:
+        what = value.__name__ if isinstance(value, type) else f"a {type(value).__name__}"
+        raise ConfigurationError(
+            f"database= takes a Database, not {what}: write database=Database(...), with a URL or"
+            " engine=."
+        )
+    return Database()
+
+
 def _check_engine(
     engine: AsyncEngine | None,
     *,
-    url: str | URL | None,
+    url: str | URL | Secret | None,
     engine_options: Mapping[str, Any] | None,
     pooler: str | None,
 ) -> None:
@@ -384,9 +414,9 @@ def _check_engine(
 
 
 def _check_numbers(*, wait_for: float, leak_threshold: float | None) -> None:
-    if not wait_for >= 0:
+    if not (is_number(wait_for) and wait_for >= 0):
         raise ConfigurationError(f"wait_for={wait_for!r} must be seconds, 0 or more.")
-    if leak_threshold is not None and not leak_threshold > 0:
+    if leak_threshold is not None and not (is_number(leak_threshold) and leak_threshold > 0):
         raise ConfigurationError(
             f"leak_threshold={leak_threshold!r} must be seconds, more than 0; leave it out to"
             " switch it off."

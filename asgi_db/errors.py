@@ -96,8 +96,20 @@ class FailedTransactionError(PendingRollbackError):
 
     Either a statement of the transaction failed; its error is the `__cause__`. PostgreSQL answers
     such a COMMIT with ROLLBACK and no error, so the work would be lost silently; the rule is the
-    same on every database. Or the connection was terminated because the database was disposed.
+    same on every database. Or the connection was terminated because the database was disposed; or
+    `session.set_rollback_only()` was called before.
     """
+
+    @classmethod
+    def rollback_only(cls) -> Self:
+        """Make the error for a COMMIT by hand after `session.set_rollback_only()`."""
+        error = cls(statement_failed=False)
+        error.args = (
+            "session.set_rollback_only() was called for this transaction, so it was rolled back and"
+            " not committed. Leave out `await session.commit()`, or call `await session.rollback()`"
+            " before the work that is to be committed.",
+        )
+        return error
 
     def __init__(self, statement_failed: bool) -> None:
         super().__init__(

@@ -107,10 +107,16 @@ vary: Any = transactional
 vary_read_only: Any = read_only
 
 
-@pytest.mark.parametrize("timeout", [0, -1, float("nan")])
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), "5", True])
 def test_a_timeout_that_is_no_time_is_refused(timeout: Any) -> None:
     with pytest.raises(ValueError, match="must be seconds, more than 0"):
         transactional(timeout=timeout)
+
+
+@pytest.mark.parametrize("rule", [400, "status", True])
+def test_a_commit_rule_that_is_no_function_is_refused(rule: Any) -> None:
+    with pytest.raises(ValueError, match="must be a function of the status"):
+        transactional(commit_on=rule)
 
 
 @pytest.mark.parametrize("isolation", ["serializable", "SNAPSHOT", "", "AUTOCOMMIT", 3])
@@ -591,7 +597,7 @@ async def test_marks_in_litestar_are_stronger_the_nearer_they_are_to_the_code(
     assert await mode_answered(app, path="/unmarked/app") == "read_only"
 
 
-@pytest.mark.parametrize("option", ["transactional", True, type(transactional)])
+@pytest.mark.parametrize("option", ["transaction", True, type(transactional)])
 async def test_an_opt_that_is_no_mode_is_an_error_with_the_route(
     database: Database, option: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -21,7 +21,7 @@ from asgi_db.asgi.late_cancellation import LateCancellation
 from asgi_db.database import Database
 from asgi_db.errors import MissingMiddlewareError
 from asgi_db.logs import logger
-from asgi_db.modes import Mode, ModeDefault
+from asgi_db.modes import Mode, ModeDefault, as_mode
 from asgi_db.pool.life import EngineLife
 from asgi_db.types import ASGIApp, Message, Receive, Scope, Send
 from asgi_db.unit.origin import Origin
@@ -53,7 +53,7 @@ def session_of(scope: Scope, mode: Mode | None = None, *, key: str = "db") -> DB
     if isinstance(session.origin, Call):
         session.origin.update_scope(scope)
     if mode is not None:
-        session.unit_of_work.ask(mode)
+        session.unit_of_work.ask(as_mode(mode, "The mode of session_of()"))
     return session
 
 
@@ -146,7 +146,7 @@ class Call(Origin):
     def default_mode(self) -> Mode:
         """Return the mode of the middleware."""
         mode = self._default_mode
-        return mode if isinstance(mode, Mode) else mode(self._scope)
+        return mode if isinstance(mode, Mode) else as_mode(mode(self._scope), "What mode= returned")
 
     def mode(self) -> Mode:
         """Return the mode for a unit that begins now."""

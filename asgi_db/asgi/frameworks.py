@@ -21,7 +21,8 @@ from importlib import import_module
 from typing import Any
 
 from asgi_db.asgi.marks import layers, mark_of
-from asgi_db.modes import Mode
+from asgi_db.errors import ConfigurationError
+from asgi_db.modes import Mode, as_mode
 from asgi_db.types import ASGIApp, Receive, Scope, Send
 
 _ROUTES = 1024
@@ -85,16 +86,19 @@ def mode_of_route(scope: Scope, key: str) -> Mode | None:
     return mode if mode is not None or handler is None else _litestar_option(scope, key)
 
 
-def check_routes(scope: Scope) -> None:
+def check_routes(scope: Scope, key: str) -> None:
     """Look for marks that the library cannot see, when an application starts.
 
     Args:
         scope: the scope of the lifespan.
+        key: the key of the middleware, and of Litestar's `opt`.
 
     Raises:
         ConfigurationError: another decorator hides the mark of a route.
     """
-    for endpoint in _endpoints(scope.get("litestar_app") or scope.get("app")):
+    for endpoint, handler in _endpoints(scope.get("litestar_app") or scope.get("app")):
+        if handler is not None:
+            _litestar_option({"type": "http", "route_handler": handler}, key)
         for method in _CLASS_METHODS if isinstance(endpoint, type) else (None,):
             try:
                 mark_of(endpoint, method)
@@ -105,16 +109,19 @@ def check_routes(scope: Scope) -> None:
 _CLASS_METHODS = "GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 
 
-def _endpoints(holder: Any, depth: int = 0) -> Iterator[Any]:
-    """The endpoints of an application or router, and of all that is mounted in it."""
+def _endpoints(holder: Any, depth: int = 0) -> Iterator[tuple[Any, Any]]:
+    """The endpoints of an application or router, and of all that is mounted in it.
+
+    Litestar's come with their handlers.
+    """
     if depth > _MAX_DEPTH:
         return
     for route in getattr(holder, "routes", None) or ():
         if (endpoint := getattr(route, "endpoint", None)) is not None:
-            yield endpoint
+            yield endpoint, None
         # Litestar has handlers, and FastAPI's routers keep what was included into them.
         for handler in getattr(route, "route_handlers", None) or ():
-            yield getattr(handler, "fn", None)
+            yield getattr(handler, "fn", None), handler
         mounted = getattr(route, "app", None) or getattr(route, "original_router", None)
         yield from _endpoints(route if hasattr(route, "routes") else mounted, depth + 1)
 
@@ -139,12 +146,15 @@ def _litestar_is_innermost(scope: Scope) -> bool:
 
 def _litestar_option(scope: Scope, key: str) -> Mode | None:
     option = scope["route_handler"].opt.get(key)
-    if option is not None and not isinstance(option, Mode):
+    if option is None or isinstance(option, Mode):
+        return option
+    try:
+        return as_mode(option, f"opt[{key!r}]")
+    except ConfigurationError:
         raise TypeError(
             f"{describe_route(scope)}: opt[{key!r}] is {option!r}; it takes a mode: plain,"
             " transactional or read_only."
-        )
-    return option
+        ) from None
 
 
 def describe_route(scope: Scope) -> str:

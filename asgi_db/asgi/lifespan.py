@@ -101,7 +101,7 @@ class Lifespan:
             self._phase = Phase.ENDED
             await self._database.dispose()
         else:
-            check_routes(self._scope)
+            check_routes(self._scope, self._key)
             self._phase = Phase.RUNNING
             self._check_state_key()
         await self._send(message)

@@ -82,6 +82,8 @@ class _Transaction(AsyncSessionTransaction):
 
     async def rollback(self) -> None:
         await self._watched("rollback", super().rollback)
+        if not self.nested:
+            self._unit_of_work.is_rollback_only = False
         await self._unit_of_work.run_hooks()
 
     async def __aexit__(
@@ -98,8 +100,10 @@ class _Transaction(AsyncSessionTransaction):
                 raise FailedTransactionError(statement_failed=True) from failure
 
         failure = self._unit_of_work.transaction.failure
-
-        if type_ is None:
+        if type_ is None and not self.nested and self._unit_of_work.is_rollback_only:
+            await self.rollback()
+            await super().__aexit__(type_, value, traceback)
+        elif type_ is None:
             await self._end(exit_block)
         else:
             await self._watched("rollback", exit_block)
@@ -207,6 +211,19 @@ class DBSession(AsyncSession):
         """Roll the transaction back, and run the hooks that wait for the rollback."""
         await super().rollback()
         await self.unit_of_work.run_hooks()
+
+    def set_rollback_only(self) -> None:
+        """Have the work of this request, message or block rolled back at its end.
+
+        The answer leaves as it is, whatever its status, and nothing warns of lost work: for an
+        answer that reports an error in its body, as GraphQL does with status 200. A block of
+        `begin()` rolls back, and `commit()` raises an error. What comes after a rollback by hand
+        is not concerned.
+
+        Raises:
+            SessionExpiredError: the request is over.
+        """
+        self.unit_of_work.set_rollback_only()
 
     def on_commit(
         self,

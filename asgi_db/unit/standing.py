@@ -97,6 +97,7 @@ class Standing:
         unanswered: the first committed transaction that the client has not been told about.
         owner: the task that began the open transaction.
         left_over: work of the session that belongs to no transaction.
+        is_rollback_only: whether the handler has asked for a ROLLBACK, whatever the answer.
         loaded: what its objects had loaded; None before the first flush or rollback.
     """
 
@@ -112,6 +113,7 @@ class Standing:
     unanswered: Transaction | None = None
     owner: asyncio.Task[object] | None = None
     left_over: LeftOver | None = None
+    is_rollback_only = False
     loaded: LoadedValues | None = None
 
     def __init__(self, session: AsyncSession, origin: Origin) -> None:
@@ -324,6 +326,7 @@ class Standing:
             self.state in _BUSY
             or self.operation is not None
             or self.left_over is not None
+            or self.is_rollback_only
             or (self.hooks is not None and self.hooks.are_waiting)
         )
 

@@ -21,7 +21,7 @@ from sqlalchemy.util.concurrency import await_, in_greenlet
 
 from asgi_db.drivers.connecting import abandon_connect
 from asgi_db.engine import begin_now, begin_unit
-from asgi_db.errors import DatabaseTimeoutError, ReadOnlyError
+from asgi_db.errors import DatabaseTimeoutError, FailedTransactionError, ReadOnlyError
 from asgi_db.tasks import current_task
 from asgi_db.unit.deadline import Deadline
 from asgi_db.unit.ending import give_back, has_changes, terminate
@@ -74,6 +74,7 @@ class UnitSession(Session):
         if not self.in_transaction() and has_changes(self):
             Session.begin(self)
         super().rollback()
+        self.unit_of_work.is_rollback_only = False
 
     def enter(self, name: str) -> bool:
         """Begin an operation.
@@ -332,7 +333,10 @@ def _check_flush(session: UnitSession, *_: Any) -> None:
 @event.listens_for(UnitSession, "before_commit")
 def _commit_begins(session: UnitSession) -> None:
     if not session.in_nested_transaction():
-        session.unit_of_work.transaction.begin_commit()
+        unit = session.unit_of_work
+        if unit.is_rollback_only:
+            raise FailedTransactionError.rollback_only()
+        unit.transaction.begin_commit()
 
 
 @event.listens_for(UnitSession, "after_commit")

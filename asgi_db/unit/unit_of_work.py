@@ -84,6 +84,8 @@ class UnitOfWork(Standing):
         """
         if not self.in_use:
             return
+        if self.is_rollback_only:
+            success = self.is_rollback_only = False
         if not success:
             with cancelled_once():
                 await self._end_with_hooks(success, answer)
@@ -333,6 +335,18 @@ class UnitOfWork(Standing):
             if self.loaded is not None:
                 self.loaded.give_back(session)
                 self.loaded = None
+
+    def set_rollback_only(self) -> None:
+        """Have the unit rolled back at its end, although it succeeds.
+
+        Raises:
+            SessionExpiredError: the request is over.
+        """
+        if self.state is State.CLOSED:
+            raise SessionExpiredError("set_rollback_only", self.describe())
+        if not self.in_use:
+            self.owner = current_task()
+        self.is_rollback_only = True
 
     # -- hooks ---------------------------------------------------------------------------------
 
