@@ -33,7 +33,8 @@ from asgi_db.errors import (
 )
 from asgi_db.modes import Mode
 from asgi_db.reads import leaves_nothing
-from asgi_db.statistics import Tally
+from asgi_db.statistics import WITHOUT_SESSION, Tally
+from asgi_db.writers import OneWriter, writer_of
 
 UNIT_INFO = "asgi_db_unit_of_work"
 """The key in a pooled connection's `info` for the unit that uses the connection."""
@@ -235,22 +236,20 @@ def _may_end_early(statement: str, has_hash_comments: bool) -> bool:
     return leaves_nothing(not_code.sub(" ", statement))
 
 
-def has_isolation_level(connection: Connection) -> bool:
-    """Return whether the user has asked for an isolation level on this connection or engine."""
-    levels = (
-        isolation_options(connection.engine)["isolation_level"],
-        (connection.get_execution_options().get("isolation_level")),
-    )
-    return any(level is not None for level in levels)
-
-
 def _do_execute(
-    driver: Driver, _cursor: Any, statement: str, _parameters: Any, context: ExecutionContext
+    driver: Driver,
+    writer: OneWriter | None,
+    _cursor: Any,
+    statement: str,
+    _parameters: Any,
+    context: ExecutionContext,
 ) -> None:
     """Check a statement against the mode before it is sent."""
     found = _units.get(context.root_connection)
     unit = None if found is None else found()
     if unit is None:
+        if writer is not None and writes(statement):
+            writer.claim(context.root_connection.connection)
         pool = context.root_connection.engine.pool
         check_loop(getattr(pool, "loop", None), "A connection of the engine was used")
         return
@@ -272,15 +271,21 @@ def _do_execute(
         )
     unit.tally.statements += 1
     if is_write:
+        if writer is not None and not mode.commits:  # those that commit have begun with it
+            writer.claim(context.root_connection.connection)
         unit.transaction.has_writes = True
     elif not _may_end_early(statement, driver.has_hash_comments):
         unit.transaction.must_last = True
 
 
 def _do_execute_no_params(
-    driver: Driver, cursor: Any, statement: str, context: ExecutionContext
+    driver: Driver,
+    writer: OneWriter | None,
+    cursor: Any,
+    statement: str,
+    context: ExecutionContext,
 ) -> None:
-    _do_execute(driver, cursor, statement, None, context)
+    _do_execute(driver, writer, cursor, statement, None, context)
 
 
 def _where(unit: Unit | None) -> str:
@@ -347,17 +352,28 @@ def watch(engine: Engine) -> None:
         return
     _watched.add(dialect)
     driver = driver_of(dialect)
-    _wrap(dialect, driver, engine.get_execution_options().get(BEGIN_OPTION))
+    writer = None
+    if driver.has_one_writer:
+        writer = writer_of(str(engine.url.database), driver, _describe_holder)
+    _wrap(dialect, driver, writer, engine.get_execution_options().get(BEGIN_OPTION))
     event.listen(engine, "do_connect", let_driver_connect)
-    do_execute = functools.partial(_do_execute, driver)
+    do_execute = functools.partial(_do_execute, driver, writer)
     event.listen(engine, "do_execute", do_execute)
     event.listen(engine, "do_executemany", do_execute)
-    event.listen(engine, "do_execute_no_params", functools.partial(_do_execute_no_params, driver))
+    no_params = functools.partial(_do_execute_no_params, driver, writer)
+    event.listen(engine, "do_execute_no_params", no_params)
     event.listen(engine, "handle_error", _handle_error)
     event.listen(engine, "checkin", functools.partial(_checkin, driver))
 
 
-def _wrap(dialect: Dialect, driver: Driver, beginning: Beginning | None) -> None:
+def _describe_holder(pooled: PoolProxiedConnection) -> str:
+    unit: Unit | None = pooled.info.get(UNIT_INFO)
+    return WITHOUT_SESSION if unit is None else unit.describe()
+
+
+def _wrap(
+    dialect: Dialect, driver: Driver, writer: OneWriter | None, beginning: Beginning | None
+) -> None:
     """Extend the methods of a dialect where no event would do.
 
     Args:
@@ -366,7 +382,7 @@ def _wrap(dialect: Dialect, driver: Driver, beginning: Beginning | None) -> None
     if driver.is_supported:
         dialect.do_terminate = functools.partial(_terminate, dialect, driver)  # type: ignore[method-assign]
     begin, commit = dialect.do_begin, dialect.do_commit
-    dialect.do_begin = functools.partial(_begin, begin, driver, beginning)  # type: ignore[method-assign]
+    dialect.do_begin = functools.partial(_begin, begin, driver, writer, beginning)  # type: ignore[method-assign]
     dialect.do_commit = functools.partial(_commit, commit, driver)  # type: ignore[method-assign]
     commit_twophase = dialect.do_commit_twophase
     dialect.do_commit_twophase = functools.partial(_commit_twophase, commit_twophase, driver)  # type: ignore[method-assign]
@@ -384,11 +400,14 @@ def _terminate(dialect: Dialect, driver: Driver, connection: DBAPIConnection) ->
 def _begin(
     begin: Callable[[PoolProxiedConnection], None],
     driver: Driver,
+    writer: OneWriter | None,
     beginning: Beginning | None,
     pooled: PoolProxiedConnection,
 ) -> None:
     beginning = pooled.info.get(_BEGINNING, beginning)
     if beginning is not None:
+        if beginning.writes and writer is not None:
+            writer.claim(pooled)
         driver.begin(pooled, beginning)
     begin(pooled)
 

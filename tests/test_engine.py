@@ -159,6 +159,7 @@ def test_many_comments_before_a_statement_are_read_in_no_time() -> None:
 
 SERIALIZABLE = transactional(isolation="SERIALIZABLE")
 READING = transactional(read_only=True)
+IMMEDIATE = Beginning(("BEGIN IMMEDIATE",), writes=True)
 DEFERRABLE = transactional(isolation="SERIALIZABLE", read_only=True, deferrable=True)
 SNAPSHOT = read_only(snapshot=True)
 
@@ -208,8 +209,8 @@ def engine_on(url: str) -> Engine:
         ),
         ("mariadb+asyncmy://db/shop", read_only, {"isolation_level": "AUTOCOMMIT"}),
         ("sqlite+aiosqlite://", plain, {BEGIN_OPTION: Beginning(("BEGIN",))}),
-        ("sqlite+aiosqlite://", transactional, {BEGIN_OPTION: Beginning(("BEGIN IMMEDIATE",))}),
-        ("sqlite+aiosqlite://", SERIALIZABLE, {BEGIN_OPTION: Beginning(("BEGIN IMMEDIATE",))}),
+        ("sqlite+aiosqlite://", transactional, {BEGIN_OPTION: IMMEDIATE}),
+        ("sqlite+aiosqlite://", SERIALIZABLE, {BEGIN_OPTION: IMMEDIATE}),
         ("sqlite+aiosqlite://", READING, {BEGIN_OPTION: Beginning(("BEGIN",))}),
         ("sqlite+aiosqlite://", read_only, {BEGIN_OPTION: Beginning()}),
         ("sqlite+aiosqlite://", SNAPSHOT, {BEGIN_OPTION: Beginning(("BEGIN",))}),

@@ -38,10 +38,12 @@ class Beginning:
         statements: what is sent first.
         autocommit: whether the connection has to be in autocommit, or must not be; None leaves it
             as it is.
+        writes: whether it takes the lock of the one writer; see `Driver.has_one_writer`.
     """
 
     statements: tuple[str, ...] = ()
     autocommit: bool | None = None
+    writes: bool = False
 
 
 class Abandoned(NamedTuple):
@@ -79,6 +81,7 @@ class Driver(Protocol):
             SQLAlchemy does.
         has_deferrable: whether a transaction can wait for a snapshot that needs no locks.
         has_hash_comments: whether `#` begins a comment in this SQL.
+        has_one_writer: whether one transaction at a time writes, and the next one waits for it.
         sandbox: the rules of a sandbox for tests; None if there is none.
     """
 
@@ -86,6 +89,7 @@ class Driver(Protocol):
     is_supported: bool
     has_deferrable: bool
     has_hash_comments: bool
+    has_one_writer: bool
     sandbox: type[SandboxRules] | None
 
     # -- the engine
@@ -123,6 +127,10 @@ class Driver(Protocol):
 
     def is_closed(self, connection: Any) -> bool:
         """Say whether the driver knows that this connection is closed; costs no round trip."""
+        ...
+
+    def is_in_transaction(self, connection: Any) -> bool:
+        """Say whether a transaction is open, as far as that costs no round trip."""
         ...
 
     def terminate(self, connection: Any) -> None:
@@ -200,6 +208,7 @@ class AnyDriver(Driver):
     is_supported = False
     has_deferrable = False
     has_hash_comments = False
+    has_one_writer = False
     sandbox: type[SandboxRules] | None = None
 
     def options(self, url: URL, *, pooler: bool) -> dict[str, Any]:
@@ -220,6 +229,9 @@ class AnyDriver(Driver):
 
     def is_closed(self, connection: Any) -> bool:
         return isinstance(connection, StandIn) and connection.is_closed()
+
+    def is_in_transaction(self, connection: Any) -> bool:
+        return False
 
     def terminate(self, connection: Any) -> None:
         if isinstance(connection, StandIn):

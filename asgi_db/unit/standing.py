@@ -292,11 +292,13 @@ class Standing:
             self.life.statistics.unit_ended(self.origin.route(), mode.name, tally)
             self.origin.unit_ended(tally)
 
-    def forget(self) -> None:
-        """Forget the session, and all that leads to a task or an error."""
+    def close(self) -> None:
+        """Close the session for good, and forget it and all that leads to a task or an error."""
+        self.move(State.CLOSED)
         self.sync_session = self.owner = self.deadline = self.conflict = None
         self.transaction.failure = None
         self.transaction.connections = self.transaction.streams = ()
+        del self.session
 
     def move(self, to: State) -> None:
         """Go on to another state.

@@ -13,17 +13,19 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
+from weakref import ref
 
+from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransactionOrigin
 
-from asgi_db.engine import has_isolation_level
+from asgi_db.engine import isolation_options
 from asgi_db.errors import (
     SessionExpiredError,
     UncommittedWorkError,
 )
 from asgi_db.logs import logger
-from asgi_db.tasks import current_task, finish
+from asgi_db.tasks import acting_for, current_task, finish
 from asgi_db.unit.ending import (
     Ending,
     brief,
@@ -210,7 +212,7 @@ class UnitOfWork(Standing):
             and not (mode.isolation or mode.snapshot or self.has_uncommitted_work)
             and (begun := session.get_transaction()) is not None
             and begun.origin is SessionTransactionOrigin.AUTOBEGIN
-            and not any(map(has_isolation_level, transaction.connections))
+            and not any(map(_has_isolation_level, transaction.connections))
         ):
             await self._end_by(WAITING, self._ending().give_back())
 
@@ -224,10 +226,11 @@ class UnitOfWork(Standing):
         self.move(State.ENDING)
         # No task has it before the new one begins, and an eager task begins at once.
         self.operation = operation = Operation(name, None, time.monotonic())
+        caller = asyncio.current_task()
         if self.left_over is LeftOver.KEPT:
             self.left_over = None
         try:
-            await finish(asyncio.ensure_future(self._run_as_operation(ending)))
+            await finish(asyncio.ensure_future(self._run_as_operation(ending, caller)))
         finally:
             ending.close()  # The task may have been cancelled before it began.
             if self.transaction.stage is Stage.OPEN:
@@ -238,16 +241,13 @@ class UnitOfWork(Standing):
             self.end_operation(operation)
             self.become_idle()
 
-    async def _run_as_operation(self, ending: Coroutine[Any, Any, None]) -> None:
+    async def _run_as_operation(
+        self, ending: Coroutine[Any, Any, None], caller: asyncio.Task[Any] | None
+    ) -> None:
+        acting_for.set(None if caller is None else ref(caller))
         if self.operation is not None:
             self.operation = self.operation._replace(task=asyncio.current_task())
         await ending
-
-    def close(self) -> None:
-        """Close the session for good; using it is an error from now on."""
-        self.move(State.CLOSED)
-        self.forget()
-        del self.session
 
     # -- hooks ---------------------------------------------------------------------------------
 
@@ -283,3 +283,9 @@ class UnitOfWork(Standing):
                 # The response has been sent, so an error here is only logged.
                 with contextlib.suppress(Exception):
                     await self.end(success=True)
+
+
+def _has_isolation_level(connection: Connection) -> bool:
+    """Whether the user has asked for an isolation level on this connection or its engine."""
+    of_engine = isolation_options(connection.engine)["isolation_level"]
+    return (of_engine or connection.get_execution_options().get("isolation_level")) is not None
