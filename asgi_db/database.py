@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
+from weakref import WeakValueDictionary
 
 import anyio
 from sqlalchemy import URL, MetaData
@@ -305,6 +306,24 @@ class Database:
         from asgi_db.testing import Sandbox
 
         return Sandbox(self._engines)
+
+
+_configured: WeakValueDictionary[tuple[object, ...], Database] = WeakValueDictionary()
+
+
+def configured_database() -> Database:
+    """Return the database that the environment configures: the same one as long as it is in use.
+
+    Raises:
+        ConfigurationError: the environment's settings cannot work.
+    """
+    url = database_url_from_env(os.environ)
+    options = engine_options_from_env(os.environ)
+    key = (url or os.path.abspath(DEFAULT_FILE), *sorted(options.items()))
+    database = _configured.get(key)
+    if database is None:
+        database = _configured[key] = Database()
+    return database
 
 
 class Block(Origin):

@@ -17,7 +17,7 @@ from asgi_db.asgi.http import Exchange
 from asgi_db.asgi.lifespan import serve_lifespan
 from asgi_db.asgi.retry import Attempts
 from asgi_db.asgi.websocket import Socket
-from asgi_db.database import Database
+from asgi_db.database import Database, configured_database
 from asgi_db.modes import ModeDefault, plain, retrying
 from asgi_db.types import ASGIApp, Receive, Scope, Send
 from asgi_db.unit.session import DBSession
@@ -45,7 +45,9 @@ class DBSessionMiddleware:
 
         Args:
             app: the ASGI application.
-            database: where the sessions come from; `Database()` if None.
+            database: where the sessions come from. If None, the one `Database()` that the
+                environment configures, which all middlewares without one share: a framework may
+                build its stack of middlewares more than once.
             mode: the mode of routes that set none: a mode, or a function that chooses one by the
                 scope, such as `by_method`.
             key: the name in `request.state`. A second database needs a second middleware with a
@@ -58,7 +60,7 @@ class DBSessionMiddleware:
             ConfigurationError: no database was given, and the environment's settings cannot work.
         """
         self.app = app
-        self.database = database if database is not None else Database()
+        self.database = database if database is not None else configured_database()
         self.mode = mode
         self.key = key
         self.server_timing = server_timing
