@@ -226,7 +226,8 @@ class Database:
         It opens nothing and needs no event loop: a thread may call it, too.
         """
         lives = self._engines.all()
-        holders = [holder for life in lives for holder in life.connections.holders()]
+        all_lives = (*lives, *self._engines.others.all())
+        holders = [holder for life in all_lives for holder in life.connections.holders()]
         return DatabaseStats(
             name=name_of(self.url),
             pool=total(life.connections.stats() for life in lives),
