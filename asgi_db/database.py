@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
+from weakref import WeakValueDictionary
 
 import anyio
 from sqlalchemy import URL, Connection, MetaData
@@ -256,7 +257,8 @@ class Database:
         It opens nothing and needs no event loop: a thread may call it, too.
         """
         lives = self._engines.all()
-        holders = [holder for life in lives for holder in life.connections.holders()]
+        all_lives = (*lives, *self._engines.others.all())
+        holders = [holder for life in all_lives for holder in life.connections.holders()]
         return DatabaseStats(
             name=name_of(self.url),
             pool=self.pool_stats(),
@@ -350,6 +352,24 @@ class Database:
         return Sandbox(self._engines)
 
 
+_configured: WeakValueDictionary[tuple[object, ...], Database] = WeakValueDictionary()
+
+
+def configured_database() -> Database:
+    """Return the database that the environment configures: the same one as long as it is in use.
+
+    Raises:
+        ConfigurationError: the environment's settings cannot work.
+    """
+    url = database_url_from_env(os.environ)
+    options = engine_options_from_env(os.environ)
+    key = (url or os.path.abspath(DEFAULT_FILE), *sorted(options.items()))
+    database = _configured.get(key)
+    if database is None:
+        database = _configured[key] = Database()
+    return database
+
+
 class Block(Origin):
     """An `async with` block that has a session."""
 
@@ -391,7 +411,7 @@ def as_database(value: object) -> Database:
             f"database= takes a Database, not {what}: write database=Database(...), with a URL or"
             " engine=."
         )
-    return Database()
+    return configured_database()
 
 
 def _check_engine(

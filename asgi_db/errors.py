@@ -81,6 +81,16 @@ class ConcurrentUseError(RuntimeError):
         )
 
     @classmethod
+    def two_writers(cls, holder: str) -> Self:
+        """Make the error for a task that would wait for the lock which it holds itself."""
+        return cls.__new__(
+            cls,
+            "SQLite has one writer at a time, and this task already has it: the transaction of"
+            f" {holder}. A second one would wait for it in vain. Use the session that is there, or"
+            " end its transaction first, for instance with `await session.commit()`.",
+        )
+
+    @classmethod
     def session_in_another_loop(cls, operation: str, owner: str) -> Self:
         """Make the error for a session that is used in another event loop than its own."""
         return cls.in_another_loop(

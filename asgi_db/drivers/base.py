@@ -40,10 +40,12 @@ class Beginning:
         statements: what is sent first.
         autocommit: whether the connection has to be in autocommit, or must not be; None leaves it
             as it is.
+        writes: whether it takes the lock of the one writer; see `Driver.has_one_writer`.
     """
 
     statements: tuple[str, ...] = ()
     autocommit: bool | None = None
+    writes: bool = False
 
 
 class Abandoned(NamedTuple):
@@ -89,6 +91,7 @@ class Driver(Protocol):
         lock_definitions: the statement that waits until nobody else changes the definitions of
             tables, and keeps others from doing so; none if the transaction itself does that.
         unlock_definitions: the statement that ends this; none if the transaction's end does so.
+        has_one_writer: whether one transaction at a time writes, and the next one waits for it.
         sandbox: the rules of a sandbox for tests; None if there is none.
     """
 
@@ -99,6 +102,7 @@ class Driver(Protocol):
     drops_row_locks: bool
     lock_definitions: str | None
     unlock_definitions: str | None
+    has_one_writer: bool
     sandbox: type[SandboxRules] | None
 
     @property
@@ -144,6 +148,10 @@ class Driver(Protocol):
 
     def is_closed(self, connection: Any) -> bool:
         """Say whether the driver knows that this connection is closed; costs no round trip."""
+        ...
+
+    def is_in_transaction(self, connection: Any) -> bool:
+        """Say whether a transaction is open, as far as that costs no round trip."""
         ...
 
     def terminate(self, connection: Any) -> None:
@@ -257,6 +265,7 @@ class AnyDriver(Driver):
     lock_definitions: str | None = None
     unlock_definitions: str | None = None
     grammar = COMMON
+    has_one_writer = False
     sandbox: type[SandboxRules] | None = None
 
     @property
@@ -284,6 +293,9 @@ class AnyDriver(Driver):
 
     def is_closed(self, connection: Any) -> bool:
         return isinstance(connection, StandIn) and connection.is_closed()
+
+    def is_in_transaction(self, connection: Any) -> bool:
+        return False
 
     def terminate(self, connection: Any) -> None:
         if isinstance(connection, StandIn):

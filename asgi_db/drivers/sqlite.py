@@ -25,6 +25,7 @@ from asgi_db.drivers.base import (
     AnyDriver,
     AutocommitRequests,
     Beginning,
+    StandIn,
 )
 from asgi_db.drivers.sandbox import SandboxConnection, SandboxControl, SandboxRules, SandboxStandIn
 from asgi_db.drivers.statements import WRITING_WITH, Grammar
@@ -59,6 +60,7 @@ class SQLite(AnyDriver):
 
     drops_row_locks = True
     grammar = _GRAMMAR
+    has_one_writer = True
 
     def begin_options(self, mode: Mode, *, is_prepared: bool) -> dict[str, Any]:
         """Begin explicitly.
@@ -70,7 +72,17 @@ class SQLite(AnyDriver):
         if mode.autocommit:
             return {BEGIN_OPTION: Beginning()}
         immediate = mode.commits and not mode.read_only
-        return {BEGIN_OPTION: Beginning(("BEGIN IMMEDIATE" if immediate else "BEGIN",))}
+        if immediate:
+            return {BEGIN_OPTION: Beginning(("BEGIN IMMEDIATE",), writes=True)}
+        return {BEGIN_OPTION: Beginning(("BEGIN",))}
+
+    def is_in_transaction(self, connection: Any) -> bool:
+        if isinstance(connection, StandIn):  # a sandbox itself sees to that
+            return False
+        try:
+            return bool(connection.in_transaction)
+        except ValueError:  # it is closed
+            return False
 
     def is_conflict(self, error: BaseException) -> bool:
         return _code(error) == sqlite3.SQLITE_BUSY

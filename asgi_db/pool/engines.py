@@ -19,7 +19,7 @@ from asgi_db.drivers.connecting import Connector, background_is_over
 from asgi_db.drivers.sqlite import TemporaryFolder
 from asgi_db.errors import SandboxError
 from asgi_db.pool.fair import FairPool
-from asgi_db.pool.life import DISPOSE_TIMEOUT, EngineLife
+from asgi_db.pool.life import DISPOSE_TIMEOUT, EngineLife, OtherEngines
 from asgi_db.profiles import PoolProfile
 from asgi_db.statistics import Statistics
 from asgi_db.tasks import run_to_completion, running_loop
@@ -82,6 +82,7 @@ class Engines:
         settings: what they are made from.
         statistics: where all of them are counted.
         active_cover: what they connect to instead of their server, if anything.
+        others: the user's own engines to which sessions are bound beside them.
     """
 
     def __init__(
@@ -95,10 +96,11 @@ class Engines:
         self.settings = settings
         self.statistics = statistics
         self.active_cover: Cover | None = None
+        self.others = OtherEngines(statistics, lambda: self.active_cover is not None)
         self._given = None
         if given is not None:
             self._given = EngineLife(
-                given, statistics, given=True, leak_threshold=settings.leak_threshold
+                given, statistics, self.others, given=True, leak_threshold=settings.leak_threshold
             )
         self._lives: dict[asyncio.AbstractEventLoop, EngineLife] = {}
         self._lock = threading.RLock()  # held while an engine is added or removed
@@ -168,7 +170,7 @@ class Engines:
                 ' Database("sqlite://") make the engine, or use a file.'
             )
         side_engine = create_async_engine(engine.url, pool=engine.pool.recreate())
-        return EngineLife(side_engine, Statistics())
+        return EngineLife(side_engine, Statistics(), self.others)
 
     def _begin_life(self, loop: asyncio.AbstractEventLoop) -> EngineLife:
         with self._lock:  # a loop's first requests may be those of synchronous handlers, in threads
@@ -195,6 +197,7 @@ class Engines:
         return EngineLife(
             settings.make_engine(url, durable=not in_memory),
             statistics,
+            self.others,
             pooler=settings.pooler is not None,
             verify=settings.profile.verify and not settings.options.get("pool_pre_ping"),
             leak_threshold=leak_threshold,
@@ -202,8 +205,8 @@ class Engines:
 
     async def dispose(self) -> None:
         """Close every connection of this event loop's engine; see `EngineLife.dispose`."""
-        if self._given is not None:
-            await run_to_completion(self._given.dispose())
+        for user_engine in (*self.others.all(), *([self._given] if self._given else [])):
+            await run_to_completion(user_engine.dispose())
         with self._lock:
             self._forget_closed_loops()
             life = self._lives.pop(asyncio.get_running_loop(), None)
