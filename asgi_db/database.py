@@ -14,6 +14,7 @@ from sqlalchemy import URL, MetaData
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from asgi_db.drivers import driver_of_url
 from asgi_db.engine import isolation_options, refuse_autocommit
 from asgi_db.errors import ConfigurationError
 from asgi_db.logs import logger
@@ -93,6 +94,8 @@ class Database:
         else:
             self.url = database_url_from_env(os.environ) or _embedded()
             options = {**engine_options_from_env(os.environ), **options}
+        if engine is None:
+            driver_of_url(self.url).translate(self.url)  # An option that cannot work is refused.
         defaults = {"autoflush": False, "expire_on_commit": False}
         self.session_options: dict[str, Any] = {**defaults, **(session_options or {})}
         self.statistics = Statistics()  # `asgi_db.opentelemetry` observes them

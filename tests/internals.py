@@ -10,7 +10,7 @@ from asgi_db.cli.check import PINGS
 from asgi_db.cli.commands import cli
 from asgi_db.cli.sqlite import file_system
 from asgi_db.database import Block
-from asgi_db.drivers import driver_of, register
+from asgi_db.drivers import driver_of, driver_of_url, register
 from asgi_db.drivers.base import BEGIN_OPTION, AnyDriver, Beginning
 from asgi_db.drivers.connecting import background_is_over
 from asgi_db.drivers.sqlite import Aiosqlite
@@ -65,6 +65,7 @@ __all__ = [
     "begin_unit",
     "database_url_from_env",
     "driver_of",
+    "driver_of_url",
     "engine_options_from_env",
     "cli",
     "file_system",

@@ -104,6 +104,17 @@ class Driver(Protocol):
         """
         ...
 
+    def translate(self, url: URL) -> tuple[URL, dict[str, Any]]:
+        """Translate the options in a URL into arguments of `connect`.
+
+        Returns:
+            The URL without the options that were translated, and the arguments.
+
+        Raises:
+            ConfigurationError: the driver has nothing for an option, or its value cannot work.
+        """
+        ...
+
     def is_in_memory(self, url: URL) -> bool:
         """Say whether each connection to this URL would have a database of its own in memory."""
         ...
@@ -173,6 +184,10 @@ class Driver(Protocol):
         """Say whether the server shuts down, starts, or takes no more connections."""
         ...
 
+    def is_full(self, error: BaseException) -> bool:
+        """Say whether the server takes no more connections, although it works."""
+        ...
+
     def time_limit(self, error: BaseException) -> str | None:
         """Name the setting of the server by whose limit a statement was ended, if it was."""
         ...
@@ -229,6 +244,9 @@ class AnyDriver(Driver):
 
     def options(self, url: URL, *, pooler: bool) -> dict[str, Any]:
         return {}
+
+    def translate(self, url: URL) -> tuple[URL, dict[str, Any]]:
+        return url, {}
 
     def is_in_memory(self, url: URL) -> bool:
         return False
@@ -290,6 +308,9 @@ class AnyDriver(Driver):
         return False
 
     def is_outage(self, error: BaseException) -> bool:
+        return False
+
+    def is_full(self, error: BaseException) -> bool:
         return False
 
     def time_limit(self, error: BaseException) -> str | None:
