@@ -389,6 +389,10 @@ def cause_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
+class ServerFullError(DatabaseDownError):
+    """Raised when the server takes no more connections, although it works."""
+
+
 def connection_error(error: BaseException, where: str = "", cause: str = "") -> DatabaseDownError:
     """Make the error for a connection which is closed, or could not be made.
 
