@@ -17,7 +17,7 @@ from sqlalchemy import URL, Connection, MetaData
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from asgi_db.drivers import driver_of
+from asgi_db.drivers import driver_of, driver_of_url
 from asgi_db.engine import isolation_options, refuse_autocommit, variant
 from asgi_db.errors import ConfigurationError
 from asgi_db.logs import logger
@@ -101,6 +101,8 @@ class Database:
         else:
             self.url = database_url_from_env(os.environ) or _embedded()
             options = {**engine_options_from_env(os.environ), **options}
+        if engine is None:
+            driver_of_url(self.url).translate(self.url)  # An option that cannot work is refused.
         if session_options:
             dialect = self.url.get_dialect() if engine is None else type(engine.dialect)
             check_session_options(session_options, dialect)

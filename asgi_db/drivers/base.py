@@ -120,6 +120,17 @@ class Driver(Protocol):
         """
         ...
 
+    def translate(self, url: URL) -> tuple[URL, dict[str, Any]]:
+        """Translate the options in a URL into arguments of `connect`.
+
+        Returns:
+            The URL without the options that were translated, and the arguments.
+
+        Raises:
+            ConfigurationError: the driver has nothing for an option, or its value cannot work.
+        """
+        ...
+
     def is_in_memory(self, url: URL) -> bool:
         """Say whether each connection to this URL would have a database of its own in memory."""
         ...
@@ -213,6 +224,10 @@ class Driver(Protocol):
         """Say whether the server shuts down, starts, or takes no more connections."""
         ...
 
+    def is_full(self, error: BaseException) -> bool:
+        """Say whether the server takes no more connections, although it works."""
+        ...
+
     def time_limit(self, error: BaseException) -> str | None:
         """Name the setting of the server by whose limit a statement was ended, if it was."""
         ...
@@ -274,6 +289,9 @@ class AnyDriver(Driver):
 
     def options(self, url: URL, *, pooler: bool) -> dict[str, Any]:
         return {}
+
+    def translate(self, url: URL) -> tuple[URL, dict[str, Any]]:
+        return url, {}
 
     def is_in_memory(self, url: URL) -> bool:
         return False
@@ -350,6 +368,9 @@ class AnyDriver(Driver):
     def is_outage(self, error: BaseException) -> bool:
         return False
 
+    def is_full(self, error: BaseException) -> bool:
+        return False
+
     def time_limit(self, error: BaseException) -> str | None:
         return None
 
@@ -424,6 +445,10 @@ class AutocommitRequests:
 def cause_of(error: BaseException) -> str:
     """Name an error of the driver, for a message."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+class ServerFullError(DatabaseDownError):
+    """Raised when the server takes no more connections, although it works."""
 
 
 def connection_error(error: BaseException, where: str = "", cause: str = "") -> DatabaseDownError:

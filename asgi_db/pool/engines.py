@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 from weakref import WeakSet
 
 from sqlalchemy import URL, StaticPool
@@ -56,16 +56,25 @@ class EngineSettings:
         # A pool class of the user's own, such as NullPool, need not take the profile's values.
         if "poolclass" not in self.options:
             options.update(self.profile.engine_options(), poolclass=FairPool)
+        url, arguments = driver.translate(url)
         options.update(driver.options(url, pooler=pooler))
-        for name, value in self.options.items():
-            both = isinstance(value, Mapping) and isinstance(options.get(name), Mapping)
-            options[name] = {**options[name], **value} if both else value
+        options = _merged(options, {"connect_args": arguments})
+        options = _merged(options, self.options)
         if creator := options.get("async_creator"):  # SQLAlchemy calls it without `do_connect`
             options["async_creator"] = Connector(driver, creator)
         # OpenTelemetry replaces this function by its own, so it is looked up at each call.
         engine = sqlalchemy_asyncio.create_async_engine(url, **options)
         driver.prepare(engine.sync_engine, pooler=pooler, durable=durable)
         return engine
+
+
+def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return both, where values that are mappings are merged too; `theirs` win."""
+    merged = dict(ours)
+    for name, value in theirs.items():
+        both = isinstance(value, Mapping) and isinstance(ours.get(name), Mapping)
+        merged[name] = _merged(ours[name], cast("Mapping[str, Any]", value)) if both else value
+    return merged
 
 
 class Cover(Protocol):
