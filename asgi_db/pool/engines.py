@@ -200,6 +200,8 @@ class Engines:
 
     async def dispose(self) -> None:
         """Close every connection of this event loop's engine; see `EngineLife.dispose`."""
+        if running_loop() is None:  # Not asyncio runs this coroutine, so it has no engine.
+            return
         if self._given is not None:
             await run_to_completion(self._given.dispose())
         with self._lock:
