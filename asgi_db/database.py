@@ -35,6 +35,7 @@ from asgi_db.settings import (
     parse_database_url,
 )
 from asgi_db.statistics import DatabaseStats, PoolStats, Statistics, name_of, total
+from asgi_db.tasks import running_loop
 from asgi_db.unit.origin import Origin
 from asgi_db.unit.session import DBSession, check_session_options
 
@@ -162,7 +163,10 @@ class Database:
 
         Raises:
             ConnectionError: the database did not come up within `wait_for` seconds.
+            ConfigurationError: this coroutine is not run by asyncio.
         """
+        if running_loop() is None:
+            raise ConfigurationError.without_asyncio()
         _ = self.engine
         deadline = time.monotonic() + self._wait_for
         delay = 0.1
@@ -386,7 +390,9 @@ class Block(Origin):
         return self._database.session_options
 
     def life(self) -> EngineLife:
-        return self._database.life
+        if (loop := running_loop()) is None:
+            raise ConfigurationError.without_asyncio()
+        return self._database.life_on(loop)
 
     def default_mode(self) -> Mode:
         return self._mode

@@ -11,6 +11,14 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 class ConfigurationError(ValueError):
     """Raised when a setting cannot work; the message names the setting and the remedy."""
 
+    @classmethod
+    def without_asyncio(cls) -> Self:
+        """Make the error for a coroutine that something else than asyncio runs, such as trio."""
+        return cls(
+            "SQLAlchemy's asyncio extension needs asyncio, and no event loop of asyncio runs here:"
+            " choose the server's worker for asyncio instead of the one for trio."
+        )
+
 
 class MissingMiddlewareError(RuntimeError):
     """Raised when a session is asked for where no `DBSessionMiddleware` has placed one."""

@@ -214,6 +214,8 @@ class Engines:
 
     async def dispose(self) -> None:
         """Close every connection of this event loop's engine; see `EngineLife.dispose`."""
+        if running_loop() is None:  # Not asyncio runs this coroutine, so it has no engine.
+            return
         for user_engine in (*self.others.all(), *([self._given] if self._given else [])):
             await run_to_completion(user_engine.dispose())
         with self._lock:
