@@ -216,7 +216,7 @@ def supports_lifespan(app: ASGIApp, scope: Scope) -> bool:
     innermost: object = app
     while (inner := getattr(innermost, "app", None)) is not None:  # what middleware calls it
         innermost = inner
-    modules = {kind.__module__.partition(".")[0] for kind in inspect.getmro(type(innermost))}
+    modules = {kind.__module__.partition(".")[0] for kind in type(innermost).__mro__}
     return bool(modules & {"starlette", "fastapi", "litestar"})
 
 
