@@ -8,7 +8,6 @@ connection holds what the variant asks for, and the unit of work that uses the c
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet, ref
@@ -20,9 +19,16 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from asgi_db.drivers import driver_of
-from asgi_db.drivers.base import BEGIN_OPTION, Beginning, Driver, cause_of, connection_error
+from asgi_db.drivers.base import (
+    BEGIN_OPTION,
+    Beginning,
+    Driver,
+    StandIn,
+    cause_of,
+    connection_error,
+)
 from asgi_db.drivers.connecting import let_driver_connect
-from asgi_db.drivers.statements import Effect, Judge
+from asgi_db.drivers.statements import Effect, Judge, not_read_only
 from asgi_db.errors import (
     ConfigurationError,
     DatabaseDownError,
@@ -35,6 +41,15 @@ from asgi_db.statistics import Tally
 
 UNIT_INFO = "asgi_db_unit_of_work"
 """The key in a pooled connection's `info` for the unit that uses the connection."""
+
+_IS_CHANGED = "asgi_db_is_changed"
+"""The key in a pooled connection's `info` for whether a statement has changed a setting of the
+connection: true if it lasts, false if the transaction may still be rolled back."""
+
+
+class _SettingsChanged(Exception):
+    """Why a connection is closed: a statement has changed it, which no other request asked for."""
+
 
 _BEGINNING = "asgi_db_beginning"
 """The key in a pooled connection's `info` for how the transactions of a variant begin."""
@@ -228,7 +243,7 @@ def _do_execute(
             effect = Effect.LOCKS
         # In a read-only transaction the server itself checks what a statement calls.
         if effect > Effect.READS and (mode.autocommit or effect in (Effect.LOCKS, Effect.WRITES)):
-            raise _not_read_only(effect, unit, mode, statement)
+            raise not_read_only(effect, statement, mode.name, unit.describe())
         if mode.autocommit and context.execution_options.get("stream_results"):
             raise ReadOnlyError(
                 f"{unit.describe()}: a server-side cursor lives in a transaction, and the read_only"
@@ -239,30 +254,16 @@ def _do_execute(
         unit.transaction.has_writes = True
     elif effect > Effect.READS:
         unit.transaction.is_held = True
+        if effect is Effect.SETS:
+            driver = driver_of(context.dialect)
+            info = context.root_connection.connection.info
+            info.setdefault(_IS_CHANGED, not driver.settings_are_transactional)
 
 
 def _do_execute_no_params(
     judge: Judge, cursor: Any, statement: str, context: ExecutionContext
 ) -> None:
     _do_execute(judge, cursor, statement, None, context)
-
-
-def _not_read_only(effect: Effect, unit: Unit, mode: Mode, statement: str) -> ReadOnlyError:
-    shown = _LITERAL.sub("'…'", statement)[:60]
-    if effect is Effect.HOLDS:
-        return ReadOnlyError(
-            f"{unit.describe()}: what this statement takes, such as a lock or a setting, lasts as"
-            f" long as its transaction or connection, and the read_only mode keeps neither:"
-            f" {shown!r}. Use read_only(snapshot=True), or put @transactional on the route."
-        )
-    does = "locks rows" if effect is Effect.LOCKS else "writes"
-    return ReadOnlyError(
-        f"{unit.describe()}: this statement {does}, but the mode is {mode.name} and only reads:"
-        f" {shown!r}. Put @transactional on the route, or ask for the transactional session."
-    )
-
-
-_LITERAL = re.compile(r"'[^']*'?")
 
 
 def _where(unit: Unit | None) -> str:
@@ -381,6 +382,8 @@ def _commit(
 ) -> None:
     """Commit; tell the unit that uses this connection first, if COMMIT can be sent at all."""
     unit: Unit | None = pooled.info.get(UNIT_INFO)
+    if _IS_CHANGED in pooled.info:
+        pooled.info[_IS_CHANGED] = True
     if unit is not None and pooled.is_valid and not driver.is_closed(pooled.driver_connection):
         unit.transaction.commit_is_sent()
     commit(pooled)
@@ -399,5 +402,9 @@ def _checkin(
     driver: Driver, connection: DBAPIConnection | None, entry: ConnectionPoolEntry
 ) -> None:
     entry.info.pop(_BEGINNING, None)
+    is_changed = entry.info.pop(_IS_CHANGED, False)
     if connection is not None:
         driver.leave_autocommit(connection)
+        if is_changed and not isinstance(entry.driver_connection, StandIn):
+            # Only the statement's author knows what it was before; a new connection does, too.
+            entry.invalidate(_SettingsChanged())

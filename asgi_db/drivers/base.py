@@ -84,6 +84,7 @@ class Driver(Protocol):
             SQLAlchemy does.
         has_deferrable: whether a transaction can wait for a snapshot that needs no locks.
         drops_row_locks: whether SQLAlchemy leaves out FOR UPDATE, which this SQL does not have.
+        settings_are_transactional: whether a rollback undoes what a statement has set.
         lock_definitions: the statement that waits until nobody else changes the definitions of
             tables, and keeps others from doing so; none if the transaction itself does that.
         unlock_definitions: the statement that ends this; none if the transaction's end does so.
@@ -94,6 +95,7 @@ class Driver(Protocol):
     is_supported: bool
     has_deferrable: bool
     drops_row_locks: bool
+    settings_are_transactional: bool
     lock_definitions: str | None
     unlock_definitions: str | None
     sandbox: type[SandboxRules] | None
@@ -223,6 +225,7 @@ class AnyDriver(Driver):
     is_supported = False
     has_deferrable = False
     drops_row_locks = False
+    settings_are_transactional = False
     lock_definitions: str | None = None
     unlock_definitions: str | None = None
     grammar = COMMON

@@ -16,15 +16,18 @@ from sqlalchemy.engine import Compiled
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.selectable import ForUpdateArg
 
+from asgi_db.errors import ReadOnlyError
+
 
 class Effect(enum.IntEnum):
     """What a statement does to the database; the greatest effect of its parts counts."""
 
     READS = enum.auto()
     HOLDS = enum.auto()
-    """It reads, and takes something that lasts as long as its transaction or connection: a setting,
-    a cursor, an advisory lock. Where each statement stands alone, that is lost at once, or left
-    behind on a connection that others will use."""
+    """It reads, and takes something that lasts as long as its transaction: a cursor, an advisory
+    lock. Where each statement stands alone, that is lost at once."""
+    SETS = enum.auto()
+    """It changes something of its connection, which others will use after the transaction."""
     LOCKS = enum.auto()
     """It locks rows, which are to be changed afterwards."""
     CALLS = enum.auto()
@@ -62,10 +65,12 @@ class Grammar:
         *,
         reads: str,
         holds: str,
+        sets: str = "",
         calls: str = "",
         writes: str = "",
         holding: str = "",
         locking: str = "",
+        setting: str = "",
         writing: str = WRITING_WITH,
         not_code: str = NOT_CODE,
         is_code: str = "",
@@ -74,22 +79,35 @@ class Grammar:
 
         Args:
             reads: the commands that only read, separated by `|`; a space means any whitespace.
-            holds: those that take something which lasts.
+            holds: those that take something which lasts as long as the transaction.
+            sets: those that change something of the connection.
             calls: those that run code which may write.
             writes: exceptions to the three; every other command counts as a write anyway.
             holding: what makes a reading command take something which lasts.
             locking: what makes a reading command lock rows.
+            setting: what makes a reading command change something of the connection.
             writing: what makes a reading command write.
             not_code: literals, quoted names and comments.
             is_code: what surrounds comments whose text the database executes.
         """
-        commands = {Effect.WRITES: writes, Effect.CALLS: calls, Effect.HOLDS: holds}
+        commands = {
+            Effect.WRITES: writes,
+            Effect.CALLS: calls,
+            Effect.HOLDS: holds,
+            Effect.SETS: sets,
+            Effect.READS: reads,
+        }
         self._commands = [
             (effect, _compile(rf"(?:{words})(?!\w)".replace(" ", r"\s+")))
-            for effect, words in {**commands, Effect.READS: reads}.items()
+            for effect, words in commands.items()
             if words
         ]
-        inside = {Effect.WRITES: writing, Effect.LOCKS: locking, Effect.HOLDS: holding}
+        inside = {
+            Effect.WRITES: writing,
+            Effect.LOCKS: locking,
+            Effect.SETS: setting,
+            Effect.HOLDS: holding,
+        }
         self._inside = [(effect, _compile(words)) for effect, words in inside.items() if words]
         self._not_code = _compile(not_code)
         self._is_code = _compile(is_code) if is_code else None
@@ -122,7 +140,8 @@ def _compile(pattern: str) -> re.Pattern[str]:
 COMMON = Grammar(
     reads="SELECT|WITH|VALUES|TABLE|SHOW|EXPLAIN|DESCRIBE|DESC|HELP|PRAGMA"
     "|COMMIT|END|ABORT|ROLLBACK|SAVEPOINT|RELEASE|RESET|FETCH|CLOSE",
-    holds="SET|USE|BEGIN|START TRANSACTION|LOCK|DECLARE|PREPARE",
+    holds="SET LOCAL|SET TRANSACTION|BEGIN|START TRANSACTION|LOCK|DECLARE",
+    sets="SET|USE|PREPARE",
     calls="CALL|DO|EXEC|EXECUTE",
     writes="SET GLOBAL",
     locking=r"\bFOR\s+(?:NO\s+KEY\s+)?UPDATE\b",
@@ -149,6 +168,32 @@ class Judge:
         self.drops_lock = functools.lru_cache(maxsize=1024)(
             _asks_for_row_lock if drops_row_locks else _asks_for_no_lock
         )
+
+
+def not_read_only(effect: Effect, statement: str, mode: str, owner: str) -> ReadOnlyError:
+    """Make the error for a statement that a mode cannot execute because it only reads.
+
+    Args:
+        effect: what the statement does.
+        statement: its SQL, of which the beginning is shown without its literals.
+        mode: the name of the mode.
+        owner: the request or block, for the message.
+    """
+    shown = _LITERAL.sub("'…'", statement)[:60]
+    if effect in (Effect.HOLDS, Effect.SETS):
+        return ReadOnlyError(
+            f"{owner}: what this statement takes, such as a lock or a setting, lasts as long as its"
+            f" transaction or connection, and the read_only mode keeps neither: {shown!r}. Use"
+            " read_only(snapshot=True), or put @transactional on the route."
+        )
+    does = "locks rows" if effect is Effect.LOCKS else "writes"
+    return ReadOnlyError(
+        f"{owner}: this statement {does}, but the mode is {mode} and only reads: {shown!r}. Put"
+        " @transactional on the route, or ask for the transactional session."
+    )
+
+
+_LITERAL = re.compile(r"'[^']*'?")
 
 
 def _asks_for_row_lock(compiled: Compiled | None) -> bool:
