@@ -10,13 +10,14 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
+from weakref import WeakValueDictionary
 
 import anyio
 from sqlalchemy import URL, Connection, MetaData
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from asgi_db.drivers import driver_of
+from asgi_db.drivers import driver_of, driver_of_url
 from asgi_db.engine import isolation_options, refuse_autocommit, variant
 from asgi_db.errors import ConfigurationError
 from asgi_db.logs import logger
@@ -34,6 +35,7 @@ from asgi_db.settings import (
     parse_database_url,
 )
 from asgi_db.statistics import DatabaseStats, PoolStats, Statistics, name_of, total
+from asgi_db.tasks import running_loop
 from asgi_db.unit.origin import Origin
 from asgi_db.unit.session import DBSession, check_session_options
 
@@ -100,6 +102,8 @@ class Database:
         else:
             self.url = database_url_from_env(os.environ) or _embedded()
             options = {**engine_options_from_env(os.environ), **options}
+        if engine is None:
+            driver_of_url(self.url).translate(self.url)  # An option that cannot work is refused.
         if session_options:
             dialect = self.url.get_dialect() if engine is None else type(engine.dialect)
             check_session_options(session_options, dialect)
@@ -159,7 +163,10 @@ class Database:
 
         Raises:
             ConnectionError: the database did not come up within `wait_for` seconds.
+            ConfigurationError: this coroutine is not run by asyncio.
         """
+        if running_loop() is None:
+            raise ConfigurationError.without_asyncio()
         _ = self.engine
         deadline = time.monotonic() + self._wait_for
         delay = 0.1
@@ -256,7 +263,8 @@ class Database:
         It opens nothing and needs no event loop: a thread may call it, too.
         """
         lives = self._engines.all()
-        holders = [holder for life in lives for holder in life.connections.holders()]
+        all_lives = (*lives, *self._engines.others.all())
+        holders = [holder for life in all_lives for holder in life.connections.holders()]
         return DatabaseStats(
             name=name_of(self.url),
             pool=self.pool_stats(),
@@ -350,6 +358,24 @@ class Database:
         return Sandbox(self._engines)
 
 
+_configured: WeakValueDictionary[tuple[object, ...], Database] = WeakValueDictionary()
+
+
+def configured_database() -> Database:
+    """Return the database that the environment configures: the same one as long as it is in use.
+
+    Raises:
+        ConfigurationError: the environment's settings cannot work.
+    """
+    url = database_url_from_env(os.environ)
+    options = engine_options_from_env(os.environ)
+    key = (url or os.path.abspath(DEFAULT_FILE), *sorted(options.items()))
+    database = _configured.get(key)
+    if database is None:
+        database = _configured[key] = Database()
+    return database
+
+
 class Block(Origin):
     """An `async with` block that has a session."""
 
@@ -364,7 +390,9 @@ class Block(Origin):
         return self._database.session_options
 
     def life(self) -> EngineLife:
-        return self._database.life
+        if (loop := running_loop()) is None:
+            raise ConfigurationError.without_asyncio()
+        return self._database.life_on(loop)
 
     def default_mode(self) -> Mode:
         return self._mode
@@ -391,7 +419,7 @@ def as_database(value: object) -> Database:
             f"database= takes a Database, not {what}: write database=Database(...), with a URL or"
             " engine=."
         )
-    return Database()
+    return configured_database()
 
 
 def _check_engine(

@@ -42,7 +42,8 @@ from asgi_db.errors import (
     StatementTimeoutError,
 )
 from asgi_db.modes import Mode
-from asgi_db.statistics import Tally
+from asgi_db.statistics import WITHOUT_SESSION, Tally
+from asgi_db.writers import OneWriter, writer_of
 
 UNIT_INFO = "asgi_db_unit_of_work"
 """The key in a pooled connection's `info` for the unit that uses the connection."""
@@ -232,22 +233,20 @@ def has_unseen_writes(connection: Connection) -> bool:
 # -- statements and errors ---------------------------------------------------------------------
 
 
-def has_isolation_level(connection: Connection) -> bool:
-    """Return whether the user has asked for an isolation level on this connection or engine."""
-    levels = (
-        isolation_options(connection.engine)["isolation_level"],
-        (connection.get_execution_options().get("isolation_level")),
-    )
-    return any(level is not None for level in levels)
-
-
 def _do_execute(
-    judge: Judge, _cursor: Any, statement: str, _parameters: Any, context: ExecutionContext
+    judge: Judge,
+    writer: OneWriter | None,
+    _cursor: Any,
+    statement: str,
+    _parameters: Any,
+    context: ExecutionContext,
 ) -> None:
     """Check a statement against the mode before it is sent."""
     found = _units.get(context.root_connection)
     unit = None if found is None else found()
     if unit is None:
+        if writer is not None and judge.effect_of(statement).writes:
+            writer.claim(context.root_connection.connection)
         pool = context.root_connection.engine.pool
         check_loop(getattr(pool, "loop", None), "A connection of the engine was used")
         return
@@ -272,13 +271,19 @@ def _do_execute(
         quotes = driver_of(context.dialect).has_double_quoted_strings
         tally.trace.begin(statement, has_double_quoted_strings=quotes)
     if effect > unit.transaction.effect:
+        if writer is not None and effect.writes and not mode.commits:
+            writer.claim(context.root_connection.connection)  # others have begun with it
         unit.transaction.effect = effect
 
 
 def _do_execute_no_params(
-    judge: Judge, cursor: Any, statement: str, context: ExecutionContext
+    judge: Judge,
+    writer: OneWriter | None,
+    cursor: Any,
+    statement: str,
+    context: ExecutionContext,
 ) -> None:
-    _do_execute(judge, cursor, statement, None, context)
+    _do_execute(judge, writer, cursor, statement, None, context)
 
 
 _REFUSED = (Effect.LOCKS, Effect.WRITES)
@@ -422,18 +427,29 @@ def watch(engine: Engine) -> None:
     _watched.add(dialect)
     driver = driver_of(dialect)
     driver.extend(dialect)
-    _wrap(dialect, driver, engine.get_execution_options().get(BEGIN_OPTION))
+    writer = None
+    if driver.has_one_writer:
+        writer = writer_of(str(engine.url.database), driver, _describe_holder)
+    _wrap(dialect, driver, writer, engine.get_execution_options().get(BEGIN_OPTION))
     event.listen(engine, "do_connect", let_driver_connect)
     judge = Judge(driver.effect_of, drops_row_locks=driver.drops_row_locks)
-    do_execute = functools.partial(_do_execute, judge)
+    do_execute = functools.partial(_do_execute, judge, writer)
     event.listen(engine, "do_execute", do_execute)
     event.listen(engine, "do_executemany", do_execute)
-    event.listen(engine, "do_execute_no_params", functools.partial(_do_execute_no_params, judge))
+    no_params = functools.partial(_do_execute_no_params, judge, writer)
+    event.listen(engine, "do_execute_no_params", no_params)
     event.listen(engine, "handle_error", _handle_error)
     event.listen(engine, "checkin", functools.partial(_checkin, driver))
 
 
-def _wrap(dialect: Dialect, driver: Driver, beginning: Beginning | None) -> None:
+def _describe_holder(pooled: PoolProxiedConnection) -> str:
+    unit: Unit | None = pooled.info.get(UNIT_INFO)
+    return WITHOUT_SESSION if unit is None else unit.describe()
+
+
+def _wrap(
+    dialect: Dialect, driver: Driver, writer: OneWriter | None, beginning: Beginning | None
+) -> None:
     """Extend the methods of a dialect where no event would do.
 
     Args:
@@ -442,7 +458,7 @@ def _wrap(dialect: Dialect, driver: Driver, beginning: Beginning | None) -> None
     if driver.is_supported:
         dialect.do_terminate = functools.partial(_terminate, dialect, driver)  # type: ignore[method-assign]
     begin, commit = dialect.do_begin, dialect.do_commit
-    dialect.do_begin = functools.partial(_begin, begin, driver, beginning)  # type: ignore[method-assign]
+    dialect.do_begin = functools.partial(_begin, begin, driver, writer, beginning)  # type: ignore[method-assign]
     dialect.do_commit = functools.partial(_commit, commit, driver)  # type: ignore[method-assign]
     commit_twophase = dialect.do_commit_twophase
     dialect.do_commit_twophase = functools.partial(_commit_twophase, commit_twophase, driver)  # type: ignore[method-assign]
@@ -460,11 +476,14 @@ def _terminate(dialect: Dialect, driver: Driver, connection: DBAPIConnection) ->
 def _begin(
     begin: Callable[[PoolProxiedConnection], None],
     driver: Driver,
+    writer: OneWriter | None,
     beginning: Beginning | None,
     pooled: PoolProxiedConnection,
 ) -> None:
     beginning = pooled.info.get(_BEGINNING, beginning)
     if beginning is not None:
+        if beginning.writes and writer is not None:
+            writer.claim(pooled)
         driver.begin(pooled, beginning)
     begin(pooled)
 

@@ -11,6 +11,14 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 class ConfigurationError(ValueError):
     """Raised when a setting cannot work; the message names the setting and the remedy."""
 
+    @classmethod
+    def without_asyncio(cls) -> Self:
+        """Make the error for a coroutine that something else than asyncio runs, such as trio."""
+        return cls(
+            "SQLAlchemy's asyncio extension needs asyncio, and no event loop of asyncio runs here:"
+            " choose the server's worker for asyncio instead of the one for trio."
+        )
+
 
 class MissingMiddlewareError(RuntimeError):
     """Raised when a session is asked for where no `DBSessionMiddleware` has placed one."""
@@ -78,6 +86,16 @@ class ConcurrentUseError(RuntimeError):
             cls,
             f"{what} in another event loop than its own, such as that of `asyncio.run()` in a"
             f" thread. {remedy}",
+        )
+
+    @classmethod
+    def two_writers(cls, holder: str) -> Self:
+        """Make the error for a task that would wait for the lock which it holds itself."""
+        return cls.__new__(
+            cls,
+            "SQLite has one writer at a time, and this task already has it: the transaction of"
+            f" {holder}. A second one would wait for it in vain. Use the session that is there, or"
+            " end its transaction first, for instance with `await session.commit()`.",
         )
 
     @classmethod

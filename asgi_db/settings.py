@@ -248,9 +248,9 @@ def parse_database_url(url: str | URL | Secret) -> URL:
     """Read a database URL, and add the asynchronous driver if the URL names none.
 
     `postgres://`, `postgresql://`, `mysql://`, `mariadb://` and `sqlite://` are enough. MySQL and
-    MariaDB get `charset=utf8mb4` unless the URL names another character set; libpq's `sslmode=`
-    becomes `ssl=`, as asyncpg calls it; a password in the query is moved to the part of the URL
-    that SQLAlchemy hides.
+    MariaDB get `charset=utf8mb4` unless the URL names another character set; a password in the
+    query is moved to the part of the URL that SQLAlchemy hides. What other options mean to a
+    driver stands in its own module.
 
     Raises:
         ConfigurationError: the URL cannot be parsed, its database, driver or character set is not
@@ -352,11 +352,7 @@ def _with_defaults(url: URL, backend: str) -> URL:
         return url.set(database=url.database or _MEMORY)
     if backend in _MYSQL:
         return url if "charset" in url.query else url.update_query_dict({"charset": "utf8mb4"})
-    if "sslmode" not in url.query:
-        return url
-    # Hosting services use libpq's name of this option; asyncpg has the same modes under another.
-    mode = url.query["sslmode"]
-    return url.difference_update_query(["sslmode"]).update_query_dict({"ssl": mode})
+    return url
 
 
 def with_database_for_tests(url: URL, worker: str | None) -> URL:

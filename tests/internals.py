@@ -23,7 +23,7 @@ from asgi_db.dashboard.recorder import (
 from asgi_db.dashboard.routes import MOST_ROWS
 from asgi_db.dashboard.view import View
 from asgi_db.database import Block
-from asgi_db.drivers import driver_of, register
+from asgi_db.drivers import driver_of, driver_of_url, register
 from asgi_db.drivers.base import BEGIN_OPTION, AnyDriver, Beginning
 from asgi_db.drivers.connecting import background_is_over
 from asgi_db.drivers.sqlite import Aiosqlite
@@ -113,6 +113,7 @@ __all__ = [
     "begin_unit",
     "database_url_from_env",
     "driver_of",
+    "driver_of_url",
     "engine_options_from_env",
     "cli",
     "file_system",

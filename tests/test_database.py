@@ -528,7 +528,10 @@ async def test_ping_answers_only_if_the_database_does(
 
 async def test_an_option_that_the_driver_does_not_take_is_named(server_url: str) -> None:
     url = make_url(server_url).update_query_dict({"nonsense": "1"})
-    async with Database(url) as database:
+    with pytest.raises(ConfigurationError, match="^The database URL has nonsense="):
+        Database(url)
+    options = {"connect_args": {"nonsense": 1}}
+    async with Database(server_url, engine_options=options) as database:
         with pytest.raises(ConfigurationError, match="options in the URL.*nonsense"):
             await database.ping()
 

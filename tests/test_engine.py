@@ -34,6 +34,7 @@ ONE_CONNECTION = {"pool_size": 1, "max_overflow": 0}
 
 SERIALIZABLE = transactional(isolation="SERIALIZABLE")
 READING = transactional(read_only=True)
+IMMEDIATE = Beginning(("BEGIN IMMEDIATE",), writes=True)
 DEFERRABLE = transactional(isolation="SERIALIZABLE", read_only=True, deferrable=True)
 SNAPSHOT = read_only(snapshot=True)
 
@@ -83,8 +84,8 @@ def engine_on(url: str) -> Engine:
         ),
         ("mariadb+asyncmy://db/shop", read_only, {"isolation_level": "AUTOCOMMIT"}),
         ("sqlite+aiosqlite://", plain, {BEGIN_OPTION: Beginning(("BEGIN",))}),
-        ("sqlite+aiosqlite://", transactional, {BEGIN_OPTION: Beginning(("BEGIN IMMEDIATE",))}),
-        ("sqlite+aiosqlite://", SERIALIZABLE, {BEGIN_OPTION: Beginning(("BEGIN IMMEDIATE",))}),
+        ("sqlite+aiosqlite://", transactional, {BEGIN_OPTION: IMMEDIATE}),
+        ("sqlite+aiosqlite://", SERIALIZABLE, {BEGIN_OPTION: IMMEDIATE}),
         ("sqlite+aiosqlite://", READING, {BEGIN_OPTION: Beginning(("BEGIN",))}),
         ("sqlite+aiosqlite://", read_only, {BEGIN_OPTION: Beginning()}),
         ("sqlite+aiosqlite://", SNAPSHOT, {BEGIN_OPTION: Beginning(("BEGIN",))}),

@@ -1115,3 +1115,45 @@ async def test_only_the_middleware_whose_key_collides_reports_it(
     await server.shutdown()
     (line,) = messages(caplog)
     assert "'analytics'" in line
+
+
+@pytest.mark.parametrize("make_app", [Starlette, FastAPI])
+async def test_one_application_whose_stack_of_middlewares_is_built_twice_has_one_database(
+    make_app: Callable[[], Starlette], database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As instrumentation does it, before or after the startup."""
+    monkeypatch.setenv("DATABASE_URL", database_url)
+    found: list[object] = []
+
+    async def read(request: Request) -> PlainTextResponse:
+        session: DBSession = request.state.db
+        found.extend((await session.scalar(text("SELECT 1")), session.bind))
+        return PlainTextResponse("")
+
+    app = make_app()
+    app.add_route("/", read, methods=["POST"])
+    app.add_middleware(DBSessionMiddleware)
+    app.middleware_stack = app.build_middleware_stack()
+    server = Server(app)
+    assert await server.startup() == "lifespan.startup.complete"
+    assert (await call(app)).status == 200
+    app.middleware_stack = app.build_middleware_stack()
+    assert (await call(app)).status == 200
+    assert await server.shutdown() == "lifespan.shutdown.complete"
+    assert found == [1, found[1], 1, found[1]]
+    await assert_disconnected(database_url)
+
+
+async def test_applications_that_the_environment_configures_otherwise_have_others(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None: ...
+
+    databases: list[Database] = []
+    for url in sqlite_url, f"{sqlite_url}.other", sqlite_url:
+        monkeypatch.setenv("DATABASE_URL", url)
+        databases.append(DBSessionMiddleware(app).database)
+    monkeypatch.setenv("DATABASE_ECHO", "true")
+    databases.append(DBSessionMiddleware(app).database)
+    assert databases[0] is databases[2]
+    assert len(set(databases)) == 3

@@ -19,7 +19,7 @@ from asgi_db.asgi.frameworks import (
 )
 from asgi_db.asgi.late_cancellation import LateCancellation
 from asgi_db.database import Database
-from asgi_db.errors import MissingMiddlewareError
+from asgi_db.errors import ConfigurationError, MissingMiddlewareError
 from asgi_db.logs import logger
 from asgi_db.modes import Mode, ModeDefault, as_mode
 from asgi_db.pool.life import EngineLife
@@ -87,7 +87,10 @@ class Call(Origin):
         self._scope = scope
         self._receive = receive
         self._send = send
-        self.loop = asyncio.get_running_loop()
+        try:
+            self.loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise ConfigurationError.without_asyncio() from None
         self._outer_exception = sys.exc_info()[1]
 
     async def run(self) -> None:

@@ -46,7 +46,9 @@ class DBSessionMiddleware:
 
         Args:
             app: the ASGI application.
-            database: where the sessions come from; `Database()` if None.
+            database: where the sessions come from. If None, the one `Database()` that the
+                environment configures, which all middlewares without one share: a framework may
+                build its stack of middlewares more than once.
             mode: the mode of routes that set none: a mode, or a function that chooses one by the
                 scope, such as `by_method`.
             key: the name in `request.state`. A second database needs a second middleware with a

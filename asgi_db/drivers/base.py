@@ -40,10 +40,12 @@ class Beginning:
         statements: what is sent first.
         autocommit: whether the connection has to be in autocommit, or must not be; None leaves it
             as it is.
+        writes: whether it takes the lock of the one writer; see `Driver.has_one_writer`.
     """
 
     statements: tuple[str, ...] = ()
     autocommit: bool | None = None
+    writes: bool = False
 
 
 class Abandoned(NamedTuple):
@@ -89,6 +91,7 @@ class Driver(Protocol):
         lock_definitions: the statement that waits until nobody else changes the definitions of
             tables, and keeps others from doing so; none if the transaction itself does that.
         unlock_definitions: the statement that ends this; none if the transaction's end does so.
+        has_one_writer: whether one transaction at a time writes, and the next one waits for it.
         sandbox: the rules of a sandbox for tests; None if there is none.
     """
 
@@ -99,6 +102,7 @@ class Driver(Protocol):
     drops_row_locks: bool
     lock_definitions: str | None
     unlock_definitions: str | None
+    has_one_writer: bool
     sandbox: type[SandboxRules] | None
 
     @property
@@ -113,6 +117,17 @@ class Driver(Protocol):
 
         Args:
             pooler: there is one in between, which pools transactions.
+        """
+        ...
+
+    def translate(self, url: URL) -> tuple[URL, dict[str, Any]]:
+        """Translate the options in a URL into arguments of `connect`.
+
+        Returns:
+            The URL without the options that were translated, and the arguments.
+
+        Raises:
+            ConfigurationError: the driver has nothing for an option, or its value cannot work.
         """
         ...
 
@@ -144,6 +159,10 @@ class Driver(Protocol):
 
     def is_closed(self, connection: Any) -> bool:
         """Say whether the driver knows that this connection is closed; costs no round trip."""
+        ...
+
+    def is_in_transaction(self, connection: Any) -> bool:
+        """Say whether a transaction is open, as far as that costs no round trip."""
         ...
 
     def terminate(self, connection: Any) -> None:
@@ -205,6 +224,10 @@ class Driver(Protocol):
         """Say whether the server shuts down, starts, or takes no more connections."""
         ...
 
+    def is_full(self, error: BaseException) -> bool:
+        """Say whether the server takes no more connections, although it works."""
+        ...
+
     def time_limit(self, error: BaseException) -> str | None:
         """Name the setting of the server by whose limit a statement was ended, if it was."""
         ...
@@ -257,6 +280,7 @@ class AnyDriver(Driver):
     lock_definitions: str | None = None
     unlock_definitions: str | None = None
     grammar = COMMON
+    has_one_writer = False
     sandbox: type[SandboxRules] | None = None
 
     @property
@@ -265,6 +289,9 @@ class AnyDriver(Driver):
 
     def options(self, url: URL, *, pooler: bool) -> dict[str, Any]:
         return {}
+
+    def translate(self, url: URL) -> tuple[URL, dict[str, Any]]:
+        return url, {}
 
     def is_in_memory(self, url: URL) -> bool:
         return False
@@ -284,6 +311,9 @@ class AnyDriver(Driver):
 
     def is_closed(self, connection: Any) -> bool:
         return isinstance(connection, StandIn) and connection.is_closed()
+
+    def is_in_transaction(self, connection: Any) -> bool:
+        return False
 
     def terminate(self, connection: Any) -> None:
         if isinstance(connection, StandIn):
@@ -336,6 +366,9 @@ class AnyDriver(Driver):
         return False
 
     def is_outage(self, error: BaseException) -> bool:
+        return False
+
+    def is_full(self, error: BaseException) -> bool:
         return False
 
     def time_limit(self, error: BaseException) -> str | None:
@@ -412,6 +445,10 @@ class AutocommitRequests:
 def cause_of(error: BaseException) -> str:
     """Name an error of the driver, for a message."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+class ServerFullError(DatabaseDownError):
+    """Raised when the server takes no more connections, although it works."""
 
 
 def connection_error(error: BaseException, where: str = "", cause: str = "") -> DatabaseDownError:

@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from asgi_db.drivers import driver_of
-from asgi_db.drivers.base import Driver, connection_error, wrong_settings
+from asgi_db.drivers.base import Driver, ServerFullError, connection_error, wrong_settings
 from asgi_db.drivers.describing import may_hold_values
 from asgi_db.errors import ConcurrentUseError, ConfigurationError, DatabaseDownError
 from asgi_db.tasks import current_task, is_of_another_loop, of_this_loop, wait_for_background
@@ -70,7 +70,10 @@ class Connector:
         except self._errors as error:
             if (remedy := self._driver.remedy(error)) is not None:
                 raise wrong_settings(error, remedy) from error
-            raise connection_error(error) from error
+            down = connection_error(error)
+            if self._driver.is_full(error):
+                down = ServerFullError(str(down.args[0]), error)
+            raise down from error
         # This is raised outside the `except`, because Python's error contains the whole password
         # and would remain reachable as the `__context__` even with `from None`.
         raise ConfigurationError(

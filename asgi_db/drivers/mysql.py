@@ -26,6 +26,7 @@ from asgi_db.drivers.base import (
     StandIn,
     connection_error,
 )
+from asgi_db.drivers.mysql_options import translate_url
 from asgi_db.drivers.sandbox import INTERRUPT_AGAIN, SandboxControl, SandboxRules, SandboxStandIn
 from asgi_db.drivers.statements import WRITING_WITH, Grammar
 from asgi_db.errors import SandboxError
@@ -84,6 +85,9 @@ class MySQL(AnyDriver):
     def is_outage(self, error: BaseException) -> bool:
         return _number(error) in _OUTAGES
 
+    def is_full(self, error: BaseException) -> bool:
+        return _number(error) in _TOO_MANY
+
     def time_limit(self, error: BaseException) -> str | None:
         number = _number(error)
         return _TIME_LIMITS.get(number) if isinstance(number, int) else None
@@ -132,8 +136,11 @@ def _statements(mode: Mode) -> tuple[str, ...]:
 _CONFLICTS = (1213, 1205)
 """A deadlock, and a timeout while waiting for a lock."""
 
-_OUTAGES = (1040, 1053)
-"""The server refuses more connections, or is shutting down."""
+_TOO_MANY = (1040, 1203, 1226)
+"""The server refuses more connections, or more of this user."""
+
+_OUTAGES = (*_TOO_MANY, 1053)
+"""The same, or the server is shutting down."""
 
 _WRONG_SETTINGS = {
     1049: "database",
@@ -234,6 +241,9 @@ class Asyncmy(MySQL):
             "skip_autocommit_rollback": True,
             "pool_reset_on_return": None,  # `prepare` installs its own reset.
         }
+
+    def translate(self, url: URL) -> tuple[URL, dict[str, Any]]:
+        return translate_url(url)
 
     def prepare(self, engine: Engine, *, pooler: bool, durable: bool) -> None:
         """Roll back only an open transaction when a connection is returned to the pool.

@@ -20,6 +20,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.util.concurrency import await_
 
 from asgi_db.drivers.base import REMEDIES, Abandoned, AnyDriver, StandIn
+from asgi_db.drivers.postgresql_options import translate_url
 from asgi_db.drivers.sandbox import SandboxControl, SandboxRules, SandboxStandIn
 from asgi_db.drivers.statements import WRITING_WITH, Grammar
 from asgi_db.logs import logger
@@ -83,6 +84,9 @@ class PostgreSQL(AnyDriver):
     def is_outage(self, error: BaseException) -> bool:
         return _sqlstate(error) in _OUTAGES
 
+    def is_full(self, error: BaseException) -> bool:
+        return _sqlstate(error) == _TOO_MANY
+
     def time_limit(self, error: BaseException) -> str | None:
         if _sqlstate(error) != _QUERY_CANCELED:
             return None
@@ -123,6 +127,7 @@ class PostgreSQL(AnyDriver):
 _CONFLICTS = frozenset({"40001", "40P01", "55P03"})
 """A serialization failure, a deadlock, and a lock that was not available in time."""
 
+_TOO_MANY = "53300"
 _QUERY_CANCELED = "57014"
 
 
@@ -270,6 +275,9 @@ class Asyncpg(PostgreSQL):
                 "connection_class": patient_connection_class(),
             }
         }
+
+    def translate(self, url: URL) -> tuple[URL, dict[str, Any]]:
+        return translate_url(url)
 
     def prepare(self, engine: Engine, *, pooler: bool, durable: bool) -> None:
         if not pooler:

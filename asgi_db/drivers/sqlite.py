@@ -25,9 +25,11 @@ from asgi_db.drivers.base import (
     AnyDriver,
     AutocommitRequests,
     Beginning,
+    StandIn,
 )
 from asgi_db.drivers.sandbox import SandboxConnection, SandboxControl, SandboxRules, SandboxStandIn
 from asgi_db.drivers.statements import WRITING_WITH, Grammar
+from asgi_db.drivers.url_options import Translate, number, refuse, switch, translate
 from asgi_db.errors import ConfigurationError
 from asgi_db.modes import Mode
 from asgi_db.tasks import in_background
@@ -59,6 +61,7 @@ class SQLite(AnyDriver):
 
     drops_row_locks = True
     grammar = _GRAMMAR
+    has_one_writer = True
 
     def begin_options(self, mode: Mode, *, is_prepared: bool) -> dict[str, Any]:
         """Begin explicitly.
@@ -70,7 +73,17 @@ class SQLite(AnyDriver):
         if mode.autocommit:
             return {BEGIN_OPTION: Beginning()}
         immediate = mode.commits and not mode.read_only
-        return {BEGIN_OPTION: Beginning(("BEGIN IMMEDIATE" if immediate else "BEGIN",))}
+        if immediate:
+            return {BEGIN_OPTION: Beginning(("BEGIN IMMEDIATE",), writes=True)}
+        return {BEGIN_OPTION: Beginning(("BEGIN",))}
+
+    def is_in_transaction(self, connection: Any) -> bool:
+        if isinstance(connection, StandIn):  # a sandbox itself sees to that
+            return False
+        try:
+            return bool(connection.in_transaction)
+        except ValueError:  # it is closed
+            return False
 
     def is_conflict(self, error: BaseException) -> bool:
         return _code(error) == sqlite3.SQLITE_BUSY
@@ -182,12 +195,14 @@ class Aiosqlite(SQLite):
         return self.name, "sqlite3"
 
     def options(self, url: URL, *, pooler: bool) -> dict[str, Any]:
-        # `connect_args` would override a timeout in the URL.
-        has_own = "timeout" in url.query
         return {
             "execution_options": {BEGIN_OPTION: Beginning(("BEGIN",))},
-            "connect_args": {} if has_own else {"timeout": SQLITE_BUSY_TIMEOUT},
+            "connect_args": {"timeout": SQLITE_BUSY_TIMEOUT},
         }
+
+    def translate(self, url: URL) -> tuple[URL, dict[str, Any]]:
+        own = frozenset(url.query if url.query.get("uri") == "true" else ("uri",))
+        return translate(url, _URL_OPTIONS, own, "sqlite3, and those of SQLite need uri=true")
 
     def is_in_memory(self, url: URL) -> bool:
         return url.database == ":memory:"
@@ -278,6 +293,19 @@ def _work(connection: ref[Any], queue: Any) -> None:
             if (alive is None or not alive._running) and queue.empty():
                 return
             del alive
+
+
+_URL_OPTIONS: Mapping[str, Translate] = {
+    "timeout": number("timeout"),
+    "cached_statements": number("cached_statements", int),
+    "detect_types": number("detect_types", int),
+    "check_same_thread": switch("check_same_thread"),
+    "isolation_level": refuse("asgi-db sets itself: leave it out."),
+}
+"""The options of a URL that Python's sqlite3 knows.
+
+Source: https://docs.python.org/3/library/sqlite3.html#sqlite3.connect
+"""
 
 
 class _Connection(sqlite3.Connection):

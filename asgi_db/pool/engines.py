@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 from weakref import WeakSet
 
 from sqlalchemy import URL, StaticPool
@@ -19,7 +19,7 @@ from asgi_db.drivers.connecting import Connector, background_is_over
 from asgi_db.drivers.sqlite import TemporaryFolder
 from asgi_db.errors import SandboxError
 from asgi_db.pool.fair import FairPool
-from asgi_db.pool.life import DISPOSE_TIMEOUT, EngineLife
+from asgi_db.pool.life import DISPOSE_TIMEOUT, EngineLife, OtherEngines
 from asgi_db.profiles import PoolProfile
 from asgi_db.statistics import Statistics
 from asgi_db.tasks import run_to_completion, running_loop
@@ -56,16 +56,25 @@ class EngineSettings:
         # A pool class of the user's own, such as NullPool, need not take the profile's values.
         if "poolclass" not in self.options:
             options.update(self.profile.engine_options(), poolclass=FairPool)
+        url, arguments = driver.translate(url)
         options.update(driver.options(url, pooler=pooler))
-        for name, value in self.options.items():
-            both = isinstance(value, Mapping) and isinstance(options.get(name), Mapping)
-            options[name] = {**options[name], **value} if both else value
+        options = _merged(options, {"connect_args": arguments})
+        options = _merged(options, self.options)
         if creator := options.get("async_creator"):  # SQLAlchemy calls it without `do_connect`
             options["async_creator"] = Connector(driver, creator)
         # OpenTelemetry replaces this function by its own, so it is looked up at each call.
         engine = sqlalchemy_asyncio.create_async_engine(url, **options)
         driver.prepare(engine.sync_engine, pooler=pooler, durable=durable)
         return engine
+
+
+def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return both, where values that are mappings are merged too; `theirs` win."""
+    merged = dict(ours)
+    for name, value in theirs.items():
+        both = isinstance(value, Mapping) and isinstance(ours.get(name), Mapping)
+        merged[name] = _merged(ours[name], cast("Mapping[str, Any]", value)) if both else value
+    return merged
 
 
 class Cover(Protocol):
@@ -82,6 +91,7 @@ class Engines:
         settings: what they are made from.
         statistics: where all of them are counted.
         active_cover: what they connect to instead of their server, if anything.
+        others: the user's own engines to which sessions are bound beside them.
     """
 
     def __init__(
@@ -95,10 +105,11 @@ class Engines:
         self.settings = settings
         self.statistics = statistics
         self.active_cover: Cover | None = None
+        self.others = OtherEngines(statistics, lambda: self.active_cover is not None)
         self._given = None
         if given is not None:
             self._given = EngineLife(
-                given, statistics, given=True, leak_threshold=settings.leak_threshold
+                given, statistics, self.others, given=True, leak_threshold=settings.leak_threshold
             )
         self._lives: dict[asyncio.AbstractEventLoop, EngineLife] = {}
         self._lock = threading.RLock()  # held while an engine is added or removed
@@ -168,7 +179,7 @@ class Engines:
                 ' Database("sqlite://") make the engine, or use a file.'
             )
         side_engine = create_async_engine(engine.url, pool=engine.pool.recreate())
-        return EngineLife(side_engine, Statistics())
+        return EngineLife(side_engine, Statistics(), self.others)
 
     def _begin_life(self, loop: asyncio.AbstractEventLoop) -> EngineLife:
         with self._lock:  # a loop's first requests may be those of synchronous handlers, in threads
@@ -195,6 +206,7 @@ class Engines:
         return EngineLife(
             settings.make_engine(url, durable=not in_memory),
             statistics,
+            self.others,
             pooler=settings.pooler is not None,
             verify=settings.profile.verify and not settings.options.get("pool_pre_ping"),
             leak_threshold=leak_threshold,
@@ -202,8 +214,10 @@ class Engines:
 
     async def dispose(self) -> None:
         """Close every connection of this event loop's engine; see `EngineLife.dispose`."""
-        if self._given is not None:
-            await run_to_completion(self._given.dispose())
+        if running_loop() is None:  # Not asyncio runs this coroutine, so it has no engine.
+            return
+        for user_engine in (*self.others.all(), *([self._given] if self._given else [])):
+            await run_to_completion(user_engine.dispose())
         with self._lock:
             self._forget_closed_loops()
             life = self._lives.pop(asyncio.get_running_loop(), None)

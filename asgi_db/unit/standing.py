@@ -38,6 +38,7 @@ from asgi_db.errors import (
     SessionExpiredError,
     UnavailableError,
 )
+from asgi_db.logs import logger
 from asgi_db.modes import Mode
 from asgi_db.unit.deadline import Deadline
 from asgi_db.unit.ending import (
@@ -406,11 +407,25 @@ class Standing:
             self.life.statistics.unit_ended(self.origin.route(), mode.name, tally)
             self.origin.unit_ended(tally)
 
-    def forget(self) -> None:
-        """Forget the session, and all that leads to a task or an error."""
+    def close(self) -> None:
+        """Close the session for good, and forget it and all that leads to a task or an error.
+
+        Its objects are detached, and keep what they have loaded.
+        """
+        self.move(State.CLOSED)
+        session = self.sync_session
         self.sync_session = self.owner = self.deadline = self.conflict = None
         self.transaction.failure = None
         self.transaction.connections = self.transaction.streams = ()
+        del self.session
+        if session is not None:
+            try:
+                session.expunge_all()
+            except Exception:  # of a listener to SQLAlchemy's events
+                logger.exception("%s: an object could not be detached", self.describe())
+            if self.loaded is not None:
+                self.loaded.give_back(session)
+                self.loaded = None
 
     def move(self, to: State) -> None:
         """Go on to another state.

@@ -13,13 +13,15 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
+from weakref import ref
 
+from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from asgi_db.drivers.describing import brief
 from asgi_db.drivers.statements import Effect
-from asgi_db.engine import has_isolation_level
+from asgi_db.engine import isolation_options
 from asgi_db.errors import (
     ModeConflictError,
     OutcomeUnknownError,
@@ -28,7 +30,7 @@ from asgi_db.errors import (
 )
 from asgi_db.logs import logger
 from asgi_db.modes import Mode
-from asgi_db.tasks import cancelled_once, current_task, finish
+from asgi_db.tasks import acting_for, cancelled_once, current_task, finish
 from asgi_db.unit.ending import Ending, has_changes
 from asgi_db.unit.hooks import Hook, HookOutcome, Hooks
 from asgi_db.unit.operation import WAITING, Operation
@@ -282,7 +284,7 @@ class UnitOfWork(Standing):
             and not (mode.isolation or mode.snapshot or self.left_over)
             and not (self.holds_more_than(Effect.READS) or has_changes(session))
             and session.in_transaction()
-            and not any(map(has_isolation_level, transaction.connections))
+            and not any(map(_has_isolation_level, transaction.connections))
         ):
             await self._end_by(WAITING, self._ending().give_back())
 
@@ -296,10 +298,11 @@ class UnitOfWork(Standing):
         self.move(State.ENDING)
         # No task has it before the new one begins, and an eager task begins at once.
         self.operation = operation = Operation(name, None, time.monotonic())
+        caller = asyncio.current_task()
         if self.left_over is LeftOver.KEPT:
             self.left_over = None
         try:
-            await finish(asyncio.ensure_future(self._run_as_operation(ending)))
+            await finish(asyncio.ensure_future(self._run_as_operation(ending, caller)))
         finally:
             ending.close()  # The task may have been cancelled before it began.
             if self.transaction.stage is Stage.OPEN:
@@ -310,7 +313,10 @@ class UnitOfWork(Standing):
             self.end_operation(operation)
             self.become_idle()
 
-    async def _run_as_operation(self, ending: Coroutine[Any, Any, None]) -> None:
+    async def _run_as_operation(
+        self, ending: Coroutine[Any, Any, None], caller: asyncio.Task[Any] | None
+    ) -> None:
+        acting_for.set(None if caller is None else ref(caller))
         if self.operation is not None:
             self.operation = self.operation._replace(task=asyncio.current_task())
         try:
@@ -318,24 +324,6 @@ class UnitOfWork(Standing):
         except OutcomeUnknownError:
             self.tally.is_unknown = True
             raise
-
-    def close(self) -> None:
-        """Close the session for good; using it is an error from now on.
-
-        Its objects are detached, and keep what they have loaded.
-        """
-        self.move(State.CLOSED)
-        session = self.sync_session
-        self.forget()
-        del self.session
-        if session is not None:
-            try:
-                session.expunge_all()
-            except Exception:  # of a listener to SQLAlchemy's events
-                logger.exception("%s: an object could not be detached", self.describe())
-            if self.loaded is not None:
-                self.loaded.give_back(session)
-                self.loaded = None
 
     def set_rollback_only(self) -> None:
         """Have the unit rolled back at its end, although it succeeds.
@@ -384,3 +372,9 @@ class UnitOfWork(Standing):
                     # The response has been sent, so an error here is only logged.
                     with contextlib.suppress(Exception):
                         await self.end(success=True)
+
+
+def _has_isolation_level(connection: Connection) -> bool:
+    """Whether the user has asked for an isolation level on this connection or its engine."""
+    of_engine = isolation_options(connection.engine)["isolation_level"]
+    return (of_engine or connection.get_execution_options().get("isolation_level")) is not None
