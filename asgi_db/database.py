@@ -32,7 +32,7 @@ from asgi_db.settings import (
 )
 from asgi_db.statistics import DatabaseStats, Statistics, name_of, total
 from asgi_db.unit.origin import Origin
-from asgi_db.unit.session import DBSession
+from asgi_db.unit.session import DBSession, check_session_options
 
 if TYPE_CHECKING:
     from asgi_db.testing import Sandbox
@@ -98,6 +98,8 @@ class Database:
             driver_of_url(self.url).translate(self.url)  # An option that cannot work is refused.
         defaults = {"autoflush": False, "expire_on_commit": False}
         self.session_options: dict[str, Any] = {**defaults, **(session_options or {})}
+        dialect = type(engine.dialect) if engine is not None else self.url.get_dialect()
+        check_session_options(self.session_options, dialect)
         self.statistics = Statistics()  # `asgi_db.opentelemetry` observes them
         self._wait_for = wait_for
         profile = pool if isinstance(pool, PoolProfile) else pool_profile(pool)

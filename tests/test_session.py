@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session, object_session
 
 from asgi_db import (
     ConcurrentUseError,
+    ConfigurationError,
     Database,
     DBSession,
     Mode,
@@ -568,3 +569,54 @@ async def test_two_tasks_one_after_the_other_are_fine(
     async with unit_of(database) as unit:
         await asyncio.gather(*(write(f"author {number}") for number in range(5)))
     assert len(await authors(database_url)) == 6
+
+
+# -- what cannot work is refused at construction -----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nonsense": 1}, "nonsense"),
+        ({"autocommit": True}, "autocommit"),
+        ({"join_transaction_mode": "sometimes"}, "join_transaction_mode"),
+        ({"binds": {Author: "sqlite://"}}, "session_options= cannot work"),
+        ({"bind": None}, "bind, .* leave it out, and use engine= of Database"),
+        ({"class_": DBSession}, "class_, which asgi-db sets itself"),
+        ({"sync_session_class": Session}, "sync_session_class, .*events of SQLAlchemy"),
+        ({"execution_options": {"isolation_level": "AUTOCOMMIT"}}, "AUTOCOMMIT"),
+    ],
+    ids=str,
+)
+def test_session_options_that_cannot_work_are_refused(
+    options: dict[str, Any], message: str, database_url: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=f"^session_options= .*{message}|{message}"):
+        Database(database_url, session_options=options)
+
+
+async def test_two_phases_are_refused_where_the_database_has_one(database_url: str) -> None:
+    options = {"twophase": True}
+    if "sqlite" in database_url:
+        with pytest.raises(ConfigurationError, match="twophase.*leave it out"):
+            Database(database_url, session_options=options)
+        engine = create_async_engine(database_url)
+        with pytest.raises(ConfigurationError, match="twophase.*leave it out"):
+            Database(engine=engine, session_options=options)
+    else:
+        Database(database_url, session_options=options)
+
+
+def test_two_phases_are_refused_if_one_of_the_binds_has_only_one(
+    postgresql_url: str, sqlite_url: str
+) -> None:
+    binds = {Author: create_async_engine(sqlite_url)}
+    with pytest.raises(ConfigurationError, match="twophase"):
+        Database(postgresql_url, session_options={"twophase": True, "binds": binds})
+
+
+async def test_a_session_of_an_engine_is_refused_and_says_what_to_use(sqlite_url: str) -> None:
+    wrong: list[Any] = [create_async_engine(sqlite_url), None]
+    for one in wrong:
+        with pytest.raises(ConfigurationError, match=r"request.state.db.*database.session\(\)"):
+            DBSession(one)

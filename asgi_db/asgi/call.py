@@ -6,7 +6,7 @@ import asyncio
 import math
 import sys
 from collections.abc import Mapping
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import anyio
 
@@ -215,7 +215,7 @@ async def _refuse_to_send(_: Message) -> None:
     raise ConnectionError("the request is over, or the connection is closed")
 
 
-_NO_SESSION = DBSession(cast(Any, None))
+_NO_SESSION = DBSession.__new__(DBSession)
 """Replaces the session of a call that has ended; it is never used."""
 
 _DISCONNECTED = {"http": _http_disconnected, "websocket": _websocket_disconnected}

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
+from sqlalchemy.engine import Dialect
+from sqlalchemy.engine.default import DefaultDialect
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import (
+    AsyncConnection,
+    AsyncEngine,
+    AsyncSession,
+    AsyncSessionTransaction,
+)
 
+from asgi_db.engine import refuse_autocommit
+from asgi_db.errors import ConfigurationError
 from asgi_db.unit.hooks import Hook, HookFunction, When
 from asgi_db.unit.origin import Origin
 from asgi_db.unit.sync_session import UnitSession
@@ -90,7 +100,18 @@ class DBSession(AsyncSession):
 
         Args:
             origin: the request or block that the session is for.
+
+        Raises:
+            ConfigurationError: it is something else, such as an engine.
         """
+        try:
+            _ = origin.attempt
+        except AttributeError:
+            raise ConfigurationError(
+                "A DBSession belongs to a request or a block: take `request.state.db`, or"
+                " `async with database.session()`. With an engine of its own, use SQLAlchemy's"
+                " AsyncSession."
+            ) from None
         self.origin = origin
 
     if not TYPE_CHECKING:  # A type checker would accept every misspelt name.
@@ -202,3 +223,48 @@ class DBSession(AsyncSession):
             UncommittedWorkError: the transaction holds writes; commit or roll back first.
         """
         await self.unit_of_work.release()
+
+
+_OURS = {
+    "bind": "engine= of Database",
+    "class_": "DBSession, or a class of your own around it",
+    "sync_session_class": "the events of SQLAlchemy, or methods outside the session",
+    "unit_of_work": "nothing",
+}
+"""The options that a `DBSession` sets itself, and what to use instead."""
+
+
+def check_session_options(options: Mapping[str, Any], dialect: type[Dialect]) -> None:
+    """Refuse options with which no session could be made, or could not work.
+
+    Args:
+        options: the arguments for the constructor of SQLAlchemy's session.
+        dialect: the one of the database.
+
+    Raises:
+        ConfigurationError: an option cannot work; the message names it, and the remedy.
+    """
+    for name, instead in _OURS.items():
+        if name in options:
+            raise ConfigurationError(
+                f"session_options= has {name}, which asgi-db sets itself: leave it out, and use"
+                f" {instead}."
+            )
+    refuse_autocommit("session_options=", options)
+    problem = ""
+    try:
+        AsyncSession(**options)
+    except (TypeError, ValueError, AttributeError, SQLAlchemyError) as error:
+        problem = str(error).partition("\n")[0].rstrip(".")
+    if problem:
+        raise ConfigurationError(f"session_options= cannot work: {problem}. Correct it.")
+    binds: Mapping[Any, AsyncEngine | AsyncConnection] = options.get("binds") or {}
+    dialects = {dialect, *(bind.dialect.__class__ for bind in binds.values())}
+    if options.get("twophase") and not all(map(_has_two_phases, dialects)):
+        raise ConfigurationError(
+            "session_options= has twophase, and the database has no two-phase commit: leave it out."
+        )
+
+
+def _has_two_phases(dialect: type[Dialect]) -> bool:
+    return dialect.do_begin_twophase is not DefaultDialect.do_begin_twophase
