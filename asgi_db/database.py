@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import anyio
 from sqlalchemy import URL, MetaData
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from asgi_db.drivers import driver_of_url
 from asgi_db.engine import isolation_options, refuse_autocommit
-from asgi_db.errors import ConfigurationError
+from asgi_db.errors import ConfigurationError, UnavailableError
 from asgi_db.logs import logger
 from asgi_db.modes import Mode, Transactional, plain, transactional
 from asgi_db.pool.abandoned import connection_of
@@ -161,7 +160,7 @@ class Database:
             try:
                 with anyio.fail_after(max(left, 0.1)):  # a server may accept, and never answer
                     return await self.ping()
-            except (SQLAlchemyError, OSError) as error:
+            except (UnavailableError, OSError) as error:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise self._not_there(error) from error
