@@ -32,7 +32,7 @@ ON_EVERY_PYTHON = tests/contract tests/typing $(patsubst %,tests/test_%.py,unit_
 	random_walks missing_greenlet observers modes hooks retries cancellation late_cancellation \
 	garbage leaks lifespan composition websockets fair_pool public_api settings)
 
-.PHONY: help demo serve test test-pythons python-suite suite load chaos bench pictures check docs format coverage build servers clean
+.PHONY: help demo serve test test-pythons python-suite suite load chaos bench count pictures check docs format coverage build servers clean
 .NOTPARALLEL:
 
 help:
@@ -48,6 +48,8 @@ help:
 	@echo "make bench         how fast it is, beside other libraries: tables and plots, in 25 minutes;"
 	@echo "                   ARGS='--write' puts them into docs/performance.md, '--quick' rehearses"
 	@echo "make pictures      the dashboard in a browser under load: the pictures of the documentation, in 6 minutes"
+	@echo "make count         the machine instructions of a request, counted by valgrind, beside the same by hand;"
+	@echo "                   ARGS='--database sqlite --only read' selects"
 	@echo "make check         ruff, import-linter, mypy, pyright"
 	@echo "make docs          the documentation as a site, in .build/docs; a warning is an error"
 	@echo "make format        ruff format, and the fixes which ruff can make itself"
@@ -87,6 +89,10 @@ bench: $(PEERS)/bench servers
 # The same test as in the suite; with the variable it runs its load for five minutes first.
 pictures: $(VENV)/installed servers
 	ASGI_DB_PICTURES=docs/dashboard $(PYTEST) pytest tests/test_dashboard_in_a_browser.py $(ARGS)
+
+count: $(VENV)/installed servers
+	@$(PYTHON) -m scripts.prepare count
+	$(BIN)/python -m tests.bench.count $(ARGS)
 
 check: $(VENV)/installed $(VENV)/sphinx
 	$(BIN)/ruff check

@@ -2,39 +2,48 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
+from weakref import WeakValueDictionary
 
 import anyio
-from sqlalchemy import URL, MetaData
+from sqlalchemy import URL, Connection, MetaData
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from asgi_db.engine import isolation_options, refuse_autocommit
+from asgi_db.drivers import driver_of, driver_of_url
+from asgi_db.engine import isolation_options, refuse_autocommit, variant
 from asgi_db.errors import ConfigurationError
 from asgi_db.logs import logger
-from asgi_db.modes import Mode, Transactional, plain, transactional
+from asgi_db.modes import Mode, Transactional, as_mode, is_number, plain, transactional
 from asgi_db.pool.abandoned import connection_of
 from asgi_db.pool.engines import Engines, EngineSettings
 from asgi_db.pool.life import EngineLife
 from asgi_db.pool.ping import ping
 from asgi_db.profiles import PoolName, PoolProfile, pool_profile
 from asgi_db.settings import (
+    Secret,
     create_database_url,
     database_url_from_env,
     engine_options_from_env,
     parse_database_url,
 )
 from asgi_db.statistics import DatabaseStats, PoolStats, Statistics, name_of, total
+from asgi_db.tasks import running_loop
 from asgi_db.unit.origin import Origin
-from asgi_db.unit.session import DBSession
+from asgi_db.unit.session import DBSession, check_session_options
 
 if TYPE_CHECKING:
     from asgi_db.testing import Sandbox
+
+_DEFINING = transactional(isolation="READ COMMITTED")
+"""The mode for DDL, which has to see what another process has created while this one waited."""
 
 DEFAULT_FILE = "app.db"
 """The SQLite file that is used if no database is configured."""
@@ -51,7 +60,7 @@ class Database:
 
     def __init__(
         self,
-        url: str | URL | None = None,
+        url: str | URL | Secret | None = None,
         *,
         engine: AsyncEngine | None = None,
         pool: PoolName | PoolProfile = "medium",
@@ -64,9 +73,9 @@ class Database:
         """Check the settings; nothing is opened yet.
 
         Args:
-            url: where the database is. Without it, `DATABASE_URL` or `DATABASE_TYPE` and its
-                companions name the place; without these, an SQLite file in the working directory
-                is used.
+            url: where the database is; pydantic's `SecretStr` too. Without it, `DATABASE_URL` or
+                `DATABASE_TYPE` and its companions name the place; without these, an SQLite file in
+                the working directory is used.
             engine: an engine of your own instead; it is used as it is, and never disposed. Errors
                 of its `async_creator`, if it has one, are not translated.
             pool: the pool profile, "low", "medium" or "high", or a `PoolProfile` of your own.
@@ -93,6 +102,11 @@ class Database:
         else:
             self.url = database_url_from_env(os.environ) or _embedded()
             options = {**engine_options_from_env(os.environ), **options}
+        if engine is None:
+            driver_of_url(self.url).translate(self.url)  # An option that cannot work is refused.
+        if session_options:
+            dialect = self.url.get_dialect() if engine is None else type(engine.dialect)
+            check_session_options(session_options, dialect)
         defaults = {"autoflush": False, "expire_on_commit": False}
         self.session_options: dict[str, Any] = {**defaults, **(session_options or {})}
         self.statistics = Statistics()  # `asgi_db.opentelemetry` observes them
@@ -132,8 +146,10 @@ class Database:
     def engine(self) -> AsyncEngine:
         """The engine of the running event loop; made at first use.
 
+        Where no event loop runs, as in a synchronous endpoint, it is the only engine there is.
+
         Raises:
-            RuntimeError: there is no running event loop.
+            RuntimeError: there is no running event loop, and no engine yet, or several.
         """
         return self._engines.running.engine
 
@@ -147,7 +163,10 @@ class Database:
 
         Raises:
             ConnectionError: the database did not come up within `wait_for` seconds.
+            ConfigurationError: this coroutine is not run by asyncio.
         """
+        if running_loop() is None:
+            raise ConfigurationError.without_asyncio()
         _ = self.engine
         deadline = time.monotonic() + self._wait_for
         delay = 0.1
@@ -207,14 +226,30 @@ class Database:
         await ping(self.life)
 
     async def create_tables(self, metadata: MetaData) -> None:
-        """Create the tables which do not exist yet."""
-        async with connection_of(self.engine) as connection, connection.begin():
-            await connection.run_sync(metadata.create_all)
+        """Create the tables which do not exist yet.
+
+        Several processes may do so at once: one creates the tables, and the others wait.
+        """
+        await self._define(metadata.create_all)
 
     async def drop_tables(self, metadata: MetaData) -> None:
         """Drop the tables which exist."""
-        async with connection_of(self.engine) as connection, connection.begin():
-            await connection.run_sync(metadata.drop_all)
+        await self._define(metadata.drop_all)
+
+    async def _define(self, change: Callable[[Connection], None]) -> None:
+        """Change the definitions of tables while no other process does so."""
+        engine = AsyncEngine(variant(self.engine.sync_engine, _DEFINING))
+        driver = driver_of(engine.dialect)
+        async with connection_of(engine) as connection, connection.begin():
+            if driver.lock_definitions is not None:
+                await connection.exec_driver_sql(driver.lock_definitions)
+            try:
+                await connection.run_sync(change)
+            finally:
+                if driver.unlock_definitions is not None:
+                    # On a connection that was closed the lock has ended by itself.
+                    with contextlib.suppress(SQLAlchemyError):
+                        await connection.exec_driver_sql(driver.unlock_definitions)
 
     # -- statistics ----------------------------------------------------------------------------
 
@@ -232,7 +267,8 @@ class Database:
         It opens nothing and needs no event loop: a thread may call it, too.
         """
         lives = self._engines.all()
-        holders = [holder for life in lives for holder in life.connections.holders()]
+        all_lives = (*lives, *self._engines.others.all())
+        holders = [holder for life in all_lives for holder in life.connections.holders()]
         return DatabaseStats(
             name=name_of(self.url),
             pool=self.pool_stats(),
@@ -261,7 +297,11 @@ class Database:
         Args:
             mode: how its unit of work ends with the block; `plain` rolls back what is not
                 committed by hand.
+
+        Raises:
+            ConfigurationError: that is no mode, or one with `retries=`.
         """
+        mode = as_mode(mode, "The mode of database.session()")
         if mode.retries:
             raise ConfigurationError(
                 f"A block cannot be run again: leave out retries={mode.retries}, and put the block"
@@ -294,7 +334,15 @@ class Database:
 
         Args:
             mode: `transactional`, or `transactional(isolation=…)`.
+
+        Raises:
+            ConfigurationError: that is no mode which commits, or one with `retries=`.
         """
+        if not as_mode(mode, "The mode of database.transaction()").commits:
+            raise ConfigurationError(
+                "database.transaction() commits, so its mode is transactional, with options or"
+                " without; for another mode there is database.session(mode)."
+            )
         async with self.session(mode) as session:
             yield session
 
@@ -314,10 +362,29 @@ class Database:
         return Sandbox(self._engines)
 
 
+_configured: WeakValueDictionary[tuple[object, ...], Database] = WeakValueDictionary()
+
+
+def configured_database() -> Database:
+    """Return the database that the environment configures: the same one as long as it is in use.
+
+    Raises:
+        ConfigurationError: the environment's settings cannot work.
+    """
+    url = database_url_from_env(os.environ)
+    options = engine_options_from_env(os.environ)
+    key = (url or os.path.abspath(DEFAULT_FILE), *sorted(options.items()))
+    database = _configured.get(key)
+    if database is None:
+        database = _configured[key] = Database()
+    return database
+
+
 class Block(Origin):
     """An `async with` block that has a session."""
 
     def __init__(self, database: Database, mode: Mode, name: str) -> None:
+        self.loop = asyncio.get_running_loop()
         self._database = database
         self._mode = mode
         self._name = name
@@ -327,7 +394,9 @@ class Block(Origin):
         return self._database.session_options
 
     def life(self) -> EngineLife:
-        return self._database.life
+        if (loop := running_loop()) is None:
+            raise ConfigurationError.without_asyncio()
+        return self._database.life_on(loop)
 
     def default_mode(self) -> Mode:
         return self._mode
@@ -340,10 +409,27 @@ def _cause(error: Exception) -> str:
     return str(error).partition("\n")[0] or "no answer"
 
 
+def as_database(value: object) -> Database:
+    """Return a database; what is embedded or named by the environment if None is given.
+
+    Raises:
+        ConfigurationError: it is something else than a `Database`.
+    """
+    if isinstance(value, Database):
+        return value
+    if value is not None:
+        what = value.__name__ if isinstance(value, type) else f"a {type(value).__name__}"
+        raise ConfigurationError(
+            f"database= takes a Database, not {what}: write database=Database(...), with a URL or"
+            " engine=."
+        )
+    return configured_database()
+
+
 def _check_engine(
     engine: AsyncEngine | None,
     *,
-    url: str | URL | None,
+    url: str | URL | Secret | None,
     engine_options: Mapping[str, Any] | None,
     pooler: str | None,
 ) -> None:
@@ -360,9 +446,9 @@ def _check_engine(
 
 
 def _check_numbers(*, wait_for: float, leak_threshold: float | None) -> None:
-    if not wait_for >= 0:
+    if not (is_number(wait_for) and wait_for >= 0):
         raise ConfigurationError(f"wait_for={wait_for!r} must be seconds, 0 or more.")
-    if leak_threshold is not None and not leak_threshold > 0:
+    if leak_threshold is not None and not (is_number(leak_threshold) and leak_threshold > 0):
         raise ConfigurationError(
             f"leak_threshold={leak_threshold!r} must be seconds, more than 0; leave it out to"
             " switch it off."

@@ -7,8 +7,8 @@ connection holds what the variant asks for, and the unit of work that uses the c
 
 from __future__ import annotations
 
+import asyncio
 import functools
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet, ref
@@ -20,17 +20,30 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from asgi_db.drivers import driver_of
-from asgi_db.drivers.base import BEGIN_OPTION, Beginning, Driver, cause_of, connection_error
-from asgi_db.drivers.connecting import let_driver_connect
+from asgi_db.drivers.base import (
+    BEGIN_OPTION,
+    Beginning,
+    Driver,
+    cause_of,
+    connection_error,
+    wrong_settings,
+)
+from asgi_db.drivers.connecting import check_loop, let_driver_connect
+from asgi_db.drivers.describing import brief, conflict_error, opening_of
+from asgi_db.drivers.statements import Effect, Judge
 from asgi_db.errors import (
+    ConcurrentUseError,
     ConfigurationError,
+    DatabaseConflictError,
     DatabaseDownError,
     DatabaseTimeoutError,
     OutcomeUnknownError,
     ReadOnlyError,
+    StatementTimeoutError,
 )
 from asgi_db.modes import Mode
-from asgi_db.statistics import Tally
+from asgi_db.statistics import WITHOUT_SESSION, Tally
+from asgi_db.writers import OneWriter, writer_of
 
 UNIT_INFO = "asgi_db_unit_of_work"
 """The key in a pooled connection's `info` for the unit that uses the connection."""
@@ -43,10 +56,12 @@ class UnitTransaction(Protocol):
     """What the events of an engine know about a unit's transaction, and what they report to it.
 
     Attributes:
-        has_writes: whether it contains writes.
+        effect: the greatest effect of its statements.
+        was_handed_out: whether its connection was handed out, over which anything may be sent.
     """
 
-    has_writes: bool
+    effect: Effect
+    was_handed_out: bool
 
     @property
     def commit_was_sent(self) -> bool:
@@ -64,12 +79,14 @@ class Unit(Protocol):
     """What the events of an engine know about a unit of work, and what they report to it.
 
     Attributes:
+        loop: the event loop of its session.
         fixed_mode: the mode that its first statement has fixed.
         conflict: the last error of the database about a conflict with another transaction.
     """
 
+    loop: asyncio.AbstractEventLoop
     fixed_mode: Mode | None
-    conflict: BaseException | None
+    conflict: DatabaseConflictError | None
 
     @property
     def mode(self) -> Mode:
@@ -190,84 +207,118 @@ def begin_unit(connection: Connection, unit: Unit, mode: Mode) -> None:
         driver_of(connection.dialect).enter_autocommit(pooled.dbapi_connection)
 
 
-# -- statements and errors ---------------------------------------------------------------------
+def begin_now(connection: Connection, unit: Unit) -> None:
+    """Have the transaction begin at the server, before the connection itself is handed out.
 
-_WRITING = "INSERT|UPDATE|DELETE|MERGE|REPLACE"
-_WRITE = re.compile(
-    # EXPLAIN ANALYZE executes the statement.
-    r"\s*(?:(?:EXPLAIN\b[^;]*?)?\bANALY[SZ]E\b(?:[^)]*\))?(?:\s+VERBOSE)?\s*)?"
-    rf"(?:(?:{_WRITING}|TRUNCATE|CREATE|ALTER|DROP|RENAME|LOAD|GRANT|REVOKE|CALL|DO)\b"
-    r"|WITH\b.*?(?:\bAS\s*(?:NOT\s+)?(?:MATERIALIZED\s*)?\(|\))"
-    rf"\s*(?:{_WRITING})\b)",
-    re.IGNORECASE | re.DOTALL,
-)
-_CALL = re.compile(r"\s*(?:CALL|DO)\b", re.IGNORECASE)
-"""Statements that may or may not write; in a read-only transaction the server checks them."""
-
-
-_NOT_CODE = re.compile(r"""'[^']*'|"[^"]*"|/\*.*?\*/|--[^\n]*""", re.DOTALL)
-"""Literals, quoted names and comments."""
-_NOT_CODE_WITH_HASH = re.compile(_NOT_CODE.pattern + r"|\#[^\n]*", re.DOTALL)
-"""The same where `#` begins a comment; elsewhere it is an operator: `data #>> '{a}'`."""
-
-
-@functools.lru_cache(maxsize=1024)
-def writes(statement: str, *, has_hash_comments: bool = False) -> bool:
-    """Return whether this SQL changes data or tables, or may do so, judged by its keywords.
-
-    Functions with side effects are not recognized; in `read_only(snapshot=True)` and
-    `transactional(read_only=True)` PostgreSQL and MySQL refuse them.
+    Raises:
+        DatabaseDownError: the connection was closed.
     """
-    not_code = _NOT_CODE_WITH_HASH if has_hash_comments else _NOT_CODE
-    return _WRITE.match(not_code.sub(" ", statement)) is not None
+    driver, pooled = driver_of(connection.dialect), connection.connection
+    try:
+        driver.begin_now(pooled)
+    except Exception as error:
+        if not driver.is_closed(pooled.driver_connection):
+            raise
+        connection.invalidate(error)
+        raise connection_error(error, _where(unit)) from error
+    unit.transaction.effect = max(unit.transaction.effect, Effect.HOLDS)
+    unit.transaction.was_handed_out = True
+
+
+def has_unseen_writes(connection: Connection) -> bool:
+    """Return whether the open transaction has written over the connection of the driver."""
+    return driver_of(connection.dialect).has_written(connection.connection)
+
+
+# -- statements and errors ---------------------------------------------------------------------
 
 
 def _do_execute(
-    driver: Driver, _cursor: Any, statement: str, _parameters: Any, context: ExecutionContext
+    judge: Judge,
+    writer: OneWriter | None,
+    _cursor: Any,
+    statement: str,
+    _parameters: Any,
+    context: ExecutionContext,
 ) -> None:
     """Check a statement against the mode before it is sent."""
     found = _units.get(context.root_connection)
     unit = None if found is None else found()
     if unit is None:
+        if writer is not None and judge.effect_of(statement).writes:
+            writer.claim(context.root_connection.connection)
+        pool = context.root_connection.engine.pool
+        check_loop(getattr(pool, "loop", None), "A connection of the engine was used")
         return
+    if asyncio.get_running_loop() is not unit.loop:
+        raise ConcurrentUseError.session_in_another_loop("execute", unit.describe())
     mode = unit.fixed_mode or unit.mode
-    is_write = writes(statement, has_hash_comments=driver.has_hash_comments)
-    if is_write:
-        if mode.read_only and (mode.autocommit or _CALL.match(statement) is None):
+    effect = judge.effect_of(statement)
+    if mode.read_only:
+        if effect < Effect.LOCKS and judge.drops_lock(context.compiled):
+            effect = Effect.LOCKS
+        # In a read-only transaction the server itself checks what a statement calls.
+        if effect in _REFUSED or (mode.autocommit and effect > Effect.UNSURE):
+            raise _not_read_only(effect, unit, mode, statement, driver_of(context.dialect))
+        if mode.autocommit and context.execution_options.get("stream_results"):
             raise ReadOnlyError(
-                f"{unit.describe()}: this statement writes, but the mode is {mode.name} and only"
-                f" reads: {statement[:60]!r}. Put @transactional on the route, or ask for the"
-                " transactional session."
+                f"{unit.describe()}: a server-side cursor lives in a transaction, and the read_only"
+                " mode has none: use read_only(snapshot=True), or fetch the rows at once."
             )
-    elif mode.autocommit and context.execution_options.get("stream_results"):
-        raise ReadOnlyError(
-            f"{unit.describe()}: a server-side cursor lives in a transaction, and the read_only"
-            " mode has none: use read_only(snapshot=True), or fetch the rows at once."
-        )
     tally = unit.tally
     tally.statements += 1
     if tally.trace is not None:
-        # Where `#` begins a comment, double quotes are those of a string.
-        tally.trace.begin(statement, has_double_quoted_strings=driver.has_hash_comments)
-    if is_write:
-        unit.transaction.has_writes = True
+        quotes = driver_of(context.dialect).has_double_quoted_strings
+        tally.trace.begin(statement, has_double_quoted_strings=quotes)
+    if effect > unit.transaction.effect:
+        if writer is not None and effect.writes and not mode.commits:
+            writer.claim(context.root_connection.connection)  # others have begun with it
+        unit.transaction.effect = effect
 
 
 def _do_execute_no_params(
-    driver: Driver, cursor: Any, statement: str, context: ExecutionContext
+    judge: Judge,
+    writer: OneWriter | None,
+    cursor: Any,
+    statement: str,
+    context: ExecutionContext,
 ) -> None:
-    _do_execute(driver, cursor, statement, None, context)
+    _do_execute(judge, writer, cursor, statement, None, context)
+
+
+_REFUSED = (Effect.LOCKS, Effect.WRITES)
+"""What no mode that only reads may do."""
+
+
+def _not_read_only(
+    effect: Effect, unit: Unit, mode: Mode, statement: str, driver: Driver
+) -> ReadOnlyError:
+    shown = opening_of(statement, has_double_quoted_strings=driver.has_double_quoted_strings)
+    if effect is Effect.HOLDS:
+        return ReadOnlyError(
+            f"{unit.describe()}: what this statement takes, such as a lock or a setting, lasts as"
+            f" long as its transaction or connection, and the read_only mode keeps neither:"
+            f" {shown!r}. Use read_only(snapshot=True), or put @transactional on the route."
+        )
+    does = "locks rows" if effect is Effect.LOCKS else "writes"
+    return ReadOnlyError(
+        f"{unit.describe()}: this statement {does}, but the mode is {mode.name} and only reads:"
+        f" {shown!r}. Put @transactional on the route, or ask for the transactional session."
+    )
 
 
 def _where(unit: Unit | None) -> str:
     return "" if unit is None else f"{unit.describe()}: "
 
 
-def _handle_error(context: ExceptionContext) -> None:
+def _handle_error(context: ExceptionContext) -> Exception | None:
     """Note the failure of statements that bypass the session: `(await session.connection())…`.
 
     A savepoint confines a failure, unless the rollback to it fails as well: after a deadlock
     MariaDB has rolled back the whole transaction, including its savepoints.
+
+    Returns:
+        The error for a conflict or a timeout in a unit, in place of SQLAlchemy's.
 
     Raises:
         DatabaseDownError: replaces the various errors of the driver for a closed connection.
@@ -275,15 +326,22 @@ def _handle_error(context: ExceptionContext) -> None:
     connection, original = context.connection, context.original_exception
     if isinstance(original, DatabaseDownError):  # A driver's `begin` has raised it.
         context.is_disconnect = True
-        return
+        return None
     driver = driver_of(context.dialect)
     error = context.sqlalchemy_exception or original
     if context.is_pre_ping or not (isinstance(error, DBAPIError) or driver.is_own_error(original)):
-        return
+        return None
     unit = _unit_of(connection)
+    own: DatabaseConflictError | StatementTimeoutError | None = None
     if unit is not None and driver.is_conflict(original):
-        unit.conflict = error
+        unit.conflict = error = own = conflict_error(error, unit.describe())
         unit.tally.conflicts += 1
+    elif unit is not None and (limit := driver.time_limit(original)) is not None:
+        error = own = StatementTimeoutError(
+            f"{unit.describe()}: the server has ended the statement, because it took longer than"
+            f" its limit allows ({limit}). Make the statement faster, or raise the limit.",
+            original,
+        )
     if unit is not None and (trace := unit.tally.trace) is not None:
         code = driver.code(original)
         name = type(original).__name__
@@ -296,17 +354,35 @@ def _handle_error(context: ExceptionContext) -> None:
         raise overdue
     if isinstance(error, DBAPIError) and (advice := driver.advice(original)) is not None:
         error.add_detail(advice)
-    elif context.is_disconnect or connection is None or driver.is_outage(original):
+    elif connection is None and (remedy := driver.remedy(original)) is not None:
+        # SQLite opens the file only now, when the connection is set up.
+        raise wrong_settings(original, remedy)
+    elif context.is_disconnect or driver.is_outage(original):
         context.is_disconnect = True
+        # A connection may also be closed when a value is refused, and the error then repeats it.
+        cause = cause_of(original) if driver.is_outage(original) else brief(original)
+        if connection is not None and (limit := _idle_limit(driver, connection)) is not None:
+            cause = f"{cause}; {limit}"
         if unit is not None and unit.transaction.commit_was_sent:
-            raise _outcome_unknown(original, unit)
-        raise connection_error(original, _where(unit))
+            raise _outcome_unknown(original, unit, cause)
+        raise connection_error(original, _where(unit), cause)
+    return own
 
 
-def _outcome_unknown(error: BaseException, unit: Unit) -> OutcomeUnknownError:
+def _idle_limit(driver: Driver, connection: Connection) -> str | None:
+    """Name the limit that may have closed a connection while nothing was running on it."""
+    if connection.closed or connection.invalidated:
+        return None
+    pooled = connection.connection
+    if pooled.driver_connection is None or not driver.is_closed(pooled.driver_connection):
+        return None
+    return driver.idle_limit(pooled.driver_connection, in_transaction=True)
+
+
+def _outcome_unknown(error: BaseException, unit: Unit, cause: str) -> OutcomeUnknownError:
     return OutcomeUnknownError(
         f"{unit.describe()}: the connection was closed after COMMIT had been sent, so whether it"
-        f" was carried out is unknown ({cause_of(error)})",
+        f" was carried out is unknown ({cause})",
         error,
     )
 
@@ -350,17 +426,30 @@ def watch(engine: Engine) -> None:
         return
     _watched.add(dialect)
     driver = driver_of(dialect)
-    _wrap(dialect, driver, engine.get_execution_options().get(BEGIN_OPTION))
+    driver.extend(dialect)
+    writer = None
+    if driver.has_one_writer:
+        writer = writer_of(str(engine.url.database), driver, _describe_holder)
+    _wrap(dialect, driver, writer, engine.get_execution_options().get(BEGIN_OPTION))
     event.listen(engine, "do_connect", let_driver_connect)
-    do_execute = functools.partial(_do_execute, driver)
+    judge = Judge(driver.effect_of, drops_row_locks=driver.drops_row_locks)
+    do_execute = functools.partial(_do_execute, judge, writer)
     event.listen(engine, "do_execute", do_execute)
     event.listen(engine, "do_executemany", do_execute)
-    event.listen(engine, "do_execute_no_params", functools.partial(_do_execute_no_params, driver))
+    no_params = functools.partial(_do_execute_no_params, judge, writer)
+    event.listen(engine, "do_execute_no_params", no_params)
     event.listen(engine, "handle_error", _handle_error)
     event.listen(engine, "checkin", functools.partial(_checkin, driver))
 
 
-def _wrap(dialect: Dialect, driver: Driver, beginning: Beginning | None) -> None:
+def _describe_holder(pooled: PoolProxiedConnection) -> str:
+    unit: Unit | None = pooled.info.get(UNIT_INFO)
+    return WITHOUT_SESSION if unit is None else unit.describe()
+
+
+def _wrap(
+    dialect: Dialect, driver: Driver, writer: OneWriter | None, beginning: Beginning | None
+) -> None:
     """Extend the methods of a dialect where no event would do.
 
     Args:
@@ -369,7 +458,7 @@ def _wrap(dialect: Dialect, driver: Driver, beginning: Beginning | None) -> None
     if driver.is_supported:
         dialect.do_terminate = functools.partial(_terminate, dialect, driver)  # type: ignore[method-assign]
     begin, commit = dialect.do_begin, dialect.do_commit
-    dialect.do_begin = functools.partial(_begin, begin, driver, beginning)  # type: ignore[method-assign]
+    dialect.do_begin = functools.partial(_begin, begin, driver, writer, beginning)  # type: ignore[method-assign]
     dialect.do_commit = functools.partial(_commit, commit, driver)  # type: ignore[method-assign]
     commit_twophase = dialect.do_commit_twophase
     dialect.do_commit_twophase = functools.partial(_commit_twophase, commit_twophase, driver)  # type: ignore[method-assign]
@@ -387,11 +476,14 @@ def _terminate(dialect: Dialect, driver: Driver, connection: DBAPIConnection) ->
 def _begin(
     begin: Callable[[PoolProxiedConnection], None],
     driver: Driver,
+    writer: OneWriter | None,
     beginning: Beginning | None,
     pooled: PoolProxiedConnection,
 ) -> None:
     beginning = pooled.info.get(_BEGINNING, beginning)
     if beginning is not None:
+        if beginning.writes and writer is not None:
+            writer.claim(pooled)
         driver.begin(pooled, beginning)
     begin(pooled)
 

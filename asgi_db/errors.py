@@ -11,6 +11,14 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 class ConfigurationError(ValueError):
     """Raised when a setting cannot work; the message names the setting and the remedy."""
 
+    @classmethod
+    def without_asyncio(cls) -> Self:
+        """Make the error for a coroutine that something else than asyncio runs, such as trio."""
+        return cls(
+            "SQLAlchemy's asyncio extension needs asyncio, and no event loop of asyncio runs here:"
+            " choose the server's worker for asyncio instead of the one for trio."
+        )
+
 
 class MissingMiddlewareError(RuntimeError):
     """Raised when a session is asked for where no `DBSessionMiddleware` has placed one."""
@@ -27,11 +35,14 @@ class ModeConflictError(RuntimeError):
 
     @classmethod
     def too_late(cls, asked: str, begun: str, route: str) -> Self:
-        """Make the error for a mode that is asked for after a statement in a weaker one."""
+        """Make the error for a mode that is asked for after work in another one."""
         return cls(
-            f"{route}: the {asked} mode was asked for after a statement had already run in the"
-            f" {begun} mode. Put @{asked} on the route, so that the mode is known from the start,"
-            " or call `await session.release()` after the earlier statements."
+            f"{route}: the {asked} mode was asked for after work in the {begun} mode that is more"
+            " than reading: a write, a lock, a setting, an isolation level, a snapshot, an open"
+            " cursor or a block. For two dependencies, put"
+            f" @{asked} on the route, so that the mode is known from the start. In a middleware,"
+            " which comes before the route is known, commit first (`await session.commit()`), or"
+            " use `async with database.transaction()` there."
         )
 
     @classmethod
@@ -59,7 +70,7 @@ class SessionExpiredError(RuntimeError):
 
 
 class ConcurrentUseError(RuntimeError):
-    """Raised when two tasks use one session at the same time."""
+    """Raised when two tasks use one session at the same time, or another event loop uses it."""
 
     def __init__(self, operation: str, running: str, owner: str) -> None:
         super().__init__(
@@ -68,14 +79,55 @@ class ConcurrentUseError(RuntimeError):
             " the other, or give each task its own `async with database.session()`."
         )
 
+    @classmethod
+    def in_another_loop(cls, what: str, remedy: str) -> Self:
+        """Make the error for something that is used in another event loop than its own."""
+        return cls.__new__(
+            cls,
+            f"{what} in another event loop than its own, such as that of `asyncio.run()` in a"
+            f" thread. {remedy}",
+        )
+
+    @classmethod
+    def two_writers(cls, holder: str) -> Self:
+        """Make the error for a task that would wait for the lock which it holds itself."""
+        return cls.__new__(
+            cls,
+            "SQLite has one writer at a time, and this task already has it: the transaction of"
+            f" {holder}. A second one would wait for it in vain. Use the session that is there, or"
+            " end its transaction first, for instance with `await session.commit()`.",
+        )
+
+    @classmethod
+    def session_in_another_loop(cls, operation: str, owner: str) -> Self:
+        """Make the error for a session that is used in another event loop than its own."""
+        return cls.in_another_loop(
+            f"{owner}: session.{operation}() was called",
+            "In a synchronous endpoint call it by"
+            f" `anyio.from_thread.run(session.{operation}, ...)`, or open a session in that loop:"
+            " `async with database.session() as session:`.",
+        )
+
 
 class FailedTransactionError(PendingRollbackError):
     """Raised in place of a COMMIT that could not keep its promise.
 
     Either a statement of the transaction failed; its error is the `__cause__`. PostgreSQL answers
     such a COMMIT with ROLLBACK and no error, so the work would be lost silently; the rule is the
-    same on every database. Or the connection was terminated because the database was disposed.
+    same on every database. Or the connection was terminated because the database was disposed; or
+    `session.set_rollback_only()` was called before.
     """
+
+    @classmethod
+    def rollback_only(cls) -> Self:
+        """Make the error for a COMMIT by hand after `session.set_rollback_only()`."""
+        error = cls(statement_failed=False)
+        error.args = (
+            "session.set_rollback_only() was called for this transaction, so it was rolled back and"
+            " not committed. Leave out `await session.commit()`, or call `await session.rollback()`"
+            " before the work that is to be committed.",
+        )
+        return error
 
     def __init__(self, statement_failed: bool) -> None:
         super().__init__(
@@ -117,7 +169,7 @@ class UnavailableError(Exception):
     `Retry-After`; the message itself, which names routes, stays in the log.
 
     Attributes:
-        reason: one word for the client: busy, down, timeout or outcome-unknown.
+        reason: one word for the client: busy, conflict, down, timeout or outcome-unknown.
         public_message: a sentence for the client.
     """
 
@@ -126,9 +178,14 @@ class UnavailableError(Exception):
 
 
 def unavailable_in(error: BaseException | None) -> UnavailableError | None:
-    """Return the error itself, or the first of a group that contains no other kind of error."""
+    """Return the error itself, or the first of a group that contains no other kind of error.
+
+    For a failed COMMIT it is the error of the statement that failed before, and was swallowed.
+    """
     if isinstance(error, UnavailableError):
         return error
+    if isinstance(error, FailedTransactionError):
+        return unavailable_in(error.__cause__)
     # Only an `ExceptionGroup` has this attribute.
     errors: tuple[BaseException, ...] = getattr(error, "exceptions", ())
     found = [unavailable_in(one) for one in errors]
@@ -148,6 +205,21 @@ class DatabaseBusyError(UnavailableError, PoolTimeoutError):
             " Make those faster, let them call `await session.release()` around slow work, or"
             " raise pool_size."
         )
+
+
+class DatabaseConflictError(UnavailableError, OperationalError):
+    """Raised when a transaction has lost a conflict with another one; nothing has been applied.
+
+    It failed to be serialized, was the victim of a deadlock, or did not get a lock in time. The
+    error of the driver is the `orig`.
+    """
+
+    reason = "conflict"
+    public_message = "Another request was working on the same data. Try again."
+
+    def __init__(self, message: str, orig: BaseException) -> None:
+        super().__init__(None, None, orig)
+        self.args = (message,)
 
 
 class DatabaseDownError(UnavailableError, OperationalError):
@@ -179,7 +251,10 @@ class OutcomeUnknownError(DatabaseDownError):
 
 
 class DatabaseTimeoutError(UnavailableError, TimeoutError):
-    """Raised when the `timeout=` of the mode is over; the running statement was cancelled."""
+    """Raised when the `timeout=` of the mode is over; the running statement was cancelled.
+
+    A `StatementTimeoutError` is one, too.
+    """
 
     reason = "timeout"
     public_message = "The database took too long. Try again."
@@ -189,3 +264,15 @@ class DatabaseTimeoutError(UnavailableError, TimeoutError):
             f"{route}: the unit of work was not finished within its timeout of {timeout:g} s, and"
             " has been rolled back."
         )
+
+
+class StatementTimeoutError(DatabaseTimeoutError, OperationalError):
+    """Raised when the server has ended a statement, because its own limit of time was over.
+
+    The limit is PostgreSQL's `statement_timeout`, MySQL's `max_execution_time` or MariaDB's
+    `max_statement_time`. The error of the driver is the `orig`.
+    """
+
+    def __init__(self, message: str, orig: BaseException) -> None:
+        OperationalError.__init__(self, None, None, orig)
+        self.args = (message,)

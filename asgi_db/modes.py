@@ -18,8 +18,10 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from types import FunctionType
 from typing import Any, ClassVar, Literal, Self, TypeAlias, TypeVar, cast, get_args, overload
 
+from asgi_db.errors import ConfigurationError
 from asgi_db.types import Scope
 
 Isolation: TypeAlias = Literal[
@@ -31,6 +33,9 @@ ModeDefault: TypeAlias = "Mode | Callable[[Scope], Mode]"
 Target = TypeVar("Target", bound=Callable[..., Any])
 
 MODE_ATTRIBUTE = "__asgi_db_mode__"
+
+CLASS_MODE_ATTRIBUTE = "__asgi_db_mode_of_class__"
+"""On the methods of a class that is marked: a class-based view may leave its functions alone."""
 
 retrying: set[int] = set()
 """The `retries=` of all modes ever made; while it is empty, requests need no preparation."""
@@ -74,8 +79,10 @@ class Mode:
             raise ValueError(f"retries={self.retries!r} must be a whole number, 0 or more.")
         if self.retries:
             retrying.add(self.retries)
-        if self.timeout is not None and not self.timeout > 0:
+        if self.timeout is not None and not (is_number(self.timeout) and self.timeout > 0):
             raise ValueError(f"timeout={self.timeout!r} must be seconds, more than 0.")
+        if self.commit_on is not None and not callable(self.commit_on):
+            raise ValueError(f"commit_on={self.commit_on!r} must be a function of the status.")
         if self.isolation is not None and self.isolation not in get_args(Isolation):
             levels = ", ".join(get_args(Isolation))
             raise ValueError(f"isolation={self.isolation!r} is unknown; use one of {levels}.")
@@ -109,11 +116,17 @@ class Mode:
         with contextlib.suppress(AttributeError):
             if _can_be_an_endpoint(target):
                 setattr(target, MODE_ATTRIBUTE, self)
+                self._mark_methods(target)
                 return target
         raise TypeError(
             f"@{self.name} cannot mark {target!r}: put it below the route decorator, directly on"
             " the function or class."
         )
+
+    def _mark_methods(self, target: object) -> None:
+        for method in vars(target).values() if inspect.isclass(target) else ():
+            if isinstance(function := getattr(method, "__func__", method), FunctionType):
+                setattr(function, CLASS_MODE_ATTRIBUTE, self)
 
     def _variant(self, options: dict[str, Any]) -> Self:
         unknown = ", ".join(options.keys() - self.options)
@@ -122,6 +135,11 @@ class Mode:
                 f"{self.name}() has no option {unknown}; it takes {', '.join(self.options)}."
             )
         return replace(self, **options)
+
+
+def is_number(value: object) -> bool:
+    """Return whether this is a number, which True and False are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _can_be_an_endpoint(target: object) -> bool:
@@ -248,6 +266,50 @@ def by_method(scope: Scope) -> Mode:
     therefore `transactional`.
     """
     return read_only if scope.get("method") in _SAFE_METHODS else transactional
+
+
+_NAMES: dict[object, Mode] = {mode.name: mode for mode in (plain, transactional, read_only)}
+
+
+def as_mode(value: object, where: str) -> Mode:
+    """Return a mode, also for its name.
+
+    Args:
+        value: what was given for a mode.
+        where: where it was given, for the message.
+
+    Raises:
+        ConfigurationError: it is neither a mode nor the name of one.
+    """
+    mode = value if isinstance(value, Mode) else _mode_named(value)
+    if mode is None:
+        shown = repr(value) if isinstance(value, str) else f"of type {type(value).__name__}"
+        raise ConfigurationError(
+            f"{where} is {shown}; it takes a mode: plain, transactional or read_only."
+        )
+    return mode
+
+
+def _mode_named(name: object) -> Mode | None:
+    return _NAMES.get(name) if isinstance(name, str) else None
+
+
+def as_mode_default(value: object) -> ModeDefault:
+    """Return a default mode for the middleware, also for its name.
+
+    Raises:
+        ConfigurationError: it is neither a mode, nor the name of one, nor a function of the scope.
+    """
+    if value == by_method.__name__:
+        return by_method
+    if isinstance(value, Mode) or not callable(value):
+        return as_mode(value, "mode=")
+    if inspect.isclass(value) or inspect.iscoroutinefunction(value):
+        raise ConfigurationError(
+            f"mode= is {getattr(value, '__name__', value)!r}; it takes a mode, or a function of the"
+            " scope that returns one, such as by_method; neither a class nor an async function."
+        )
+    return cast("Callable[[Scope], Mode]", value)
 
 
 def should_commit(mode: Mode, status: int, error: BaseException | None) -> bool:

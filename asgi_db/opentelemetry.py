@@ -5,12 +5,14 @@ instrument(database)
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from asgi_db.database import Database
+from asgi_db.drivers.describing import brief
 from asgi_db.histograms import BUCKETS
 from asgi_db.logs import ErrorsOnce
 from asgi_db.statistics import WITHOUT_SESSION, DatabaseStats, RouteStats, Tally
@@ -321,8 +323,14 @@ class _SafeSpan(Span):
     def update_name(self, name: str) -> None:
         self._span.update_name(name)
 
-    def set_status(self, *args: Any, **kwargs: Any) -> None:
-        self._span.set_status(*args, **kwargs)
+    def set_status(self, status: Status | StatusCode, description: str | None = None) -> None:
+        """Set the status, without the text of an error, which may hold a value of a row."""
+        error = sys.exc_info()[1]
+        if error is not None:
+            code = status.status_code if isinstance(status, Status) else status
+            status, description = Status(code, brief(error)), None
+        self._span.set_status(status, description)
 
-    def record_exception(self, *args: Any, **kwargs: Any) -> None:
-        self._span.record_exception(*args, **kwargs)
+    def record_exception(self, exception: BaseException, *args: Any, **kwargs: Any) -> None:
+        """Record an error by its type alone; its text and its traceback may hold a value."""
+        self._span.add_event("exception", {"exception.type": type(exception).__qualname__})

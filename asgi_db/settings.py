@@ -15,12 +15,23 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from ipaddress import IPv6Address
-from typing import Any, Literal, TypeAlias
+from os import PathLike
+from typing import Any, Literal, Protocol, TypeAlias, cast, runtime_checkable
 
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from asgi_db.errors import ConfigurationError
+
+
+@runtime_checkable
+class Secret(Protocol):
+    """What hides its value until it is asked for it, such as pydantic's `SecretStr`."""
+
+    def get_secret_value(self) -> Any:
+        """Return the value."""
+        ...
+
 
 DatabaseType: TypeAlias = Literal["postgresql", "mysql", "mariadb", "sqlite"]
 """The databases that asgi-db works with."""
@@ -71,8 +82,8 @@ _SWITCHES: Mapping[str, bool | Literal["debug"]] = {
 def create_database_url(
     type: DatabaseType,
     *,
-    user: str | None = None,
-    password: str | None = None,
+    user: str | Secret | None = None,
+    password: str | Secret | None = None,
     host: str | None = None,
     port: int | None = None,
     database: str | None = None,
@@ -81,8 +92,8 @@ def create_database_url(
 ) -> URL:
     """Build the URL of a database, with the asynchronous driver for its type.
 
-    Values are taken as they are: nothing needs to be percent-encoded. The URL's `str` and `repr`
-    hide the password.
+    Values are taken as they are: nothing needs to be percent-encoded. A secret of pydantic, such as
+    `SecretStr`, is unwrapped. The URL's `str` and `repr` hide the password.
 
     Args:
         host: name or address of the server; default `localhost`.
@@ -95,7 +106,27 @@ def create_database_url(
     Raises:
         ConfigurationError: a parameter is missing, does not fit the type or is out of range.
     """
+    texts = [
+        _text(name, value)
+        for name, value in (
+            ("user", user),
+            ("password", password),
+            ("host", host),
+            ("database", database),
+        )
+    ]
+    user, password, host, database = texts
     return _Parts(type, user, password, host, port, database, charset, {}, unittest).url()
+
+
+def _text(name: str, value: object) -> str | None:
+    if isinstance(value, PathLike):
+        value = os.fspath(cast("PathLike[str]", value))
+    if isinstance(value, Secret) and not isinstance(value, type):
+        value = value.get_secret_value()
+    if value is not None and not isinstance(value, str):
+        raise ConfigurationError(f"`{name}` must be a string, not {type(value).__name__}.")
+    return value
 
 
 @dataclass(frozen=True, repr=False)
@@ -213,13 +244,13 @@ def accept_driver(name: str) -> None:
         _accepted.add(name)
 
 
-def parse_database_url(url: str | URL) -> URL:
+def parse_database_url(url: str | URL | Secret) -> URL:
     """Read a database URL, and add the asynchronous driver if the URL names none.
 
     `postgres://`, `postgresql://`, `mysql://`, `mariadb://` and `sqlite://` are enough. MySQL and
-    MariaDB get `charset=utf8mb4` unless the URL names another character set; libpq's `sslmode=`
-    becomes `ssl=`, as asyncpg calls it; a password in the query is moved to the part of the URL
-    that SQLAlchemy hides.
+    MariaDB get `charset=utf8mb4` unless the URL names another character set; a password in the
+    query is moved to the part of the URL that SQLAlchemy hides. What other options mean to a
+    driver stands in its own module.
 
     Raises:
         ConfigurationError: the URL cannot be parsed, its database, driver or character set is not
@@ -228,7 +259,7 @@ def parse_database_url(url: str | URL) -> URL:
     return _parse(url, "The database URL")
 
 
-def _parse(url: str | URL, label: str) -> URL:
+def _parse(url: str | URL | Secret, label: str) -> URL:
     parsed = _hide_credentials(_read(url, label))
     backend, _, driver = parsed.drivername.partition("+")
     if driver in _accepted:
@@ -261,6 +292,8 @@ def _parse(url: str | URL, label: str) -> URL:
 def _read(url: object, label: str) -> URL:
     if isinstance(url, URL):
         return url
+    if isinstance(url, Secret):
+        url = url.get_secret_value()
     if not isinstance(url, str):
         raise ConfigurationError(
             f"{label} must be a string or a sqlalchemy.URL, not {type(url).__name__}."
@@ -319,11 +352,7 @@ def _with_defaults(url: URL, backend: str) -> URL:
         return url.set(database=url.database or _MEMORY)
     if backend in _MYSQL:
         return url if "charset" in url.query else url.update_query_dict({"charset": "utf8mb4"})
-    if "sslmode" not in url.query:
-        return url
-    # Hosting services use libpq's name of this option; asyncpg has the same modes under another.
-    mode = url.query["sslmode"]
-    return url.difference_update_query(["sslmode"]).update_query_dict({"ssl": mode})
+    return url
 
 
 def with_database_for_tests(url: URL, worker: str | None) -> URL:

@@ -7,7 +7,9 @@ import contextlib
 import math
 import sys
 from collections.abc import Awaitable, Coroutine, Generator, Iterable
+from contextvars import ContextVar
 from typing import Any, TypeVar
+from weakref import ref
 
 import anyio
 
@@ -103,6 +105,16 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
         return asyncio.get_running_loop()
     except RuntimeError:
         return None
+
+
+def is_of_another_loop(loop: asyncio.AbstractEventLoop | None) -> bool:
+    """Return whether another event loop than this one is running here, and this one still lives."""
+    running = running_loop()
+    return loop is not None and running not in (None, loop) and not loop.is_closed()
+
+
+acting_for: ContextVar[ref[asyncio.Task[Any]] | None] = ContextVar("acting_for", default=None)
+"""In a task that ends a unit of work, the task that waits for that."""
 
 
 _background: set[asyncio.Future[Any]] = set()

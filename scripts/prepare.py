@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from tests.programs import CHROMIUM, SERVERS, WRK, Program
+from tests.programs import CHROMIUM, SERVERS, VALGRIND, WRK, Program
 
 # Run as root. A fresh machine has no package lists; another `make` may hold the lock. Only the
 # programs are wanted: PostgreSQL is to make no cluster, and so no service; PgBouncer's service is
@@ -50,8 +50,10 @@ def main(arguments: list[str]) -> None:
             install_missing([*SERVERS, CHROMIUM])
         case ["load"]:
             install_missing([WRK])
+        case ["count"]:
+            install_missing([VALGRIND])
         case _:
-            sys.exit("usage: python -m scripts.prepare (venv DIRECTORY | servers | load)")
+            sys.exit("usage: python -m scripts.prepare (venv DIRECTORY | servers | load | count)")
 
 
 def make_environment(directory: str) -> None:

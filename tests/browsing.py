@@ -93,6 +93,10 @@ class Browser:
         found = self._tell("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
         file.write_bytes(base64.b64decode(found["data"]))
 
+    def picture_of(self, selector: str, file: Path) -> None:
+        """Take a picture of an element, as far as it is in the window."""
+        self.one(selector).screenshot(str(file))  # pyright: ignore[reportUnknownMemberType]
+
     # -- what the browser itself has to say ----------------------------------------------------
 
     def complaints(self) -> list[str]:

@@ -81,7 +81,7 @@ class Shop:
         self._socket.close()
 
     def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.address, timeout=30, trust_env=False)
+        return httpx.Client(base_url=self.address, timeout=120, trust_env=False)
 
     def _app(self) -> FastAPI:
         database = self.database

@@ -23,15 +23,17 @@ from asgi_db.dashboard.recorder import (
 from asgi_db.dashboard.routes import MOST_ROWS
 from asgi_db.dashboard.view import View
 from asgi_db.database import Block
-from asgi_db.drivers import driver_of, register
+from asgi_db.drivers import driver_of, driver_of_url, register
 from asgi_db.drivers.base import BEGIN_OPTION, AnyDriver, Beginning
 from asgi_db.drivers.connecting import background_is_over
 from asgi_db.drivers.sqlite import Aiosqlite
-from asgi_db.engine import begin_unit, variant_options, writes
+from asgi_db.drivers.statements import Effect
+from asgi_db.engine import begin_unit, variant_options
 from asgi_db.histograms import BOUNDS, BUCKETS, Histogram, no_counts
 from asgi_db.logs import logger
 from asgi_db.modes import ModeDefault, ReadOnly, Transactional, should_commit
 from asgi_db.pool.fair import FairPool, FairQueue
+from asgi_db.pool.life import EngineLife
 from asgi_db.profiles import POOL_PROFILES, PoolName, pool_profile
 from asgi_db.sampling import Sampler
 from asgi_db.settings import (
@@ -78,6 +80,8 @@ __all__ = [
     "Beginning",
     "Block",
     "DatabaseType",
+    "Effect",
+    "EngineLife",
     "FairPool",
     "FairQueue",
     "HISTORY",
@@ -109,6 +113,7 @@ __all__ = [
     "begin_unit",
     "database_url_from_env",
     "driver_of",
+    "driver_of_url",
     "engine_options_from_env",
     "cli",
     "file_system",
@@ -122,5 +127,4 @@ __all__ = [
     "should_commit",
     "variant_options",
     "without_literals",
-    "writes",
 ]

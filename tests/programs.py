@@ -110,3 +110,5 @@ CHROMIUM = Browser(
     programs=["chromium", "chromedriver"],
     packages=["chromium", "chromium-driver", "fonts-inter"],
 )
+VALGRIND = Program(name="valgrind", programs=["valgrind"], packages=["valgrind"])
+"""It counts for `make count`; no test needs it."""

@@ -30,7 +30,8 @@ def once(words: bytes, fate: Fate) -> Callable[[bytes], Fate]:
 
 def nth(number: int, fate: Fate, words: bytes = b"") -> Callable[[bytes], Fate]:
     """A fate for the nth thing (with these words) that a client sends, counted from 1."""
-    pattern = re.compile(rb"(?<![A-Z])" + re.escape(words))  # COMMIT, but not AUTOCOMMIT
+    # COMMIT, but neither AUTOCOMMIT nor READ COMMITTED.
+    pattern = re.compile(rb"(?<![A-Z])" + re.escape(words) + rb"(?![A-Z])")
     seen = 0
 
     def fate_of(data: bytes) -> Fate:

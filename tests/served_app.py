@@ -5,10 +5,12 @@ the name of the one that it uses: `/postgresql/authors/1`.
 """
 
 import asyncio
+import gc
 import itertools
 import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+from weakref import WeakSet
 
 from sqlalchemy import insert, select, text
 from sqlalchemy.exc import IntegrityError
@@ -41,8 +43,9 @@ databases = {
 }
 nowhere = Database("postgresql+asyncpg://nobody@127.0.0.1:1/nothing")
 
-running = {"requests": 0, "streams": 0}
+running = {"requests": 0, "streams": 0, "uploads": 0}
 begun: list[str] = []
+sessions: WeakSet[DBSession] = WeakSet()
 everybody = asyncio.Barrier(POOL_SIZE)
 ids_of_streams = itertools.count(1_000_000)
 
@@ -67,6 +70,7 @@ class CountRequests:
 def session_of(request: Request) -> DBSession:
     """The session of the database which the path names."""
     session: DBSession = getattr(request.state, request.path_params["database"])
+    sessions.add(session)
     return session
 
 
@@ -80,10 +84,14 @@ async def state(_: Request) -> Response:
     """How things stand; uses no database."""
     pools = [database.engine.pool for database in databases.values()]
     checked_out = sum(pool.checkedout() for pool in pools if isinstance(pool, QueuePool))
-    process = os.getpid()
-    return JSONResponse(
-        {**running, "begun": len(begun), "checked_out": checked_out, "process": process}
-    )
+    found = {"begun": len(begun), "checked_out": checked_out, "process": os.getpid()}
+    return JSONResponse({**running, **found})
+
+
+async def left(_: Request) -> Response:
+    """How many sessions are left, after the garbage collector has looked for them."""
+    gc.collect()
+    return JSONResponse(len(sessions))
 
 
 @transactional
@@ -105,7 +113,17 @@ async def create_child(request: Request) -> Response:
     return PlainTextResponse("created", 201)
 
 
-async def answer_conflict(_: Request, error: Exception) -> Response:
+@transactional
+async def fail(request: Request) -> Response:
+    """Fail in a statement, or at COMMIT, which no handler answers."""
+    if request.path_params["where"] == "statement":
+        await session_of(request).execute(text("SELECT * FROM no_such_table"))
+    return await create_child(request)
+
+
+async def answer_conflict(request: Request, error: Exception) -> Response:
+    if "where" in request.path_params:
+        raise error
     return PlainTextResponse("conflict", 409)
 
 
@@ -157,6 +175,19 @@ async def wait_for_the_client_to_go(request: Request) -> Response:
     while (await request.receive())["type"] != "http.disconnect":
         pass
     await write(session, -id)
+    return PlainTextResponse("created", 201)
+
+
+@transactional
+async def upload_author(request: Request) -> Response:
+    """Look for the user, then read the body, then write."""
+    await session_of(request).get(Author, LOCKED)
+    running["uploads"] += 1
+    try:
+        name = (await request.body()).decode()
+    finally:
+        running["uploads"] -= 1
+    session_of(request).add(Author(id=id_of(request), name=name))
     return PlainTextResponse("created", 201)
 
 
@@ -230,13 +261,16 @@ async def write_into_all(id: int, name: str) -> None:
 app = Starlette(
     routes=[
         Route("/state", state),
+        Route("/left", left),
         Route("/{database}/authors/{id:int}", create_author, methods=["POST"]),
         Route("/{database}/authors/{id:int}", read_author),
         Route("/{database}/children", create_child, methods=["POST"]),
+        Route("/{database}/fails/{where}", fail, methods=["POST"]),
         Route("/{database}/together", hold_a_connection_together),
         Route("/{database}/queries/{id:int}/{seconds:float}", run_a_query, methods=["POST"]),
         Route("/{database}/locks/{id:int}", wait_for_a_lock, methods=["POST"]),
         Route("/{database}/until-gone/{id:int}", wait_for_the_client_to_go, methods=["POST"]),
+        Route("/{database}/uploads/{id:int}", upload_author, methods=["POST"]),
         Route("/{database}/streams/{seconds:float}", stream),
         Route("/{database}/events", events),
         Route("/{database}/download", download),

@@ -104,10 +104,14 @@ _EMPTY_POSTGRESQL = (
 )
 
 
+_THREADS = ThreadPoolExecutor(max_workers=8, thread_name_prefix="run")
+"""They do not end before the process. Python 3.11 may loop for ever while coverage traces it, if
+another thread which has used greenlets ends in the moment in which greenlet takes one apart."""
+
+
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Runs a coroutine to its end on a thread of its own, whatever loop the caller is in."""
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(asyncio.run, coroutine).result()
+    """Runs a coroutine to its end on another thread, whatever loop the caller is in."""
+    return _THREADS.submit(asyncio.run, coroutine).result()
 
 
 class Outside(Protocol):

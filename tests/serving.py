@@ -273,8 +273,14 @@ class Client:
 
     def send(self, method: str, path: str, *headers: str) -> None:
         """Send a request."""
-        lines = [f"{method} {path} HTTP/1.1", "Host: testserver", "Content-Length: 0", *headers]
+        if not any(header.startswith("Content-Length") for header in headers):
+            headers = ("Content-Length: 0", *headers)
+        lines = [f"{method} {path} HTTP/1.1", "Host: testserver", *headers]
         self._socket.sendall("\r\n".join([*lines, "", ""]).encode())
+
+    def send_body(self, piece: bytes) -> None:
+        """Send a piece of the body of the request."""
+        self._socket.sendall(piece)
 
     def status(self) -> int:
         """The status line of the next answer, as soon as it is there."""

@@ -209,6 +209,33 @@ def test_a_request_is_served_at_once_beside_20_slow_readers_on_a_pool_of_5(site:
     site.assert_nothing_is_held("postgresql")
 
 
+@each_database
+def test_more_slow_uploads_than_the_pool_has_connections_leave_it_to_the_others(
+    site: Site, database: str
+) -> None:
+    """Each has read before it waits for its body."""
+    ids = [site.id() for _ in range(2 * POOL_SIZE)]
+    with ExitStack() as stack:
+        clients = [stack.enter_context(site.server.client()) for _ in ids]
+        for id, client in zip(ids, clients, strict=True):
+            client.send("POST", f"/{database}/uploads/{id}", "Content-Length: 20")
+            client.send_body(b"author ")
+        site.server.wait_until(lambda: site.server.state()["uploads"] == len(ids))
+        site.server.wait_until(lambda: site.server.state()["checked_out"] == 0)
+        run(assert_idle(site.databases.urls[database]))
+        with site.server.client() as other:
+            assert other.request("POST", f"/{database}/authors/{site.id()}") == CREATED
+        for id, client in zip(ids, clients, strict=True):
+            client.send_body(b"%13d" % id)
+            assert client.status() == 201
+            assert client.body() == b"created"
+    for id in ids:
+        sql = f"SELECT name FROM author WHERE id = {id}"
+        assert site.databases.execute(database, sql) == [(f"author {id:13}",)]
+    site.wait_until_its_requests_have_ended()
+    site.assert_nothing_is_held(database)
+
+
 def test_a_failed_commit_leaves_the_keep_alive_connection_in_order(site: Site) -> None:
     """Exactly one answer to each request: one byte more or less would break the next one."""
     children = site.databases.execute("postgresql", "SELECT count(*) FROM child")
@@ -226,6 +253,16 @@ def test_a_failed_commit_leaves_the_keep_alive_connection_in_order(site: Site) -
     assert site.server.log[log:].count("COMMIT failed") == 3
     assert site.databases.execute("postgresql", "SELECT count(*) FROM child") == children
     site.assert_nothing_is_held("postgresql")
+
+
+@pytest.mark.parametrize("where", ["statement", "commit"])
+def test_what_a_request_that_failed_leaves_behind_is_nothing(site: Site, where: str) -> None:
+    for _ in range(20):
+        with site.server.client() as client:  # some servers close it after an error
+            assert client.request("POST", f"/postgresql/fails/{where}").status == 500
+    site.wait_until_its_requests_have_ended()
+    with site.server.client() as client:
+        assert int(client.request("GET", "/left").body) == 0
 
 
 @each_database

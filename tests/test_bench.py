@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import load, report
+from tests.bench import count, load, report
 from tests.bench.contests import FAR_READ, READ, WRITE
 from tests.bench.load import Load
 from tests.bench.proxy import Proxy
@@ -162,3 +162,26 @@ def test_what_is_far_away_comes_late_but_in_order(echo_port: int) -> None:
         seconds = time.monotonic() - began
     assert received == b"0123456789"
     assert 0.1 <= seconds < 0.5
+
+
+def test_instructions_are_compared_without_those_of_the_bare_route() -> None:
+    counts = {
+        "nothing": {"bare": 50_000.0, "hand": 250_000.0, "asgi_db": 70_000.0},
+        "read": {"hand": 1_000_000.0, "asgi_db": 900_000.0},
+    }
+    cells = [line.strip("| ").split("|") for line in count.table("sqlite", counts).splitlines()]
+    assert [cell.strip() for cell in cells[2]] == [
+        "no statement",
+        "250",
+        "70",
+        "0.10 of what is added",
+    ]
+    assert [cell.strip() for cell in cells[3]] == ["`read_only`, one read", "1,000", "900", "0.90"]
+
+
+def test_a_count_without_a_total_is_no_count(tmp_path: Path) -> None:
+    (tmp_path / "1").write_text("events: Ir\nsummary: 42\n")
+    (tmp_path / "2").write_text("events: Ir\n")
+    assert count.total_of(tmp_path / "1") == 42
+    with pytest.raises(RuntimeError, match="no total into 2"):
+        count.total_of(tmp_path / "2")

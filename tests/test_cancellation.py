@@ -613,6 +613,12 @@ async def opens_a_block(session: DBSession, send: Send, name: str) -> None:
     await answer(send)
 
 
+async def changes_its_mode(session: DBSession, send: Send, name: str) -> None:
+    await session.scalars(select(Author.name).where(Author.id == 1))
+    session.unit_of_work.ask(transactional)
+    await ends_with_the_answer(session, send, name)
+
+
 async def reads(session: DBSession, send: Send, name: str) -> None:
     for _ in range(2):
         assert (await session.scalars(select(Author.name).where(Author.id == 1))).all() == ["ada"]
@@ -633,6 +639,7 @@ STYLES: dict[str, tuple[Mode, Callable[[DBSession, Send, str], Awaitable[None]]]
     "transactional": (transactional, ends_with_the_answer),
     "by hand": (plain, commits_by_hand),
     "begin": (plain, opens_a_block),
+    "another mode": (plain, changes_its_mode),
     "read_only": (read_only, reads),
     "stream": (transactional, streams),
 }

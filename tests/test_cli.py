@@ -461,8 +461,8 @@ def test_an_option_of_the_url_that_the_driver_does_not_take_is_an_error(
 ) -> None:
     url = make_url(request.getfixturevalue(f"{backend}_url")).update_query_dict({option: "1x"})
     done = asgi_db("check", "--url", url.render_as_string(hide_password=False))
-    assert done.returncode == 1, done.stderr
-    assert_found(done.stdout, "error", option, "the options in the URL")
+    assert done.returncode == 1
+    assert f"Error: The database URL has {option}=, which" in done.stderr
 
 
 @pytest.mark.parametrize(

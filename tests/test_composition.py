@@ -10,7 +10,7 @@ import litestar
 import pytest
 from fastapi import Depends, FastAPI
 from fastapi.requests import HTTPConnection
-from sqlalchemy import insert, text
+from sqlalchemy import insert, select, text
 from sqlalchemy.exc import IntegrityError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -95,6 +95,17 @@ class Copying:
         await self.app({**scope, "copied": True}, receive, send)
 
 
+class LoggingIn:
+    """Reads with the session before the route is known."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await session_of(scope).scalars(select(Author))
+        await self.app(scope, receive, send)
+
+
 class Passing(BaseHTTPMiddleware):
     async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
         return await call_next(request)
@@ -142,15 +153,17 @@ async def test_a_body_that_was_read_in_an_except_block_does_not_make_the_answer_
 # -- one application in another ----------------------------------------------------------------
 
 
+@pytest.mark.parametrize("reads_first", [False, True])
 async def test_a_mounted_application_has_the_mode_of_its_own_middleware(
-    database: Database, sqlite_url: str
+    database: Database, sqlite_url: str, reads_first: bool
 ) -> None:
     async def endpoint(request: Request) -> Response:
         get_session(request).add(Author(name="ada"))
         return PlainTextResponse("created", 201)
 
     mounted = app_with(database, at_root(endpoint), mode=transactional)
-    answer = await call(app_with(database, Mount("/sub", mounted)), "/sub/")
+    below = [Middleware(LoggingIn)] if reads_first else []
+    answer = await call(app_with(database, Mount("/sub", mounted), below=below), "/sub/")
     assert answer.status == 201
     assert await authors(sqlite_url) == ["ada"]
 

@@ -255,7 +255,7 @@ def test_pictures_are_taken(page: Browser, shop: Shop, tmp_path: Path) -> None:
             page.run("document.querySelector('.units details').open = true")
             page.until_shown("Live", "#status")
             page.run("document.querySelector('#units-title').scrollIntoView()")
-            page.one("section[aria-labelledby='units-title']").screenshot(str(folder / "units.png"))
+            page.picture_of("section[aria-labelledby='units-title']", folder / "units.png")
     finally:
         shop.release.set()
         holder.join()

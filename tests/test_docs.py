@@ -14,6 +14,7 @@ from sqlalchemy.engine import make_url
 from starlette.testclient import TestClient
 
 from asgi_db import Database, Mode, plain, read_only, transactional
+from asgi_db.errors import ReadOnlyError
 from tests.internals import POOL_PROFILES
 from tests.nested import WITHOUT_SLOW_PLUGINS
 from tests.pgbouncer import pgbouncer, through
@@ -244,7 +245,11 @@ def test_without_a_tenant_nothing_is_seen_on_the_connection_that_tenants_have_us
 
     assert client.portal is not None
     assert client.portal.call(count, None) == 0
-    assert client.portal.call(count, "anna") == (0 if mode.autocommit else 1)
+    if mode.autocommit:
+        with pytest.raises(ReadOnlyError):
+            client.portal.call(count, "anna")
+    else:
+        assert client.portal.call(count, "anna") == 1
     assert client.portal.call(count, None) == 0
 
 
@@ -386,6 +391,71 @@ def test_a_route_works_before_and_after_moving_over(
     assert done.stdout.split() == ["201"] * len(applications)
     numbers = sql(sqlite_url, "SELECT number FROM orders ORDER BY id")
     assert numbers == [(name,) for name in applications]
+
+
+# -- GraphQL -----------------------------------------------------------------------------------
+
+ASK_GRAPHQL = """
+import sys
+from starlette.testclient import TestClient
+from api import app, database
+import envelopes
+from tables import Base
+
+ONE = 'order(number: "%s", item: "tea")'
+ORDER = f'mutation {{ first: {ONE} second: {ONE.replace("tea", "cup")} }}'
+
+def over_http(client, query):
+    response = client.post("/graphql", json={"query": query})
+    assert response.status_code == 200, response.text
+    return response.json()
+
+def over_a_socket(client, query):
+    with client.websocket_connect("/graphql", ["graphql-transport-ws"]) as socket:
+        socket.send_json({"type": "connection_init"})
+        assert socket.receive_json()["type"] == "connection_ack"
+        for id in "1", "2":  # side by side
+            socket.send_json({"type": "subscribe", "id": id, "payload": {"query": query % id}})
+        found = {}
+        while len(found) < 2:
+            message = socket.receive_json()
+            if message["type"] == "next":
+                found[message["id"]] = message["payload"]
+        return found
+
+with TestClient(app) as client:
+    done = over_http(client, ORDER % ("A1", "A2"))
+    assert "errors" not in done and set(done["data"]) == {"first", "second"}, done
+    failed = over_http(client, ORDER % ("A3", "A3"))
+    assert "errors" in failed, failed
+    assert over_http(client, "{ items again: items }")["data"]["again"] == ["tea", "cup"]
+    found = over_a_socket(client, ORDER.replace('"%s"', '"S%s"', 1).replace('"%s"', '"T"'))
+    errors = sorted("errors" in payload for payload in found.values())
+    assert errors == [False, True], found
+    assert client.post("/rpc?number=B1&item=tea").json() == {"ok": True}
+    assert client.post("/rpc?number=B2&item=nothing").json()["ok"] is False
+"""
+
+
+@covers("how-to/graphql.md")
+def test_a_mutation_with_an_error_in_its_answer_stores_nothing(
+    tmp_path: Path, database_url: str
+) -> None:
+    assert BESIDE.exists(), f"`make suite` installs Strawberry in {BESIDE}"
+    write_files(tmp_path, TUTORIAL, "how-to/graphql.md")
+    beside = os.pathsep.join((str(BESIDE), os.environ.get("PYTHONPATH", "")))
+    done = subprocess.run(
+        [sys.executable, "-c", ASK_GRAPHQL],
+        cwd=tmp_path,
+        env={**os.environ, "DATABASE_URL": database_url, "PYTHONPATH": beside},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rolled back" not in done.stderr
+    assert len(numbers := sql(database_url, "SELECT number FROM orders ORDER BY id")) == 5
+    assert {("A1",), ("A2",), ("T",), ("B1",)} < set(numbers)
 
 
 # -- the pool ----------------------------------------------------------------------------------

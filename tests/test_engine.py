@@ -1,29 +1,27 @@
-"""The engine's care: which statements write, how transactions begin, and connections that died."""
+"""The engine's care: how transactions begin, the moment of COMMIT, and connections that died."""
 
 import asyncio
 import gc
 import sqlite3
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from sqlalchemy import Connection, Engine, insert, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_db import Database, DBSession, Mode, plain, read_only, transactional
-from asgi_db.errors import ConfigurationError, DatabaseDownError
+from asgi_db.errors import ConfigurationError, DatabaseConflictError, DatabaseDownError
 from tests.internals import (
     BEGIN_OPTION,
     Beginning,
+    Effect,
     Tally,
     begin_unit,
     driver_of,
     variant_options,
-    writes,
 )
 from tests.limits import limit, set_limits
 from tests.relay import Relay
@@ -32,133 +30,11 @@ from tests.tables import Author, Base, Child, Deferred, Parent
 
 ONE_CONNECTION = {"pool_size": 1, "max_overflow": 0}
 
-# What writes
-
-KEYWORDS = [
-    "INSERT INTO t VALUES (1)",
-    "UPDATE t SET a = 1",
-    "DELETE FROM t",
-    "MERGE INTO t USING s ON t.id = s.id WHEN MATCHED THEN DELETE",
-    "REPLACE INTO t VALUES (1)",
-    "TRUNCATE t",
-    "CREATE TABLE t (id INTEGER)",
-    "ALTER TABLE t ADD a INTEGER",
-    "DROP TABLE t",
-    "LOAD DATA INFILE 'a.csv' INTO TABLE t",
-    "GRANT SELECT ON t TO app",
-    "REVOKE SELECT ON t FROM app",
-]
-
-WRITES = [
-    *KEYWORDS,
-    "WITH x AS (INSERT INTO t VALUES (1) RETURNING id) SELECT * FROM x",
-    "WITH x AS (SELECT 1) INSERT INTO t SELECT * FROM x",
-    "WITH x AS (SELECT 1) UPDATE t SET a = 1",
-    "WITH x(a, b) AS (SELECT 1, 2)\n  DELETE FROM t USING x",
-    "WITH RECURSIVE x AS (SELECT 1) DELETE FROM t",
-    "WITH x AS (SELECT 1), y AS (UPDATE t SET a = 1 RETURNING a) SELECT * FROM y",
-    "WITH x AS MATERIALIZED (DELETE FROM t RETURNING *) SELECT * FROM x",
-    "WITH x AS NOT MATERIALIZED(DELETE FROM t RETURNING *) SELECT * FROM x",
-    "with x as(insert into t values (1) returning id)select * from x",
-    "WITH x AS (/* audit */ INSERT INTO t VALUES (1) RETURNING id) SELECT * FROM x",
-    "WITH x AS (SELECT 1) -- the target\nINSERT INTO t SELECT * FROM x",
-    "WITH x AS (SELECT id FROM t WHERE data #>> '{a}' = 'b') DELETE FROM t USING x",
-    "EXPLAIN ANALYZE DELETE FROM t",
-    "EXPLAIN ANALYZE VERBOSE UPDATE t SET a = 1",
-    "EXPLAIN (ANALYZE, BUFFERS) DELETE FROM t WHERE id IN (SELECT 1)",
-    "ANALYZE DELETE FROM t",
-    "CALL wipe()",
-    "DO 'BEGIN DELETE FROM t; END'",
-]
-
-READS = [
-    "SELECT 1",
-    "SELECT * FROM t FOR UPDATE",
-    "SELECT * FROM t WHERE id IN (1, 2) FOR UPDATE SKIP LOCKED",
-    "SELECT 'insert into t values (1)'",
-    "SELECT 1 AS x -- insert into t",
-    "SELECT replace(name, 'a', 'b') FROM t",
-    "SELECT * FROM updates",
-    "(SELECT 1) UNION (SELECT 2)",
-    "WITH x AS (SELECT 1) SELECT * FROM x",
-    "WITH x AS (SELECT id FROM t) SELECT * FROM t WHERE id IN (SELECT id FROM x) FOR UPDATE",
-    "WITH x AS (SELECT 'insert into t' AS a) SELECT * FROM x",
-    "WITH x AS (SELECT ') insert into t' AS a) SELECT * FROM x",
-    "WITH x AS (SELECT 'it''s ) delete from t') SELECT * FROM x",
-    'WITH x AS (SELECT 1 AS ") update t") SELECT * FROM x',
-    "WITH deleted AS (SELECT 1) SELECT * FROM deleted",
-    "/* insert */ SELECT 1",
-    "-- delete from t\nSELECT 1",
-    "/* a */ SELECT '*/ insert into t'",
-    "VALUES (1)",
-    "SHOW TABLES",
-    "EXPLAIN SELECT 1",
-    "EXPLAIN DELETE FROM t",
-    "EXPLAIN ANALYZE SELECT * FROM t WHERE (a)",
-    "ANALYZE TABLE t",
-    "SET search_path TO shop",
-    "inserted",
-    "",
-]
-
-
-@pytest.mark.parametrize("statement", WRITES)
-def test_a_statement_that_changes_data_or_tables_writes(statement: str) -> None:
-    assert writes(statement)
-
-
-@pytest.mark.parametrize("statement", READS)
-def test_a_statement_that_only_reads_or_locks_does_not_write(statement: str) -> None:
-    assert not writes(statement)
-
-
-def test_a_number_sign_begins_a_comment_in_mysql_alone() -> None:
-    statement = "WITH x AS (SELECT 1) # the target\nINSERT INTO t SELECT * FROM x"
-    assert writes(statement, has_hash_comments=True)
-    assert not writes(statement)
-
-
-comments = st.one_of(
-    st.text(st.characters(codec="utf-8", exclude_characters="*/"), max_size=9).map("/*{}*/".format),
-    st.text(st.characters(codec="utf-8", exclude_characters="\n"), max_size=9).map("--{}\n".format),
-)
-margins = st.lists(st.one_of(st.text(" \t\r\n", min_size=1, max_size=3), comments), max_size=4).map(
-    "".join
-)
-cases = st.sampled_from([str.upper, str.lower, str.title, str.swapcase])
-
-
-@given(margin=margins, case=cases, keyword=st.sampled_from(KEYWORDS).map(lambda s: s.split()[0]))
-def test_a_writing_keyword_is_found_behind_whitespace_and_comments_in_any_case(
-    margin: str, case: Callable[[str], str], keyword: str
-) -> None:
-    assert writes(f"{margin}{case(keyword)} t")
-
-
-@given(
-    margin=margins,
-    case=cases,
-    keyword=st.sampled_from(["SELECT", "WITH x AS (SELECT 1) SELECT", "VALUES", "SHOW"]),
-    literal=st.lists(
-        st.sampled_from([" ", ")", "(", "a", "insert into", "delete", "''", "as", "*/", "--", "\n"])
-    ).map("".join),
-)
-def test_no_text_inside_a_literal_makes_a_reading_statement_write(
-    margin: str, case: Callable[[str], str], keyword: str, literal: str
-) -> None:
-    assert not writes(f"{margin}{case(keyword)} '{literal}'")
-
-
-def test_many_comments_before_a_statement_are_read_in_no_time() -> None:
-    """The statement is judged inside the event loop, which a long look would stop for everybody."""
-    assert not writes("/* a */ " * 1000 + "SELECT 1")
-    assert writes("/* a */ " * 1000 + "DELETE FROM t")
-
-
 # How transactions begin
 
 SERIALIZABLE = transactional(isolation="SERIALIZABLE")
 READING = transactional(read_only=True)
+IMMEDIATE = Beginning(("BEGIN IMMEDIATE",), writes=True)
 DEFERRABLE = transactional(isolation="SERIALIZABLE", read_only=True, deferrable=True)
 SNAPSHOT = read_only(snapshot=True)
 
@@ -208,8 +84,8 @@ def engine_on(url: str) -> Engine:
         ),
         ("mariadb+asyncmy://db/shop", read_only, {"isolation_level": "AUTOCOMMIT"}),
         ("sqlite+aiosqlite://", plain, {BEGIN_OPTION: Beginning(("BEGIN",))}),
-        ("sqlite+aiosqlite://", transactional, {BEGIN_OPTION: Beginning(("BEGIN IMMEDIATE",))}),
-        ("sqlite+aiosqlite://", SERIALIZABLE, {BEGIN_OPTION: Beginning(("BEGIN IMMEDIATE",))}),
+        ("sqlite+aiosqlite://", transactional, {BEGIN_OPTION: IMMEDIATE}),
+        ("sqlite+aiosqlite://", SERIALIZABLE, {BEGIN_OPTION: IMMEDIATE}),
         ("sqlite+aiosqlite://", READING, {BEGIN_OPTION: Beginning(("BEGIN",))}),
         ("sqlite+aiosqlite://", read_only, {BEGIN_OPTION: Beginning()}),
         ("sqlite+aiosqlite://", SNAPSHOT, {BEGIN_OPTION: Beginning(("BEGIN",))}),
@@ -330,13 +206,14 @@ class DiaryOfTransaction:
     """A transaction that writes down what the engine tells it."""
 
     commit_was_sent = False
-    has_writes: bool = False
+    effect = Effect.READS
+    was_handed_out: bool = False
 
     def __init__(self) -> None:
         self.entries: list[str] = []
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name == "has_writes":
+        if value is Effect.WRITES:
             self.entries.append("write")
         super().__setattr__(name, value)
 
@@ -352,9 +229,10 @@ class Diary:
 
     mode: Mode = plain
     fixed_mode: Mode | None = plain
-    conflict: BaseException | None = None
+    conflict: DatabaseConflictError | None = None
 
     def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
         self.transaction = DiaryOfTransaction()
         self.tally = Tally()
 

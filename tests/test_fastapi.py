@@ -332,12 +332,38 @@ def count_first(dependency: Any, *, release: bool = False) -> Any:
 
 
 @weaker
-async def test_a_stronger_mode_after_a_read_in_a_weaker_one_is_an_error_that_names_the_remedy(
-    site: Site, dependency: Any
+@pytest.mark.parametrize("first", ["user", "session"])
+async def test_the_order_of_two_dependencies_does_not_decide(
+    site: Site, dependency: Any, first: str
 ) -> None:
     app = app_on(site)
+    user = count_first(dependency)
 
-    @app.post("/orders", dependencies=[count_first(dependency)])
+    async def by_user_first(user: Any = user, *, session: CurrentSessionTransaction) -> str:
+        await write()(session)
+        return "ordered"
+
+    async def by_session_first(session: CurrentSessionTransaction, user: Any = user) -> str:
+        await write()(session)
+        return "ordered"
+
+    if first == "user":
+        app.post("/orders")(by_user_first)
+    else:
+        app.post("/orders")(by_session_first)
+    exchange = await site.call(app, "/orders")
+    assert (exchange.status, exchange.body, exchange.error) == (200, b'"ordered"', None)
+    assert await site.items() == ["a"]
+
+
+async def test_a_stronger_mode_after_a_write_is_an_error_that_names_the_remedy(site: Site) -> None:
+    app = app_on(site)
+
+    async def log_in(session: CurrentSession) -> None:
+        await write()(session)
+        await session.flush()
+
+    @app.post("/orders", dependencies=[Depends(log_in)])
     async def order(session: CurrentSessionTransaction) -> None:
         raise AssertionError("it has a session")
 
@@ -346,14 +372,15 @@ async def test_a_stronger_mode_after_a_read_in_a_weaker_one_is_an_error_that_nam
     assert isinstance(exchange.error, ModeConflictError)
     message = str(exchange.error)
     assert message.startswith("POST /orders (")
-    assert "Put @transactional on the route" in message
+    assert "put @transactional on the route" in message
+    assert await site.items() == []
 
 
 @weaker
 async def test_a_stronger_mode_on_the_route_holds_for_the_read_before_it_too(
     site: Site, dependency: Any
 ) -> None:
-    """The remedy of the error above."""
+    """Then it is part of the transaction, and its connection is not given back."""
     app = app_on(site)
 
     @app.post("/orders", dependencies=[count_first(dependency)])
@@ -372,7 +399,6 @@ async def test_a_stronger_mode_on_the_route_holds_for_the_read_before_it_too(
 async def test_a_stronger_mode_is_granted_after_the_read_has_released_its_connection(
     site: Site, dependency: Any
 ) -> None:
-    """The other remedy."""
     app = app_on(site)
 
     @app.post("/orders", dependencies=[count_first(dependency, release=True)])

@@ -192,11 +192,7 @@ def cases(functions: Sequence[Callable[..., Any]]) -> pytest.MarkDecorator:
     params = list[Any]()
     for what, mode, database in itertools.product(functions, MODES, DATABASES):
         case = Case(what, mode, database)
-        marks = [GARBAGE]
-        if what.__name__ == "lazy_load_in_a_thread":
-            reason = "the error is that a thread has no running event loop"
-            marks.append(pytest.mark.xfail(strict=True, reason=reason))
-        params.append(pytest.param(case, id=f"{what.__name__}-{mode}-{database}", marks=marks))
+        params.append(pytest.param(case, id=f"{what.__name__}-{mode}-{database}", marks=GARBAGE))
     return pytest.mark.parametrize("case", params)
 
 

@@ -107,10 +107,16 @@ vary: Any = transactional
 vary_read_only: Any = read_only
 
 
-@pytest.mark.parametrize("timeout", [0, -1, float("nan")])
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), "5", True])
 def test_a_timeout_that_is_no_time_is_refused(timeout: Any) -> None:
     with pytest.raises(ValueError, match="must be seconds, more than 0"):
         transactional(timeout=timeout)
+
+
+@pytest.mark.parametrize("rule", [400, "status", True])
+def test_a_commit_rule_that_is_no_function_is_refused(rule: Any) -> None:
+    with pytest.raises(ValueError, match="must be a function of the status"):
+        transactional(commit_on=rule)
 
 
 @pytest.mark.parametrize("isolation", ["serializable", "SNAPSHOT", "", "AUTOCOMMIT", 3])
@@ -341,23 +347,35 @@ def unit_in(database: Database, default: Mode, *, route: Mode | None = None) -> 
 @pytest.mark.parametrize(
     ("begun", "asked"), [(read_only, plain), (read_only, transactional), (plain, transactional)]
 )
-async def test_a_stronger_mode_after_a_statement_is_a_conflict_until_release(
+async def test_a_stronger_mode_after_reads_begins_with_the_next_statement(
     database: Database, begun: Mode, asked: Mode
 ) -> None:
     unit = unit_in(database, begun)
     await unit.session.execute(text("SELECT 1"))
-    with pytest.raises(ModeConflictError) as conflict:
-        unit.ask(asked)
-    assert str(conflict.value).startswith(
-        f"GET /late: the {asked.name} mode was asked for after a statement had already run in the"
-        f" {begun.name} mode."
-    )
-    assert f"@{asked.name}" in str(conflict.value)
-    assert "session.release()" in str(conflict.value)
-    assert unit.mode == begun
-    await unit.session.release()
     unit.ask(asked)
+    await unit.session.execute(text("SELECT 1"))
     assert unit.mode == asked
+    await unit.end(success=False)
+    unit.close()
+
+
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+async def test_a_stronger_mode_after_writes_is_a_conflict_until_they_have_ended(
+    database: Database, end: str
+) -> None:
+    begun: Mode = plain
+    unit = unit_in(database, begun)
+    await unit.session.execute(text("CREATE TABLE t (x INTEGER)"))
+    with pytest.raises(ModeConflictError) as conflict:
+        unit.ask(transactional)
+    assert str(conflict.value).startswith(
+        "GET /late: the transactional mode was asked for after work in the plain mode"
+    )
+    await unit.session.execute(text("SELECT 1"))
+    assert unit.mode == begun
+    await getattr(unit.session, end)()
+    unit.ask(transactional)
+    assert unit.mode == transactional
     await unit.session.execute(text("SELECT 1"))
     await unit.end(success=False)
     unit.close()
@@ -373,12 +391,13 @@ async def test_a_stronger_mode_after_a_statement_is_a_conflict_until_release(
         (transactional, transactional),
     ],
 )
-async def test_a_weaker_mode_after_a_statement_changes_nothing(
+async def test_a_weaker_mode_after_writes_changes_nothing(
     database: Database, begun: Mode, asked: Mode
 ) -> None:
     unit = unit_in(database, begun)
-    await unit.session.execute(text("SELECT 1"))
+    await unit.session.execute(text("CREATE TABLE t (x INTEGER)"))
     unit.ask(asked)
+    await unit.session.execute(text("INSERT INTO t VALUES (1)"))
     assert unit.mode == begun
     await unit.end(success=False)
     unit.close()
@@ -578,7 +597,7 @@ async def test_marks_in_litestar_are_stronger_the_nearer_they_are_to_the_code(
     assert await mode_answered(app, path="/unmarked/app") == "read_only"
 
 
-@pytest.mark.parametrize("option", ["transactional", True, type(transactional)])
+@pytest.mark.parametrize("option", ["transaction", True, type(transactional)])
 async def test_an_opt_that_is_no_mode_is_an_error_with_the_route(
     database: Database, option: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -16,6 +16,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode, get_current_span
 from sqlalchemy import event, insert, select, text
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_db import Database, DBSession, DBSessionMiddleware, Mode, plain, read_only, transactional
@@ -215,6 +216,22 @@ async def test_no_password_is_in_a_span(telemetry: Telemetry, postgresql_url: st
     async with database, database.session() as session:
         await session.execute(text("SELECT 1"))
     assert telemetry.units() and telemetry.statements()
+    assert "s3cret" not in "".join(span.to_json() for span in telemetry.spans())
+
+
+async def test_no_value_of_a_row_is_in_the_span_of_a_statement_that_failed(
+    telemetry: Telemetry, database: Database
+) -> None:
+    async with database.session() as session:
+        await session.execute(insert(Author).values(id=1, name="s3cret"))
+        with pytest.raises(IntegrityError):
+            await session.execute(insert(Author).values(id=1, name="s3cret"))
+        with pytest.raises(DBAPIError):
+            await session.execute(
+                text("SELECT CAST(:value AS DATE), no_such_column"), {"value": "s3cret"}
+            )
+    failed = [span for span in telemetry.statements() if not span.status.is_ok]
+    assert failed and all("Error (" in str(span.status.description) for span in failed)
     assert "s3cret" not in "".join(span.to_json() for span in telemetry.spans())
 
 

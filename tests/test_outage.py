@@ -705,6 +705,18 @@ async def test_the_outcome_is_known_when_anything_else_is_lost(
         await assert_full_size(database, 1)
 
 
+async def test_a_connection_that_is_lost_while_it_is_handed_out_is_down(
+    postgresql_url: str,
+) -> None:
+    """Its transaction begins at once, for what is sent on the driver's own connection."""
+    async with relayed(postgresql_url) as (relay, database):
+        relay.fate_of = once(b"BEGIN", Fate.LOST)
+        with pytest.raises(DatabaseDownError):
+            async with database.transaction() as session:
+                await session.connection()
+        await assert_full_size(database, 1)
+
+
 async def test_the_outcome_is_known_when_the_flush_inside_the_commit_is_lost(
     server_url: str,
 ) -> None:

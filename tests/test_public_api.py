@@ -28,6 +28,7 @@ from asgi_db import (
     ConcurrentUseError,
     ConfigurationError,
     DatabaseBusyError,
+    DatabaseConflictError,
     DatabaseDownError,
     DatabaseTimeoutError,
     FailedTransactionError,
@@ -37,6 +38,7 @@ from asgi_db import (
     ReadOnlyError,
     SandboxError,
     SessionExpiredError,
+    StatementTimeoutError,
     UnavailableError,
     UncommittedWorkError,
     errors,
@@ -72,6 +74,7 @@ def test_the_core_exports_the_names_of_the_design() -> None:
         "ConcurrentUseError",
         "ConfigurationError",
         "DatabaseBusyError",
+        "DatabaseConflictError",
         "DatabaseDownError",
         "DatabaseTimeoutError",
         "FailedTransactionError",
@@ -82,6 +85,7 @@ def test_the_core_exports_the_names_of_the_design() -> None:
         "SandboxError",
         "UnavailableError",
         "SessionExpiredError",
+        "StatementTimeoutError",
         "UncommittedWorkError",
         # for annotations, and for who adapts another framework
         "Mode",
@@ -175,8 +179,10 @@ BASES: dict[type[Exception], type[Exception]] = {
     ReadOnlyError: InvalidRequestError,
     SandboxError: InvalidRequestError,
     SessionExpiredError: RuntimeError,
+    StatementTimeoutError: OperationalError,
     UncommittedWorkError: InvalidRequestError,
     DatabaseBusyError: PoolTimeoutError,
+    DatabaseConflictError: OperationalError,
     DatabaseDownError: OperationalError,
     DatabaseTimeoutError: TimeoutError,
     OutcomeUnknownError: DatabaseDownError,
@@ -192,7 +198,7 @@ def test_every_error_is_exported_and_derives_from_what_users_already_catch() -> 
     }
     assert defined == set(BASES)
     for error, base in BASES.items():
-        assert error.__bases__ in ((base,), (UnavailableError, base))
+        assert error.__bases__ in ((base,), (UnavailableError, base), (DatabaseTimeoutError, base))
         assert error.__name__ in asgi_db.__all__
 
 
@@ -211,9 +217,8 @@ def test_every_error_says_when_it_is_raised(error: type[Exception]) -> None:
         ),
         (
             ModeConflictError.too_late("transactional", "plain", "GET /orders"),
-            "GET /orders: the transactional mode was asked for after a statement had already run"
-            " in the plain mode",
-            ["@transactional", "await session.release()"],
+            "GET /orders: the transactional mode was asked for after work in the plain mode",
+            ["@transactional", "await session.commit()", "database.transaction()"],
         ),
         (
             ModeConflictError.at_odds("transactional(1)", "transactional(2)", "GET /orders"),

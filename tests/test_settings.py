@@ -274,11 +274,6 @@ def test_a_driver_which_is_not_installed_is_an_error_with_the_command_that_insta
         parse_database_url(url)
 
 
-def test_the_sslmode_of_a_hosting_service_becomes_what_asyncpg_understands() -> None:
-    url = parse_database_url("postgres://app@db/shop?sslmode=require&application_name=shop")
-    assert dict(url.query) == {"ssl": "require", "application_name": "shop"}
-
-
 @pytest.mark.parametrize("backend", ["postgresql", "mysql"])
 def test_credentials_in_the_query_are_used_and_hidden(backend: str) -> None:
     url = parse_database_url(f"{backend}://db/shop?user=app&password=hunter2")

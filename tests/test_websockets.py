@@ -235,6 +235,63 @@ async def test_a_cancelled_handler_rolls_back_only_its_last_message(
 
 
 @every_framework
+async def test_a_message_that_is_to_be_rolled_back_is_answered_and_leaves_the_next_alone(
+    database: Database, url: str, framework: Framework, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def talk(line: Line) -> None:
+        for _ in range(3):
+            name = await line.receive()
+            await store(line, name)
+            if name == "bad":
+                line.session.set_rollback_only()
+            await line.send(name)
+
+    async with websocket(framework(database, talk, transactional)) as socket:
+        for name in "first", "bad", "last":
+            assert await socket.ask(name) == name
+    assert await authors(url) == ["first", "last"]
+    assert caplog.records == []
+
+
+def reading_first(app: ASGIApp, then: str = "read") -> ASGIApp:
+    """An application whose middleware uses the session before the route is known."""
+
+    async def use_session(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            session: DBSession = scope["state"]["db"]
+            await session.scalar(COUNT)
+            if then == "write":
+                session.add(Author(name="audit"))
+                await session.flush()
+        await app(scope, receive, send)
+
+    return use_session
+
+
+@pytest.mark.parametrize("then", ["read", "write"])
+async def test_what_a_middleware_does_before_the_route_does_not_take_its_mode_away(
+    database: Database, url: str, then: str
+) -> None:
+    @transactional
+    async def talk(socket: WebSocket) -> None:
+        await socket.accept()
+        socket.state.db.add(Author(name=await socket.receive_text()))
+        await socket.send_text("stored")
+
+    inner = Starlette(routes=[WebSocketRoute("/", talk)])
+    app = DBSessionMiddleware(reading_first(inner, then), database=database)
+    if then == "write":
+        with pytest.raises(AssertionError, match="the transactional mode was asked for after work"):
+            async with websocket(app):
+                raise AssertionError("it is accepted")
+        assert await authors(url) == []
+        return
+    async with websocket(app) as socket:
+        assert await socket.ask("ada") == "stored"
+    assert await authors(url) == ["ada"]
+
+
+@every_framework
 async def test_a_message_whose_client_vanishes_is_committed_and_the_lost_answer_is_logged(
     database: Database, url: str, framework: Framework, caplog: pytest.LogCaptureFixture
 ) -> None:

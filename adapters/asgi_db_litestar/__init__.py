@@ -27,7 +27,10 @@ from asgi_db import (
     session_of,
     transactional,
 )
-from asgi_db.modes import ModeDefault
+from asgi_db.asgi.frameworks import check_routes
+from asgi_db.asgi.middleware import checked_key
+from asgi_db.database import as_database
+from asgi_db.modes import ModeDefault, as_mode_default
 
 __all__ = ["DatabasePlugin"]
 
@@ -55,10 +58,13 @@ class DatabasePlugin(InitPlugin):
             mode: the mode of handlers that set none.
             key: the name in `request.state` and the beginning of the providers' names.
             server_timing: see `DBSessionMiddleware`.
+
+        Raises:
+            ConfigurationError: an argument cannot work.
         """
-        self.database = database if database is not None else Database()
-        self._mode: ModeDefault = mode
-        self._key = key
+        self.database = as_database(database)
+        self._mode: ModeDefault = as_mode_default(mode)
+        self._key = checked_key(key)
         self._server_timing = server_timing
 
     def on_app_init(self, app_config: AppConfig) -> AppConfig:
@@ -99,6 +105,7 @@ class DatabasePlugin(InitPlugin):
 
     @asynccontextmanager
     async def _lifespan(self, app: Litestar) -> AsyncGenerator[None]:
+        check_routes({"litestar_app": app}, self._key)
         async with self.database:
             yield
 

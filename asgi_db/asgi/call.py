@@ -6,16 +6,22 @@ import asyncio
 import math
 import sys
 from collections.abc import Mapping
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import anyio
 
-from asgi_db.asgi.frameworks import describe_route, marks_of, mode_of_route, name_of_route
+from asgi_db.asgi.frameworks import (
+    describe_route,
+    is_framework_task,
+    marks_of,
+    mode_of_route,
+    name_of_route,
+)
 from asgi_db.asgi.late_cancellation import LateCancellation
 from asgi_db.database import Database
-from asgi_db.errors import MissingMiddlewareError
+from asgi_db.errors import ConfigurationError, MissingMiddlewareError
 from asgi_db.logs import logger
-from asgi_db.modes import Mode, ModeDefault
+from asgi_db.modes import Mode, ModeDefault, as_mode
 from asgi_db.pool.life import EngineLife
 from asgi_db.types import ASGIApp, Message, Receive, Scope, Send
 from asgi_db.unit.origin import Origin
@@ -47,7 +53,7 @@ def session_of(scope: Scope, mode: Mode | None = None, *, key: str = "db") -> DB
     if isinstance(session.origin, Call):
         session.origin.update_scope(scope)
     if mode is not None:
-        session.unit_of_work.ask(mode)
+        session.unit_of_work.ask(as_mode(mode, "The mode of session_of()"))
     return session
 
 
@@ -69,6 +75,8 @@ class Call(Origin):
     """
 
     _late: LateCancellation | None = None
+    _chosen_for: tuple[object, object] = None, None
+    """The endpoint for which a mode was chosen last, and Litestar's handler; see `mode`."""
     _may_stream_from_another_task = False
 
     def __init__(self, site: Site, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,7 +87,10 @@ class Call(Origin):
         self._scope = scope
         self._receive = receive
         self._send = send
-        self._loop = asyncio.get_running_loop()
+        try:
+            self.loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise ConfigurationError.without_asyncio() from None
         self._outer_exception = sys.exc_info()[1]
 
     async def run(self) -> None:
@@ -91,9 +102,12 @@ class Call(Origin):
 
         This also breaks the reference cycles, so that no object waits for the garbage collector
         and the next request reuses memory that is still warm: the scope refers to the session,
-        the session to this call, and the server's functions to the scope.
+        the session to this call, and the server's functions to the scope. Nothing leads from here
+        to an error or a task any more, because a server may keep those, out of the collector's
+        sight, together with all that their frames refer to.
         """
         self.is_over = True
+        self.task = self._outer_exception = None
         if (unit := self._session.unit) is not None:
             unit.close()
         self._session = _NO_SESSION
@@ -112,7 +126,7 @@ class Call(Origin):
 
     def life(self) -> EngineLife:
         """Return the engine of the call's event loop; this works in a thread without a loop too."""
-        return self._site.database.life_on(self._loop)
+        return self._site.database.life_on(self.loop)
 
     def serves(self, database: Database) -> bool:
         """Return whether the call is still running and its session belongs to this database."""
@@ -121,6 +135,7 @@ class Call(Origin):
     def adopt(self, mode: ModeDefault) -> None:
         """Make the mode of a middleware that is nearer to the route the default."""
         self._default_mode = mode
+        self.is_asked_anew = True
 
     def update_scope(self, scope: Scope) -> None:
         """Find the route in the endpoint's scope from now on, which may be a copy of the first."""
@@ -134,12 +149,23 @@ class Call(Origin):
     def default_mode(self) -> Mode:
         """Return the mode of the middleware."""
         mode = self._default_mode
-        return mode if isinstance(mode, Mode) else mode(self._scope)
+        return mode if isinstance(mode, Mode) else as_mode(mode(self._scope), "What mode= returned")
 
     def mode(self) -> Mode:
         """Return the mode for a unit that begins now."""
-        of_route = mode_of_route(self._scope, self._site.key)
-        return of_route or self.asked or self.default_mode()
+        scope = self._scope
+        self.is_asked_anew = False
+        self._chosen_for = scope.get("endpoint"), scope.get("route_handler")
+        return mode_of_route(scope, self._site.key) or self.asked or self.default_mode()
+
+    def has_moved(self) -> bool:
+        """Return whether the mode may be another one: the route has become known, for example."""
+        get, (endpoint, handler) = self._scope.get, self._chosen_for
+        return (
+            self.is_asked_anew
+            or get("endpoint") is not endpoint
+            or get("route_handler") is not handler
+        )
 
     def describe(self) -> str:
         """Name the route, for messages."""
@@ -148,6 +174,10 @@ class Call(Origin):
     def route(self) -> str:
         """Name the route, for the counters."""
         return name_of_route(self._scope)
+
+    def takes_turns(self, task: asyncio.Task[object]) -> bool:
+        """Return whether a task waits for the others; those of the framework itself do so."""
+        return is_framework_task(task)
 
     # -- how a unit ends before an answer ------------------------------------------------------
 
@@ -215,7 +245,7 @@ async def _refuse_to_send(_: Message) -> None:
     raise ConnectionError("the request is over, or the connection is closed")
 
 
-_NO_SESSION = DBSession(cast(Any, None))
+_NO_SESSION = DBSession.__new__(DBSession)
 """Replaces the session of a call that has ended; it is never used."""
 
 _DISCONNECTED = {"http": _http_disconnected, "websocket": _websocket_disconnected}

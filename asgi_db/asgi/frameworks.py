@@ -13,17 +13,20 @@ or when a request is run again; the framework that left the marks has been impor
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import functools
-import inspect
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
-from asgi_db.modes import MODE_ATTRIBUTE, Mode
-from asgi_db.types import Receive, Scope, Send
+from asgi_db.asgi.marks import layers, mark_of
+from asgi_db.errors import ConfigurationError
+from asgi_db.modes import Mode, as_mode
+from asgi_db.types import ASGIApp, Receive, Scope, Send
 
 _ROUTES = 1024
-"""For how many routes the mode and the name are cached."""
+"""For how many routes the name is cached."""
 
 
 def marks_of(scope: Scope) -> Scope:
@@ -69,6 +72,7 @@ def mode_of_route(scope: Scope, key: str) -> Mode | None:
 
     Raises:
         TypeError: `opt[key]` holds something that is not a mode.
+        ConfigurationError: another decorator hides the mark from the library.
     """
     handler, endpoint = scope.get("route_handler"), scope.get("endpoint")
     if handler is not None:
@@ -76,22 +80,54 @@ def mode_of_route(scope: Scope, key: str) -> Mode | None:
     elif endpoint is None:
         return None
     try:
-        mode = _mark(endpoint, scope.get("method"))
+        mode = mark_of(endpoint, scope.get("method"))
     except TypeError:  # an endpoint that cannot be hashed
-        mode = _mark.__wrapped__(endpoint, scope.get("method"))
+        mode = mark_of.__wrapped__(endpoint, scope.get("method"))
     return mode if mode is not None or handler is None else _litestar_option(scope, key)
 
 
-@functools.lru_cache(maxsize=_ROUTES)
-def _mark(endpoint: Any, method: str | None) -> Mode | None:
-    """The mode that a decorator has set; the one closest to the code takes precedence."""
-    places = _layers(endpoint)
-    if inspect.isclass(endpoint):
-        # Starlette's `HTTPEndpoint` has one method for each HTTP method.
-        names = ("head", "get") if method == "HEAD" else ((method or "").lower(),)
-        places = [*(getattr(endpoint, name, None) for name in names), *places]
-    marks = (getattr(place, MODE_ATTRIBUTE, None) for place in places)
-    return next((mark for mark in marks if mark is not None), None)
+def check_routes(scope: Scope, key: str) -> None:
+    """Look for marks that the library cannot see, when an application starts.
+
+    Args:
+        scope: the scope of the lifespan.
+        key: the key of the middleware, and of Litestar's `opt`.
+
+    Raises:
+        ConfigurationError: another decorator hides the mark of a route.
+    """
+    for endpoint, handler in _endpoints(scope.get("litestar_app") or scope.get("app")):
+        if handler is not None:
+            _litestar_option({"type": "http", "route_handler": handler}, key)
+        for method in _CLASS_METHODS if isinstance(endpoint, type) else (None,):
+            try:
+                mark_of(endpoint, method)
+            except TypeError:  # an endpoint that cannot be hashed
+                mark_of.__wrapped__(endpoint, method)
+
+
+_CLASS_METHODS = "GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
+
+
+def _endpoints(holder: Any, depth: int = 0) -> Iterator[tuple[Any, Any]]:
+    """The endpoints of an application or router, and of all that is mounted in it.
+
+    Litestar's come with their handlers.
+    """
+    if depth > _MAX_DEPTH:
+        return
+    for route in getattr(holder, "routes", None) or ():
+        if (endpoint := getattr(route, "endpoint", None)) is not None:
+            yield endpoint, None
+        # Litestar has handlers, and FastAPI's routers keep what was included into them.
+        for handler in getattr(route, "route_handlers", None) or ():
+            yield getattr(handler, "fn", None), handler
+        mounted = getattr(route, "app", None) or getattr(route, "original_router", None)
+        yield from _endpoints(route if hasattr(route, "routes") else mounted, depth + 1)
+
+
+_MAX_DEPTH = 10
+"""A mock has every attribute, and an application may be mounted in itself."""
 
 
 def _endpoint(scope: Scope) -> Any:
@@ -108,39 +144,17 @@ def _litestar_is_innermost(scope: Scope) -> bool:
     return bool(last == "route_handler")
 
 
-def _layers(endpoint: Any) -> list[Any]:
-    """An endpoint, the functions that it wraps, and finally the class of which it is a method."""
-    layers = list[Any]()
-    layer, owner = endpoint, None
-    while layer is not None and len(layers) < _MAX_LAYERS:
-        layers.append(layer)
-        # Only a method has `__self__`, for example one of a Litestar controller.
-        owner = getattr(layer, "__self__", owner)
-        layer = (
-            # `functools.partial` has it, which Litestar uses for `sync_to_thread=True`.
-            getattr(layer, "func", None)
-            # Litestar's `websocket_listener` offers no public access to its function; the test of
-            # listeners in `test_litestar.py` breaks when this changes.
-            or getattr(layer, "_fn", None)
-        )
-    if layers and not hasattr(layers[-1], "__qualname__") and callable(layers[-1]):
-        # The endpoint is a callable object.
-        layers.append(type(layers[-1]).__call__)
-    return [*layers, owner]
-
-
-_MAX_LAYERS = 20
-"""A mock has every attribute, so that unwrapping it would never end."""
-
-
 def _litestar_option(scope: Scope, key: str) -> Mode | None:
     option = scope["route_handler"].opt.get(key)
-    if option is not None and not isinstance(option, Mode):
+    if option is None or isinstance(option, Mode):
+        return option
+    try:
+        return as_mode(option, f"opt[{key!r}]")
+    except ConfigurationError:
         raise TypeError(
             f"{describe_route(scope)}: opt[{key!r}] is {option!r}; it takes a mode: plain,"
             " transactional or read_only."
-        )
-    return option
+        ) from None
 
 
 def describe_route(scope: Scope) -> str:
@@ -181,13 +195,39 @@ def _template(scope: Scope) -> str:
 
 def _name(method: str, path: str, endpoint: Any) -> str:
     # The name is that of the innermost function.
-    *_, innermost, _ = (None, *_layers(endpoint))
+    *_, innermost, _ = (None, *layers(endpoint))
     where = f"{method} {path}".rstrip()
     name = getattr(innermost, "__qualname__", None) or type(innermost).__name__
     return where if innermost is None else f"{where} ({name})"
 
 
 _cached_name = functools.lru_cache(maxsize=_ROUTES)(_name)
+
+
+def supports_lifespan(app: ASGIApp, scope: Scope) -> bool:
+    """Return whether an application belongs to a framework, all of which have a lifespan.
+
+    Args:
+        app: the application, which may be surrounded by middleware.
+        scope: the scope of its lifespan.
+    """
+    if "app" in scope:  # All of them set this, before their own middleware is called.
+        return True
+    innermost: object = app
+    while (inner := getattr(innermost, "app", None)) is not None:  # what middleware calls it
+        innermost = inner
+    modules = {kind.__module__.partition(".")[0] for kind in type(innermost).__mro__}
+    return bool(modules & {"starlette", "fastapi", "litestar"})
+
+
+def is_framework_task(task: asyncio.Task[Any]) -> bool:
+    """Return whether the framework itself has started this task.
+
+    Litestar resolves independent dependencies side by side, and ends them so, in task groups of
+    anyio's, which name each task after the function that it runs; `test_litestar_providers.py`
+    breaks when this changes.
+    """
+    return task.get_name().startswith("litestar.")
 
 
 def has_handler(scope: Scope, error: Exception) -> bool:

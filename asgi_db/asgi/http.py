@@ -10,9 +10,14 @@ from asgi_db.asgi.call import Call
 from asgi_db.asgi.frameworks import answer_error, has_handler, reopen_response
 from asgi_db.asgi.readiness import refuse
 from asgi_db.asgi.retry import Attempts
-from asgi_db.errors import OutcomeUnknownError, UnavailableError, unavailable_in
+from asgi_db.errors import (
+    FailedTransactionError,
+    OutcomeUnknownError,
+    UnavailableError,
+    unavailable_in,
+)
 from asgi_db.logs import logger
-from asgi_db.modes import should_commit
+from asgi_db.modes import Mode, should_commit
 from asgi_db.statistics import Tally
 from asgi_db.types import Message
 from asgi_db.unit.session import DBSession
@@ -47,6 +52,7 @@ class Exchange(Call):
     _attempts: Attempts | None = None
     _app_task: asyncio.Task[object] | None = None
     _response = PENDING
+    _has_whole_body = False
     _commit_error: Exception | None = None
     """Why the response that the application began was not sent, until it begins another one."""
     _exception_at_receive: BaseException | None = None
@@ -64,9 +70,7 @@ class Exchange(Call):
         enclosing_app = self._scope.get("app")
         self._app_task = asyncio.current_task()
         try:
-            await self._site.app(
-                self._scope, self._receive_noting_exception, self._send_after_commit
-            )
+            await self._site.app(self._scope, self._receive_body, self._send_after_commit)
         except BaseException as error:
             self._note_conflict(error)
             if (unit := self._session.unit) is not None and isinstance(error, Exception):
@@ -81,6 +85,7 @@ class Exchange(Call):
             if (unit := self._session.unit) is not None:
                 await self._finish(unit, enclosing_app)
         finally:
+            self._app_task = self._commit_error = None  # see `close`
             if (unit := self._session.unit) is not None and unit.hooks is not None:
                 await unit.run_late_hooks()
 
@@ -115,6 +120,13 @@ class Exchange(Call):
         if self._attempts is not None and self._attempts.ends_at is None:
             self._attempts.ends_at = at
 
+    def begins_anew(self) -> None:
+        """Let the `timeout=` of the route count, and not one that came before the route."""
+        if self._attempts is not None:
+            if self.attempt == 1:
+                self._attempts.ends_at = None
+            self.ends_at = self._attempts.ends_at
+
     def _note_conflict(self, error: BaseException | None) -> None:
         """Have the request run again if the database rolled it back in favor of another one."""
         unit, attempts = self._session.unit, self._attempts
@@ -146,6 +158,20 @@ class Exchange(Call):
         return ""
 
     # -- receive and send ----------------------------------------------------------------------
+
+    async def _receive_body(self) -> Message:
+        """Receive; until the whole body has come, no connection waits for it."""
+        if self._has_whole_body:
+            return await self._receive_noting_exception()
+        unit = self._session.unit
+        if unit is not None and (
+            # A task that sends a stream may be at work beside one that listens for a disconnect.
+            self._response is PENDING or not unit.is_work_of_another_task
+        ):
+            await unit.give_back_before_waiting()
+        message = await self._receive_noting_exception()
+        self._has_whole_body = not message.get("more_body")
+        return message
 
     async def _receive_noting_exception(self) -> Message:
         error = sys.exc_info()[1]
@@ -219,9 +245,12 @@ class Exchange(Call):
         status = message["status"]
         error = self._exception_being_handled()
         if status == 500 and (unavailable := self._unavailable(error)) is not None:
-            if not has_handler(self._scope, unavailable):
-                await self._refuse(unavailable)
-                return
+            failed = error if isinstance(error, FailedTransactionError) else unavailable
+            if not has_handler(self._scope, failed):
+                self._note_conflict(error)
+                if not self.needs_retry:
+                    await self._refuse(unavailable)
+                    return
         unit = self._session.unit
         if unit is None:
             self._response = STARTED
@@ -257,11 +286,16 @@ class Exchange(Call):
             mode = unit.fixed_mode or unit.begin()
             unit.tally.status = status
             if not mode.commits and unit.operation is not None and unit.is_used_by_another_task:
-                return
+                if not unit.is_giving_back:
+                    return
+                await unit.wait_for_end()
             success = should_commit(mode, status, error)
+            if unit.next_mode is not None or self.has_moved():
+                mode = unit.wanted_mode() or mode
+                success = should_commit(mode, status, error)
             if not success:
                 self._note_conflict(error)
-                self._warn_of_exception(unit, status, error)
+                self._warn_of_exception(unit, mode, status, error)
             await self._end_before_answer(unit, success=success, answer=f"the response {status}")
             if self.needs_retry and unit.conflict is not None:
                 raise unit.conflict
@@ -304,9 +338,9 @@ class Exchange(Call):
         return found if isinstance(found, OutcomeUnknownError) or not has_committed else None
 
     def _warn_of_exception(
-        self, unit: UnitOfWork, status: int, error: BaseException | None
+        self, unit: UnitOfWork, mode: Mode, status: int, error: BaseException | None
     ) -> None:
-        if error is not None and status < 400 and unit.mode.commits and unit.has_uncommitted_work:
+        if error is not None and status < 400 and mode.commits and unit.has_uncommitted_work:
             logger.warning(
                 "%s: rolled back although the response is %d, because it was made while a %s was"
                 " being handled. Raise a redirect, or answer after the `except` block.",

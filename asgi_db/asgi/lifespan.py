@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import enum
 
+from asgi_db.asgi.frameworks import check_routes, supports_lifespan
 from asgi_db.database import Database
 from asgi_db.logs import logger
 from asgi_db.types import ASGIApp, Message, Receive, Scope, Send
@@ -80,10 +81,11 @@ class Lifespan:
         try:
             await self._app(self._scope, self._receive_startup_again, self._send_after_dispose)
         except Exception:
-            if self._phase is not Phase.STARTING:
-                raise
             # By the specification, an application that raises before its first answer does not
-            # support the lifespan and is served without it.
+            # support the lifespan and is served without it. A framework does support it, so there
+            # something has failed, and what follows is for the server to decide.
+            if self._phase is not Phase.STARTING or supports_lifespan(self._app, self._scope):
+                raise
             logger.info("The application has no lifespan of its own", exc_info=True)
         if self._phase is Phase.STARTING:
             await self._send({"type": "lifespan.startup.complete"})
@@ -99,6 +101,7 @@ class Lifespan:
             self._phase = Phase.ENDED
             await self._database.dispose()
         else:
+            check_routes(self._scope, self._key)
             self._phase = Phase.RUNNING
             self._check_state_key()
         await self._send(message)

@@ -17,8 +17,9 @@ from asgi_db.asgi.http import Exchange
 from asgi_db.asgi.lifespan import serve_lifespan
 from asgi_db.asgi.retry import Attempts
 from asgi_db.asgi.websocket import Socket
-from asgi_db.database import Database
-from asgi_db.modes import ModeDefault, plain, retrying
+from asgi_db.database import Database, as_database
+from asgi_db.errors import ConfigurationError
+from asgi_db.modes import ModeDefault, as_mode_default, plain, retrying
 from asgi_db.types import ASGIApp, Receive, Scope, Send
 from asgi_db.unit.session import DBSession
 
@@ -45,7 +46,9 @@ class DBSessionMiddleware:
 
         Args:
             app: the ASGI application.
-            database: where the sessions come from; `Database()` if None.
+            database: where the sessions come from. If None, the one `Database()` that the
+                environment configures, which all middlewares without one share: a framework may
+                build its stack of middlewares more than once.
             mode: the mode of routes that set none: a mode, or a function that chooses one by the
                 scope, such as `by_method`.
             key: the name in `request.state`. A second database needs a second middleware with a
@@ -55,12 +58,14 @@ class DBSessionMiddleware:
                 show the header; do not send it to everyone.
 
         Raises:
-            ConfigurationError: no database was given, and the environment's settings cannot work.
+            ConfigurationError: an argument cannot work; or no database was given, and the settings
+                of the environment cannot; or the application has another database under this key.
         """
         self.app = app
-        self.database = database if database is not None else Database()
-        self.mode = mode
-        self.key = key
+        self.mode = as_mode_default(mode)
+        self.key = checked_key(key)
+        self.database = as_database(database)
+        _refuse_another_database(app, key, self.database)
         self.server_timing = server_timing
         self.session_key = session_key(key)
 
@@ -81,14 +86,19 @@ class DBSessionMiddleware:
                 placed.origin.adopt(self.mode)
             await self.app(scope, receive, send)
             return
-        if retrying and make_call is Exchange:
-            await self._run_attempts(scope, receive, send)
-            return
-        call = make_call(self, scope, receive, send)
         try:
-            await call.run()
+            if retrying and make_call is Exchange:
+                await self._run_attempts(scope, receive, send)
+                return
+            call = make_call(self, scope, receive, send)
+            try:
+                await call.run()
+            finally:
+                call.close()
         finally:
-            call.close()
+            if placed is not None:
+                # A mounted application has another database under this key.
+                scope[self.session_key] = scope["state"][self.key] = placed
 
     async def _run_attempts(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application until an attempt needs no retry."""
@@ -111,6 +121,38 @@ class DBSessionMiddleware:
             await serve_lifespan(self.app, self.database, self.key, scope, receive, send)
         else:
             await self.app(scope, receive, send)
+
+
+def checked_key(key: object) -> str:
+    """Return the key of a middleware.
+
+    Raises:
+        ConfigurationError: it cannot be a name in `request.state`.
+    """
+    if not (isinstance(key, str) and key):
+        shown = repr(key) if isinstance(key, str) else f"of type {type(key).__name__}"
+        raise ConfigurationError(
+            f"key= is {shown}; it takes the name of the session in request.state, such as 'db'."
+        )
+    return key
+
+
+def _refuse_another_database(app: object, key: str, database: Database) -> None:
+    """Refuse two databases under one key in one application; the inner one alone would be used.
+
+    Raises:
+        ConfigurationError: a middleware inside this one has another database under this key.
+    """
+    seen: set[int] = set()
+    while app is not None and id(app) not in seen:
+        seen.add(id(app))
+        if isinstance(app, DBSessionMiddleware) and app.key == key:
+            if app.database is not database:
+                raise ConfigurationError(
+                    f"Two DBSessionMiddleware with key={key!r} have different databases: give one"
+                    " of them a key of its own, such as key='analytics', or the same database."
+                )
+        app = getattr(app, "app", None)
 
 
 _CALLS: dict[str, type[Exchange] | type[Socket]] = {"http": Exchange, "websocket": Socket}

@@ -32,6 +32,7 @@ class Socket(Call):
     async def _receive_between_units(self) -> Message:
         unit = self._session.unit
         if unit is not None and not unit.is_work_of_another_task:
+            unit.wanted_mode()
             await unit.end(success=self._exception_being_handled() is None)
             # The application has chosen not to answer.
             unit.unanswered = None
@@ -48,8 +49,9 @@ class Socket(Call):
         else:
             error = self._exception_being_handled()
             success = error is None
+            mode = unit.wanted_mode() or unit.mode
             if message["type"] == "websocket.http.response.start" and unit.in_use:
-                success = should_commit(unit.mode, message["status"], error)
+                success = should_commit(mode, message["status"], error)
             await self._end_before_answer(unit, success=success)
             await self._send_answer(unit, message)
             if self._late is not None:

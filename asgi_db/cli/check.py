@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from asgi_db.cli import mysql, postgresql, sqlite
 from asgi_db.cli.report import Plan, Report
 from asgi_db.database import Database
+from asgi_db.drivers import driver_of_url
 from asgi_db.errors import ConfigurationError
 from asgi_db.pool.abandoned import connection_of
 
@@ -109,24 +110,9 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-_LOGIN = (
-    "Correct the user and the password, or the access rules of the server (pg_hba.conf, GRANT)."
-)
-_DATABASE = "Create it with CREATE DATABASE, or correct its name."
 _FULL = "Close connections, or raise max_connections."
 
-_REMEDIES: dict[str | int, str] = {
-    "28P01": _LOGIN,
-    "28000": _LOGIN,
-    1044: _LOGIN,
-    1045: _LOGIN,
-    1698: _LOGIN,
-    "3D000": _DATABASE,
-    1049: _DATABASE,
-    "53300": _FULL,
-    1040: _FULL,
-    1203: _FULL,
-}
+_REMEDIES: dict[str | int, str] = {"53300": _FULL, 1040: _FULL, 1203: _FULL}
 """The remedies, by SQLSTATEs of PostgreSQL and error numbers of MySQL."""
 
 
@@ -136,7 +122,10 @@ def _remedy(error: BaseException, url: URL) -> str:
             "Check that the file is an SQLite database, and the permissions of it and its folder."
         )
     place = f"{url.host}, port {url.port or 'by default'}"
+    driver = driver_of_url(url)
     for cause in _causes(error):
+        if (remedy := driver.remedy(cause)) is not None:
+            return remedy
         for code in (getattr(cause, "sqlstate", None), next(iter(cause.args), None)):
             if isinstance(code, (str, int)) and code in _REMEDIES:
                 return _REMEDIES[code]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from sqlalchemy import URL
 from sqlalchemy.engine import Dialect
-from sqlalchemy.exc import DBAPIError
 
 from asgi_db.drivers.base import AnyDriver, Driver
 from asgi_db.drivers.mysql import MySQL, asyncmy
@@ -50,10 +49,9 @@ def drivers_with_sandbox() -> list[str]:
     return [name for name, driver in _drivers.items() if driver.sandbox is not None]
 
 
-def is_conflict(error: BaseException) -> bool:
-    """Return whether the database has rolled back a transaction in favor of another one."""
-    original = error.orig if isinstance(error, DBAPIError) else error
-    return original is not None and any(d.is_conflict(original) for d in _drivers.values())
+def driver_packages() -> set[str]:
+    """Return the packages whose errors are those of a database."""
+    return {package for driver in _drivers.values() for package in driver.packages}
 
 
 def error_code(error: BaseException) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -20,7 +21,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.pool import PoolProxiedConnection
 
 from asgi_db.drivers.sandbox import SandboxRules
-from asgi_db.errors import DatabaseDownError
+from asgi_db.drivers.statements import COMMON, Effect
+from asgi_db.errors import ConfigurationError, DatabaseDownError
 from asgi_db.modes import Mode
 
 BEGIN_OPTION = "asgi_db_begin"
@@ -38,10 +40,12 @@ class Beginning:
         statements: what is sent first.
         autocommit: whether the connection has to be in autocommit, or must not be; None leaves it
             as it is.
+        writes: whether it takes the lock of the one writer; see `Driver.has_one_writer`.
     """
 
     statements: tuple[str, ...] = ()
     autocommit: bool | None = None
+    writes: bool = False
 
 
 class Abandoned(NamedTuple):
@@ -67,6 +71,10 @@ class StandIn:
         """Close it at once."""
         raise NotImplementedError
 
+    def begin_now(self) -> None:
+        """Begin a transaction, unless each statement stands alone."""
+        raise NotImplementedError
+
 
 class Driver(Protocol):
     """What asgi-db has to know of a database and of the driver that talks to it.
@@ -78,15 +86,29 @@ class Driver(Protocol):
         is_supported: whether asgi-db itself connects, and closes, with this driver; else
             SQLAlchemy does.
         has_deferrable: whether a transaction can wait for a snapshot that needs no locks.
-        has_hash_comments: whether `#` begins a comment in this SQL.
+        has_double_quoted_strings: whether `"…"` is a string in this SQL, and not a name.
+        drops_row_locks: whether SQLAlchemy leaves out FOR UPDATE, which this SQL does not have.
+        lock_definitions: the statement that waits until nobody else changes the definitions of
+            tables, and keeps others from doing so; none if the transaction itself does that.
+        unlock_definitions: the statement that ends this; none if the transaction's end does so.
+        has_one_writer: whether one transaction at a time writes, and the next one waits for it.
         sandbox: the rules of a sandbox for tests; None if there is none.
     """
 
     name: str
     is_supported: bool
     has_deferrable: bool
-    has_hash_comments: bool
+    has_double_quoted_strings: bool
+    drops_row_locks: bool
+    lock_definitions: str | None
+    unlock_definitions: str | None
+    has_one_writer: bool
     sandbox: type[SandboxRules] | None
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """The packages that define its errors, besides SQLAlchemy."""
+        ...
 
     # -- the engine
 
@@ -95,6 +117,17 @@ class Driver(Protocol):
 
         Args:
             pooler: there is one in between, which pools transactions.
+        """
+        ...
+
+    def translate(self, url: URL) -> tuple[URL, dict[str, Any]]:
+        """Translate the options in a URL into arguments of `connect`.
+
+        Returns:
+            The URL without the options that were translated, and the arguments.
+
+        Raises:
+            ConfigurationError: the driver has nothing for an option, or its value cannot work.
         """
         ...
 
@@ -110,6 +143,9 @@ class Driver(Protocol):
             durable: whether what is committed has to outlast a crash of the machine.
         """
 
+    def extend(self, dialect: Dialect) -> None:
+        """Extend the methods of the dialect of any engine, also one of the user's own."""
+
     # -- a connection
 
     @property
@@ -123,6 +159,10 @@ class Driver(Protocol):
 
     def is_closed(self, connection: Any) -> bool:
         """Say whether the driver knows that this connection is closed; costs no round trip."""
+        ...
+
+    def is_in_transaction(self, connection: Any) -> bool:
+        """Say whether a transaction is open, as far as that costs no round trip."""
         ...
 
     def terminate(self, connection: Any) -> None:
@@ -144,11 +184,31 @@ class Driver(Protocol):
     def begin(self, pooled: PoolProxiedConnection, beginning: Beginning) -> None:
         """Begin a transaction as an engine's `BEGIN_OPTION` says; SQLAlchemy does the rest."""
 
+    def begin_now(self, pooled: PoolProxiedConnection) -> None:
+        """Have a transaction begin now that would otherwise begin with its first statement.
+
+        The driver's own connection is then handed out, and what is sent over that is no statement
+        of SQLAlchemy's.
+        """
+
+    def has_written(self, pooled: PoolProxiedConnection) -> bool:
+        """Say whether the open transaction has written, as far as the database tells; it is asked.
+
+        Only for a connection that was handed out, over which more may have been sent.
+        """
+        ...
+
     def enter_autocommit(self, connection: DBAPIConnection) -> None:
         """Let each statement stand alone, where `begin` has not seen to that."""
 
     def leave_autocommit(self, connection: DBAPIConnection) -> None:
         """Undo `enter_autocommit`, when the connection is back in the pool; costs no round trip."""
+
+    # -- a statement
+
+    def effect_of(self, sql: str) -> Effect:
+        """Say what a statement does: whether it reads, locks or writes."""
+        ...
 
     # -- an error
 
@@ -162,6 +222,22 @@ class Driver(Protocol):
 
     def is_outage(self, error: BaseException) -> bool:
         """Say whether the server shuts down, starts, or takes no more connections."""
+        ...
+
+    def is_full(self, error: BaseException) -> bool:
+        """Say whether the server takes no more connections, although it works."""
+        ...
+
+    def time_limit(self, error: BaseException) -> str | None:
+        """Name the setting of the server by whose limit a statement was ended, if it was."""
+        ...
+
+    def idle_limit(self, connection: Any, *, in_transaction: bool) -> str | None:
+        """Name the server's limit for an idle connection, and its value, if it has one."""
+        ...
+
+    def remedy(self, error: BaseException) -> str | None:
+        """Return the remedy if a connection cannot be made with the settings as they are."""
         ...
 
     def code(self, error: BaseException) -> str | None:
@@ -199,16 +275,31 @@ class AnyDriver(Driver):
     name = ""
     is_supported = False
     has_deferrable = False
-    has_hash_comments = False
+    has_double_quoted_strings = False
+    drops_row_locks = False
+    lock_definitions: str | None = None
+    unlock_definitions: str | None = None
+    grammar = COMMON
+    has_one_writer = False
     sandbox: type[SandboxRules] | None = None
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        return (self.name,)
 
     def options(self, url: URL, *, pooler: bool) -> dict[str, Any]:
         return {}
+
+    def translate(self, url: URL) -> tuple[URL, dict[str, Any]]:
+        return url, {}
 
     def is_in_memory(self, url: URL) -> bool:
         return False
 
     def prepare(self, engine: Engine, *, pooler: bool, durable: bool) -> None:
+        pass
+
+    def extend(self, dialect: Dialect) -> None:
         pass
 
     @property
@@ -220,6 +311,9 @@ class AnyDriver(Driver):
 
     def is_closed(self, connection: Any) -> bool:
         return isinstance(connection, StandIn) and connection.is_closed()
+
+    def is_in_transaction(self, connection: Any) -> bool:
+        return False
 
     def terminate(self, connection: Any) -> None:
         if isinstance(connection, StandIn):
@@ -249,11 +343,21 @@ class AnyDriver(Driver):
             finally:
                 cursor.close()
 
+    def begin_now(self, pooled: PoolProxiedConnection) -> None:
+        if isinstance(connection := pooled.driver_connection, StandIn):
+            connection.begin_now()
+
+    def has_written(self, pooled: PoolProxiedConnection) -> bool:
+        return False
+
     def enter_autocommit(self, connection: DBAPIConnection) -> None:
         pass
 
     def leave_autocommit(self, connection: DBAPIConnection) -> None:
         pass
+
+    def effect_of(self, sql: str) -> Effect:
+        return self.grammar.effect_of(sql)
 
     def is_own_error(self, error: BaseException) -> bool:
         return False
@@ -263,6 +367,18 @@ class AnyDriver(Driver):
 
     def is_outage(self, error: BaseException) -> bool:
         return False
+
+    def is_full(self, error: BaseException) -> bool:
+        return False
+
+    def time_limit(self, error: BaseException) -> str | None:
+        return None
+
+    def idle_limit(self, connection: Any, *, in_transaction: bool) -> str | None:
+        return None
+
+    def remedy(self, error: BaseException) -> str | None:
+        return REMEDIES["certificate"] if isinstance(error, ssl.SSLCertVerificationError) else None
 
     def code(self, error: BaseException) -> str | None:
         return None
@@ -331,11 +447,34 @@ def cause_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-def connection_error(error: BaseException, where: str = "") -> DatabaseDownError:
+class ServerFullError(DatabaseDownError):
+    """Raised when the server takes no more connections, although it works."""
+
+
+def connection_error(error: BaseException, where: str = "", cause: str = "") -> DatabaseDownError:
     """Make the error for a connection which is closed, or could not be made.
 
     Args:
         error: what the driver or the network says.
         where: the request or block, as the beginning of the message.
+        cause: what to say of the error, if its own text may hold a value.
     """
-    return DatabaseDownError(f"{where}the database cannot be reached ({cause_of(error)})", error)
+    cause = cause or cause_of(error)
+    return DatabaseDownError(f"{where}the database cannot be reached ({cause})", error)
+
+
+REMEDIES = {
+    "certificate": "Name the authority that has signed the server's certificate, and the host for"
+    " which it was signed.",
+    "database": "Create it with CREATE DATABASE, or correct its name.",
+    "encryption": "The server wants an encrypted connection: ask for one in the URL.",
+    "login": "Correct the user and the password, or the access rules of the server (pg_hba.conf,"
+    " GRANT).",
+    "option": "Correct the settings for the server in the URL or in connect_args.",
+}
+"""What to do about settings with which a server refuses to be connected to, whenever one tries."""
+
+
+def wrong_settings(error: BaseException, remedy: str) -> ConfigurationError:
+    """Make the error for settings with which no connection can be made."""
+    return ConfigurationError(f"The database refuses the connection ({cause_of(error)}). {remedy}")

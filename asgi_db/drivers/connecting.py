@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from sqlalchemy.engine import Dialect
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from asgi_db.drivers import driver_of
-from asgi_db.drivers.base import Driver, connection_error
-from asgi_db.errors import ConfigurationError, DatabaseDownError
-from asgi_db.tasks import current_task, of_this_loop, wait_for_background
+from asgi_db.drivers.base import Driver, ServerFullError, connection_error, wrong_settings
+from asgi_db.drivers.describing import may_hold_values
+from asgi_db.errors import ConcurrentUseError, ConfigurationError, DatabaseDownError
+from asgi_db.tasks import current_task, is_of_another_loop, of_this_loop, wait_for_background
 
 
 def let_driver_connect(
@@ -51,20 +54,56 @@ class Connector:
         """
         try:
             return await _connect_uninterrupted(self._driver, self._connect, *args, **kwargs)
-        except self._errors as error:
-            raise connection_error(error) from error
         except UnicodeEncodeError as error:
+            if not self._is_refused_by_driver(error):
+                raise
             encoding = error.encoding
+        except ConfigurationError:
+            raise
         except (TypeError, ValueError) as error:
+            if not self._is_refused_by_driver(error):
+                raise
             raise ConfigurationError(
                 "The driver does not take the options in the URL, in connect_args or of"
                 f" async_creator: {error}."
             ) from error
+        except self._errors as error:
+            if (remedy := self._driver.remedy(error)) is not None:
+                raise wrong_settings(error, remedy) from error
+            down = connection_error(error)
+            if self._driver.is_full(error):
+                down = ServerFullError(str(down.args[0]), error)
+            raise down from error
         # This is raised outside the `except`, because Python's error contains the whole password
         # and would remain reachable as the `__context__` even with `from None`.
         raise ConfigurationError(
             "The user name, the password or another part of the URL has a character that the"
             f" driver, which sends it as {encoding}, cannot send: change it."
+        )
+
+    def _is_refused_by_driver(self, error: Exception) -> bool:
+        """Whether the driver has raised an error, and not the user's own function."""
+        return self._connect == self._driver.connect or _is_raised_by(self._driver, error)
+
+
+def _is_raised_by(driver: Driver, error: BaseException) -> bool:
+    """Whether an error comes from the code of the driver, or from asyncio's below it."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    module = str(frames[-1].f_globals.get("__name__")) if frames else ""
+    return module.partition(".")[0] in (*driver.packages, "asyncio")
+
+
+def check_loop(loop: asyncio.AbstractEventLoop | None, what: str) -> None:
+    """Refuse to use something in another event loop than its own, if it has one.
+
+    Raises:
+        ConcurrentUseError: it belongs to another event loop.
+    """
+    if is_of_another_loop(loop):
+        raise ConcurrentUseError.in_another_loop(
+            what,
+            "Each event loop has an engine of its own: ask for `database.engine` in the loop that"
+            " uses it.",
         )
 
 
@@ -79,8 +118,13 @@ def raise_if_connect_failed(error: BaseException) -> None:
     made = _being_set_up_here()
     was_closed = made is not None and made.driver.is_closed(made.connection)
     abandon_connect()
-    if was_closed and isinstance(error, Exception) and not isinstance(error, DatabaseDownError):
-        raise connection_error(error) from error
+    if made is None or not was_closed or not isinstance(error, Exception):
+        return
+    # The connection may also have been closed because the user's own listener has failed.
+    is_of_database = isinstance(error, (OSError, DBAPIError)) or may_hold_values(error)
+    if is_of_database or _is_raised_by(made.driver, error):
+        if not isinstance(error, DatabaseDownError):
+            raise connection_error(error) from error
 
 
 class _Made(NamedTuple):

@@ -18,6 +18,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, PoolRese
 
 from asgi_db.drivers.base import (
     BEGIN_OPTION,
+    REMEDIES,
     Abandoned,
     AnyDriver,
     AutocommitRequests,
@@ -25,7 +26,9 @@ from asgi_db.drivers.base import (
     StandIn,
     connection_error,
 )
+from asgi_db.drivers.mysql_options import translate_url
 from asgi_db.drivers.sandbox import INTERRUPT_AGAIN, SandboxControl, SandboxRules, SandboxStandIn
+from asgi_db.drivers.statements import WRITING_WITH, Grammar
 from asgi_db.errors import SandboxError
 from asgi_db.modes import Mode
 
@@ -34,10 +37,41 @@ def _number(error: BaseException | None) -> object:
     return next(iter(error.args), None) if error is not None else None
 
 
+_GRAMMAR = Grammar(
+    reads="SELECT|WITH|VALUES|TABLE|SHOW|EXPLAIN|DESCRIBE|DESC|HELP|CHECKSUM|COMMIT|ROLLBACK"
+    "|SAVEPOINT|RELEASE|UNLOCK|DEALLOCATE|SIGNAL|RESIGNAL|GET",
+    holds="SET|USE|LOCK|HANDLER|BEGIN|START TRANSACTION|PREPARE",
+    calls="CALL|DO|EXECUTE",
+    writes=r"SET\b.*(?:\bGLOBAL|\bPERSIST|\bPERSIST_ONLY)|SET PASSWORD|SET DEFAULT ROLE"
+    "|SET RESOURCE GROUP|BEGIN NOT ATOMIC",
+    holding=r"\bINTO\b|:=|\b(?:GET_LOCK|RELEASE_LOCK|RELEASE_ALL_LOCKS)\s*\(",
+    locking=r"\bFOR\s+(?:UPDATE|SHARE)\b|\bLOCK\s+IN\s+SHARE\s+MODE\b",
+    writing=rf"{WRITING_WITH}|\bINTO\s+(?:OUTFILE|DUMPFILE)\b"
+    r"|\bNEXT\s+VALUE\s+FOR\b|\b(?:NEXTVAL|SETVAL)\s*\(",
+    not_code=r"""'(?:[^'\\]|\\.|'')*'|"(?:[^"\\]|\\.|"")*"|`[^`]*`|/\*(?!M?!).*?\*/"""
+    r"|--(?=\s|\Z)[^\n]*|\#[^\n]*",
+    is_code=r"/\*M?!\d*|\*/",
+)
+"""The commands of MySQL and MariaDB; SELECT … INTO sets variables, or writes a file.
+
+Sources: https://dev.mysql.com/doc/refman/8.4/en/sql-statements.html,
+https://mariadb.com/docs/server/reference/sql-statements,
+https://dev.mysql.com/doc/refman/8.4/en/locking-functions.html and
+https://dev.mysql.com/doc/refman/8.4/en/comments.html
+"""
+
+
+_LOCK_NAME = "CONCAT('asgi_db ', MD5(COALESCE(DATABASE(), '')))"
+
+
 class MySQL(AnyDriver):
     """MySQL and MariaDB with any driver."""
 
-    has_hash_comments = True
+    has_double_quoted_strings = True
+    # It commits before DDL, so a lock of the transaction would be gone; the name is the server's.
+    lock_definitions = f"SELECT GET_LOCK({_LOCK_NAME}, 86400)"
+    unlock_definitions = f"SELECT RELEASE_LOCK({_LOCK_NAME})"
+    grammar = _GRAMMAR
 
     def begin_options(self, mode: Mode, *, is_prepared: bool) -> dict[str, Any]:
         if mode.autocommit and not is_prepared:
@@ -50,6 +84,18 @@ class MySQL(AnyDriver):
 
     def is_outage(self, error: BaseException) -> bool:
         return _number(error) in _OUTAGES
+
+    def is_full(self, error: BaseException) -> bool:
+        return _number(error) in _TOO_MANY
+
+    def time_limit(self, error: BaseException) -> str | None:
+        number = _number(error)
+        return _TIME_LIMITS.get(number) if isinstance(number, int) else None
+
+    def remedy(self, error: BaseException) -> str | None:
+        number = _number(error)
+        kind = _WRONG_SETTINGS.get(number) if isinstance(number, int) else None
+        return super().remedy(error) if kind is None else REMEDIES[kind]
 
     def code(self, error: BaseException) -> str | None:
         number = _number(error)
@@ -90,8 +136,35 @@ def _statements(mode: Mode) -> tuple[str, ...]:
 _CONFLICTS = (1213, 1205)
 """A deadlock, and a timeout while waiting for a lock."""
 
-_OUTAGES = (1040, 1053)
-"""The server refuses more connections, or is shutting down."""
+_TOO_MANY = (1040, 1203, 1226)
+"""The server refuses more connections, or more of this user."""
+
+_OUTAGES = (*_TOO_MANY, 1053)
+"""The same, or the server is shutting down."""
+
+_WRONG_SETTINGS = {
+    1049: "database",
+    1044: "login",
+    1045: "login",
+    1130: "login",
+    1251: "login",
+    1698: "login",
+    1115: "option",
+    1193: "option",
+    1231: "option",
+    3159: "encryption",
+}
+"""What a server answers to a new connection that cannot be made with these settings.
+
+Source: https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html
+"""
+
+_TIME_LIMITS = {1969: "max_statement_time", 3024: "max_execution_time"}
+"""The limit of a statement's time in MariaDB, and in MySQL.
+
+Sources: https://mariadb.com/kb/en/mariadb-error-code-reference/,
+https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html
+"""
 
 _UNKNOWN_THREAD = 1094
 """The connection has ended already."""
@@ -169,6 +242,9 @@ class Asyncmy(MySQL):
             "pool_reset_on_return": None,  # `prepare` installs its own reset.
         }
 
+    def translate(self, url: URL) -> tuple[URL, dict[str, Any]]:
+        return translate_url(url)
+
     def prepare(self, engine: Engine, *, pooler: bool, durable: bool) -> None:
         """Roll back only an open transaction when a connection is returned to the pool.
 
@@ -187,6 +263,10 @@ class Asyncmy(MySQL):
 
         event.listen(engine, "reset", reset)
         self._autocommit_requests.watch(dialect)
+
+    @property
+    def connect_errors(self) -> tuple[type[Exception], ...]:
+        return OSError, import_module("asyncmy").errors.Error
 
     def connect(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
         connecting: Awaitable[Any] = import_module("asyncmy").connect(*args, **kwargs)

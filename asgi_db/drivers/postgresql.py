@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import re
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import URL, Engine, event, text
-from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.engine import Dialect
+from sqlalchemy.engine.interfaces import DBAPIConnection, ExecutionContext
 from sqlalchemy.ext.asyncio import AsyncConnection
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+from sqlalchemy.util.concurrency import await_
 
-from asgi_db.drivers.base import Abandoned, AnyDriver
+from asgi_db.drivers.base import REMEDIES, Abandoned, AnyDriver, StandIn
+from asgi_db.drivers.postgresql_options import translate_url
 from asgi_db.drivers.sandbox import SandboxControl, SandboxRules, SandboxStandIn
+from asgi_db.drivers.statements import WRITING_WITH, Grammar
 from asgi_db.logs import logger
 from asgi_db.modes import Mode
 from asgi_db.tasks import in_background, running_loop
@@ -26,10 +32,36 @@ def _sqlstate(error: BaseException) -> str | None:
     return getattr(error, "sqlstate", None)
 
 
+_GRAMMAR = Grammar(
+    reads="SELECT|WITH|VALUES|TABLE|SHOW|EXPLAIN|FETCH|MOVE|CLOSE|COMMIT|END|ABORT|ROLLBACK"
+    "|SAVEPOINT|RELEASE|RESET|DISCARD|DEALLOCATE|UNLISTEN",
+    holds="SET|LOCK|DECLARE|BEGIN|START TRANSACTION|PREPARE|LISTEN|LOAD",
+    calls="CALL|DO|EXECUTE",
+    writes="(?:COMMIT|ROLLBACK) PREPARED|PREPARE TRANSACTION",
+    holding=r"\bpg_(?:try_)?advisory_\w+\s*\(|\bset_config\s*\(",
+    locking=r"\bFOR\s+(?:NO\s+KEY\s+UPDATE|KEY\s+SHARE|UPDATE|SHARE)\b",
+    writing=rf"{WRITING_WITH}|\bINTO\b|\b(?:nextval|setval|pg_notify"
+    r"|lo_(?:creat|create|import|from_bytea|put|truncate|truncate64|unlink)|lowrite)\s*\(",
+    not_code=r"\$((?:[^\W\d]\w*)?)\$.*?\$\1\$|\bE'(?:[^'\\]|\\.|'')*'"
+    r"""|'[^']*'|"[^"]*"|/\*.*?\*/|--[^\n]*""",
+)
+"""The commands of PostgreSQL; those that `SET TRANSACTION` calls read-only may write elsewhere.
+
+Sources: https://www.postgresql.org/docs/current/sql-commands.html,
+https://www.postgresql.org/docs/current/sql-set-transaction.html, and for the functions
+https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-ADVISORY-LOCKS,
+https://www.postgresql.org/docs/current/functions-sequence.html and
+https://www.postgresql.org/docs/current/lo-funcs.html
+"""
+
+
 class PostgreSQL(AnyDriver):
     """PostgreSQL with any driver."""
 
     has_deferrable = True
+    # The key is arbitrary, and the lock is one of this database alone.
+    lock_definitions = "SELECT pg_advisory_xact_lock(6021023, 1)"
+    grammar = _GRAMMAR
 
     def begin_options(self, mode: Mode, *, is_prepared: bool) -> dict[str, Any]:
         options = super().begin_options(mode, is_prepared=is_prepared)
@@ -47,10 +79,22 @@ class PostgreSQL(AnyDriver):
         return hasattr(error, "sqlstate")
 
     def is_conflict(self, error: BaseException) -> bool:
-        return _sqlstate(error) in _CONFLICTS
+        return _sqlstate(error) in _CONFLICTS or _has_invalid_plan(error)
 
     def is_outage(self, error: BaseException) -> bool:
         return _sqlstate(error) in _OUTAGES
+
+    def is_full(self, error: BaseException) -> bool:
+        return _sqlstate(error) == _TOO_MANY
+
+    def time_limit(self, error: BaseException) -> str | None:
+        if _sqlstate(error) != _QUERY_CANCELED:
+            return None
+        return "statement_timeout, unless somebody has cancelled it"
+
+    def remedy(self, error: BaseException) -> str | None:
+        kind = _WRONG_SETTINGS.get(_sqlstate(error) or "")
+        return super().remedy(error) if kind is None else REMEDIES[kind]
 
     def code(self, error: BaseException) -> str | None:
         return _sqlstate(error)
@@ -80,13 +124,39 @@ class PostgreSQL(AnyDriver):
             abandoned.pop(id, None)
 
 
-_CONFLICTS = frozenset({"40001", "40P01"})
-"""A serialization failure, and a deadlock."""
+_CONFLICTS = frozenset({"40001", "40P01", "55P03"})
+"""A serialization failure, a deadlock, and a lock that was not available in time."""
+
+_TOO_MANY = "53300"
+_QUERY_CANCELED = "57014"
+
+
+def _has_invalid_plan(error: BaseException) -> bool:
+    """Whether DDL has changed what a prepared statement returns; it was not executed.
+
+    asyncpg and SQLAlchemy call their classes so; the tests of plans in `test_server_limits.py`
+    break when this changes.
+    """
+    return type(error).__name__ == "InvalidCachedStatementError"
+
 
 _OUTAGES = frozenset(
     {"08000", "08001", "08003", "08004", "08006", "57P01", "57P02", "57P03", "53300"}
 )
 """The connection failed, or the server is starting, shutting down or refusing connections."""
+
+_WRONG_SETTINGS = {
+    "3D000": "database",
+    "28000": "login",
+    "28P01": "login",
+    "42501": "login",
+    "22023": "option",
+    "42704": "option",
+}
+"""What a server answers to a new connection that cannot be made with these settings.
+
+Source: https://www.postgresql.org/docs/current/errcodes-appendix.html
+"""
 
 _NO_STATEMENT = frozenset({"26000", "42P05"})
 """A prepared statement does not exist, or its name is in use already."""
@@ -190,6 +260,11 @@ class Asyncpg(PostgreSQL):
     is_supported = True
     sandbox: type[SandboxRules] | None = AsyncpgSandbox
 
+    def __init__(self) -> None:
+        # The server's answer to a connection that was idle for too long comes too late: asyncpg
+        # has no statement then to which it could belong.
+        self._idle_limits: WeakKeyDictionary[Any, tuple[str | None, ...]] = WeakKeyDictionary()
+
     def options(self, url: URL, *, pooler: bool) -> dict[str, Any]:
         if not pooler:
             return {}
@@ -201,9 +276,27 @@ class Asyncpg(PostgreSQL):
             }
         }
 
+    def translate(self, url: URL) -> tuple[URL, dict[str, Any]]:
+        return translate_url(url)
+
     def prepare(self, engine: Engine, *, pooler: bool, durable: bool) -> None:
         if not pooler:
             self._watch_connections(engine)
+
+    def extend(self, dialect: Dialect) -> None:
+        """Prepare a statement anew if DDL has made its plan invalid, where nothing is lost by it.
+
+        In autocommit, and as the first statement of its transaction, it is simply sent again.
+        Otherwise PostgreSQL has discarded the transaction, which counts as a conflict.
+        """
+        for name in ("do_execute", "do_executemany", "do_execute_no_params"):
+            setattr(dialect, name, functools.partial(_execute, getattr(dialect, name)))
+
+    def idle_limit(self, connection: Any, *, in_transaction: bool) -> str | None:
+        in_transaction_limit, limit = self._idle_limits.get(connection, ("", ""))
+        value = in_transaction_limit if in_transaction else limit
+        name = "idle_in_transaction_session_timeout" if in_transaction else "idle_session_timeout"
+        return f"{name} is {value}" if value not in ("", "0", None) else None
 
     def _watch_connections(self, engine: Engine) -> None:
         """Have the server check its clients, and warn of a pooler that the settings do not name.
@@ -224,7 +317,8 @@ class Asyncpg(PostgreSQL):
             cursor = connection.cursor()
             try:
                 cursor.execute(_WATCH_CLIENT)
-                ((_, id),) = cursor.fetchall()
+                ((_, id, *limits),) = cursor.fetchall()
+                self._idle_limits[driver_connection] = tuple(limits)
             except engine.dialect.loaded_dbapi.Error:
                 if self.is_closed(driver_connection):
                     raise
@@ -270,6 +364,24 @@ class Asyncpg(PostgreSQL):
             return {}
         return super().begin_options(mode, is_prepared=is_prepared)
 
+    def begin_now(self, pooled: PoolProxiedConnection) -> None:
+        super().begin_now(pooled)
+        # SQLAlchemy's adapter sends BEGIN before its first statement, and has no public method that
+        # does so; `test_driver_connection.py` breaks when this changes.
+        connection: Any = pooled.dbapi_connection
+        if not isinstance(pooled.driver_connection, StandIn) and connection._transaction is None:
+            await_(connection._start_transaction())
+
+    def has_written(self, pooled: PoolProxiedConnection) -> bool:
+        # A transaction gets its number with its first write.
+        cursor = pooled.cursor()
+        try:
+            cursor.execute("SELECT txid_current_if_assigned()")
+            row = cursor.fetchone()
+        finally:
+            cursor.close()
+        return row is not None and row[0] is not None
+
     def enter_autocommit(self, connection: DBAPIConnection) -> None:
         connection.autocommit = True
 
@@ -279,8 +391,29 @@ class Asyncpg(PostgreSQL):
 
 _WATCH_CLIENT = """
     SELECT CASE WHEN current_setting('client_connection_check_interval', true) = '0'
-    THEN set_config('client_connection_check_interval', '1s', false) END, pg_backend_pid()
+    THEN set_config('client_connection_check_interval', '1s', false) END, pg_backend_pid(),
+    current_setting('idle_in_transaction_session_timeout', true),
+    current_setting('idle_session_timeout', true)
 """
+
+
+def _execute(execute: Callable[..., None], cursor: Any, *arguments: Any) -> None:
+    """Execute a statement; send it again if its plan was invalid and nothing is lost by it."""
+    context: ExecutionContext = arguments[-1]
+    pooled = context.root_connection.connection
+    connection: Any = pooled.driver_connection
+    # asyncpg begins a transaction with its first statement.
+    comes_first = not isinstance(connection, StandIn) and not connection.is_in_transaction()
+    try:
+        execute(cursor, *arguments)
+    except Exception as error:
+        if not (comes_first and _has_invalid_plan(error)):
+            raise
+        context.handle_dbapi_exception(error)  # SQLAlchemy's dialect then forgets all plans.
+        pooled.rollback()
+        context.pre_exec()
+        execute(cursor, *arguments)
+
 
 PATIENCE = 2.0
 """Seconds that a cancel request may take to pass through a pooler."""

@@ -11,8 +11,9 @@ import sqlite3
 import tempfile
 from collections.abc import Awaitable, Coroutine, Mapping
 from importlib import import_module
+from threading import Thread
 from typing import Any, ClassVar
-from weakref import WeakSet, finalize
+from weakref import WeakSet, finalize, ref
 
 import anyio
 from sqlalchemy import URL, Engine, event
@@ -24,8 +25,12 @@ from asgi_db.drivers.base import (
     AnyDriver,
     AutocommitRequests,
     Beginning,
+    StandIn,
 )
 from asgi_db.drivers.sandbox import SandboxConnection, SandboxControl, SandboxRules, SandboxStandIn
+from asgi_db.drivers.statements import WRITING_WITH, Grammar
+from asgi_db.drivers.url_options import Translate, number, refuse, switch, translate
+from asgi_db.errors import ConfigurationError
 from asgi_db.modes import Mode
 from asgi_db.tasks import in_background
 
@@ -33,8 +38,30 @@ SQLITE_BUSY_TIMEOUT = 30.0
 """Seconds that SQLite waits for a lock of another connection, unless the user sets others."""
 
 
+_PRAGMA_OF_SCHEMA = r"PRAGMA\s+(?:[\w\s]*\.\s*)?"
+_GRAMMAR = Grammar(
+    reads="SELECT|WITH|VALUES|EXPLAIN|PRAGMA|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE|DETACH",
+    holds=rf"BEGIN|ATTACH|{_PRAGMA_OF_SCHEMA}\w+\s*=.*"
+    # These take an argument, and only read.
+    rf"|{_PRAGMA_OF_SCHEMA}(?!(?:table|index|foreign_key)_|integrity_check|quick_check)\w+\s*\(.*",
+    writes=rf"{_PRAGMA_OF_SCHEMA}(?:(?:incremental_vacuum|optimize|wal_checkpoint)\b.*"
+    r"|(?:application_id|auto_vacuum|default_cache_size|encoding|journal_mode|page_size"
+    r"|schema_version|user_version)\s*[=(].*)",
+    not_code=r"""'[^']*'|"[^"]*"|`[^`]*`|\[[^\]]*\]|/\*.*?(?:\*/|\Z)|--[^\n]*""",
+    writing=WRITING_WITH,
+)
+"""The commands of SQLite.
+
+Sources: https://www.sqlite.org/lang.html and https://www.sqlite.org/pragma.html
+"""
+
+
 class SQLite(AnyDriver):
     """SQLite with any driver."""
+
+    drops_row_locks = True
+    grammar = _GRAMMAR
+    has_one_writer = True
 
     def begin_options(self, mode: Mode, *, is_prepared: bool) -> dict[str, Any]:
         """Begin explicitly.
@@ -46,15 +73,41 @@ class SQLite(AnyDriver):
         if mode.autocommit:
             return {BEGIN_OPTION: Beginning()}
         immediate = mode.commits and not mode.read_only
-        return {BEGIN_OPTION: Beginning(("BEGIN IMMEDIATE" if immediate else "BEGIN",))}
+        if immediate:
+            return {BEGIN_OPTION: Beginning(("BEGIN IMMEDIATE",), writes=True)}
+        return {BEGIN_OPTION: Beginning(("BEGIN",))}
+
+    def is_in_transaction(self, connection: Any) -> bool:
+        if isinstance(connection, StandIn):  # a sandbox itself sees to that
+            return False
+        try:
+            return bool(connection.in_transaction)
+        except ValueError:  # it is closed
+            return False
 
     def is_conflict(self, error: BaseException) -> bool:
-        code: object = getattr(error, "sqlite_errorcode", None)
-        # The higher bits give a more specific reason.
-        return isinstance(code, int) and code & 0xFF == sqlite3.SQLITE_BUSY
+        return _code(error) == sqlite3.SQLITE_BUSY
+
+    def is_outage(self, error: BaseException) -> bool:
+        return _code(error) in _OUTAGES
+
+    def remedy(self, error: BaseException) -> str | None:
+        if _code(error) == sqlite3.SQLITE_NOTADB:
+            return "Name a file that SQLite has made, or one that does not exist yet."
+        return super().remedy(error)
 
     def code(self, error: BaseException) -> str | None:
         return getattr(error, "sqlite_errorname", None)
+
+
+def _code(error: BaseException) -> int | None:
+    code: object = getattr(error, "sqlite_errorcode", None)
+    # The higher bits give a more specific reason.
+    return code & 0xFF if isinstance(code, int) else None
+
+
+_OUTAGES = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR)
+"""The file cannot be opened, or read and written; SQLite opens it with the first statement."""
 
 
 class AiosqliteSandbox(SandboxRules):
@@ -137,13 +190,19 @@ class Aiosqlite(SQLite):
     def __init__(self) -> None:
         self._autocommit_requests = AutocommitRequests()
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        return self.name, "sqlite3"
+
     def options(self, url: URL, *, pooler: bool) -> dict[str, Any]:
-        # `connect_args` would override a timeout in the URL.
-        has_own = "timeout" in url.query
         return {
             "execution_options": {BEGIN_OPTION: Beginning(("BEGIN",))},
-            "connect_args": {} if has_own else {"timeout": SQLITE_BUSY_TIMEOUT},
+            "connect_args": {"timeout": SQLITE_BUSY_TIMEOUT},
         }
+
+    def translate(self, url: URL) -> tuple[URL, dict[str, Any]]:
+        own = frozenset(url.query if url.query.get("uri") == "true" else ("uri",))
+        return translate(url, _URL_OPTIONS, own, "sqlite3, and those of SQLite need uri=true")
 
     def is_in_memory(self, url: URL) -> bool:
         return url.database == ":memory:"
@@ -172,12 +231,22 @@ class Aiosqlite(SQLite):
         event.listen(engine, "connect", connect)
         self._autocommit_requests.watch(engine.dialect, after=_begin_nothing_by_itself)
 
+    @property
+    def connect_errors(self) -> tuple[type[Exception], ...]:
+        return OSError, sqlite3.Error
+
     def connect(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
         kwargs.setdefault("factory", _Connection)
+        if not kwargs.get("uri") and not os.path.isdir(os.path.dirname(args[0]) or "."):
+            raise ConfigurationError(
+                "The folder of the SQLite file does not exist: create it, or correct its name."
+            )
         connection = import_module("aiosqlite").connect(*args, **kwargs)
-        # Without this a program that does not dispose its database could not end. SQLAlchemy does
-        # the same when it connects itself; there is no public API.
-        connection._thread.daemon = True
+        # Without a daemon a program that does not dispose its database could not end. SQLAlchemy
+        # does the same when it connects itself; there is no public API.
+        connection._thread = Thread(
+            target=_work, args=(ref(connection), connection._tx), daemon=True
+        )
         stop = connection.stop
 
         def stop_once() -> Any:
@@ -204,6 +273,39 @@ class Aiosqlite(SQLite):
         An idle connection would not close properly after an interrupt.
         """
         return _interrupt(connection)
+
+
+def _work(connection: ref[Any], queue: Any) -> None:
+    """Do the work of a connection in its thread, also after its event loop was closed.
+
+    The driver's own thread ends with an error when the answer comes too late for a closed loop, and
+    leaves the connection open, with its transaction and its lock. There is no public API; the tests
+    in `test_loops_without_dispose.py` break when this changes.
+    """
+    work = import_module("aiosqlite.core")._connection_worker_thread
+    while True:
+        try:
+            work(queue)
+            return
+        except RuntimeError:
+            # What comes next in the queue may be the end of the transaction, or of the connection.
+            alive = connection()
+            if (alive is None or not alive._running) and queue.empty():
+                return
+            del alive
+
+
+_URL_OPTIONS: Mapping[str, Translate] = {
+    "timeout": number("timeout"),
+    "cached_statements": number("cached_statements", int),
+    "detect_types": number("detect_types", int),
+    "check_same_thread": switch("check_same_thread"),
+    "isolation_level": refuse("asgi-db sets itself: leave it out."),
+}
+"""The options of a URL that Python's sqlite3 knows.
+
+Source: https://docs.python.org/3/library/sqlite3.html#sqlite3.connect
+"""
 
 
 class _Connection(sqlite3.Connection):

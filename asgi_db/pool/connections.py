@@ -19,6 +19,7 @@ from asgi_db.drivers import driver_of
 from asgi_db.drivers.base import connection_error
 from asgi_db.drivers.connecting import connect_is_complete
 from asgi_db.engine import UNIT_INFO, Unit
+from asgi_db.logs import logger
 from asgi_db.pool.fair import FairPool
 from asgi_db.pool.leaks import LeakWatch, Stack, Suspect
 from asgi_db.statistics import WITHOUT_SESSION, Holder, PoolStats, Statistics
@@ -48,6 +49,8 @@ class Held(NamedTuple):
 
 class Connections:
     """The open connections of an engine, and which of them are checked out."""
+
+    _has_named_idle_limit = False
 
     def __init__(
         self,
@@ -106,15 +109,27 @@ class Connections:
     ) -> None:
         now = time.monotonic()
         returned: float | None = entry.info.get(_RETURNED)
-        if self._driver.is_closed(self._dialect.get_driver_connection(connection)):
+        driver_connection = self._dialect.get_driver_connection(connection)
+        if self._driver.is_closed(driver_connection):
             closed = "the server has closed this connection"
             if returned is not None:
+                self._name_idle_limit(driver_connection)
                 raise DisconnectionError(closed)  # the pool tries another one, a few times
             raise connection_error(ConnectionError(closed))
         if self._verify and returned is not None and now - returned > VERIFY_AFTER_IDLE:
             self._ping(connection)
         stack = [] if self._leaks is None else self._leaks.connection_taken()
         self._out[entry] = Held(weakref.ref(proxy), now, stack)
+
+    def _name_idle_limit(self, connection: object) -> None:
+        limit = self._driver.idle_limit(connection, in_transaction=False)
+        if limit is not None and not self._has_named_idle_limit:
+            self._has_named_idle_limit = True
+            logger.warning(
+                "The server has closed a connection that was idle in the pool: its %s. Such a"
+                " connection is replaced; with a higher limit it would be kept.",
+                limit,
+            )
 
     def _ping(self, connection: DBAPIConnection) -> None:
         try:
@@ -191,10 +206,11 @@ class Connections:
             self._returned = anyio.Event()
             await self._returned.wait()
 
-    def terminate(self) -> int:
-        """Close every open connection without a word to the server; return their number."""
+    def terminate(self) -> list[Holder]:
+        """Close every open connection without a word to the server; return those that were out."""
         if self._leaks is not None:
             self._leaks.stop()
+        holders = self.holders()
         connections = self._still_open()
         for entry, connection in connections.items():
             held = self._out.get(entry)
@@ -207,7 +223,7 @@ class Connections:
                 self._dialect.do_terminate(connection)
         self._open.clear()
         self._out.clear()
-        return len(connections)
+        return holders
 
     def forget(self, kind: type[object]) -> None:
         """Count the connections of a kind as closed: there is nothing of them to be closed."""

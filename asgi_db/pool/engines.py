@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 from weakref import WeakSet
 
 from sqlalchemy import URL, StaticPool
@@ -19,10 +19,10 @@ from asgi_db.drivers.connecting import Connector, background_is_over
 from asgi_db.drivers.sqlite import TemporaryFolder
 from asgi_db.errors import SandboxError
 from asgi_db.pool.fair import FairPool
-from asgi_db.pool.life import DISPOSE_TIMEOUT, EngineLife
+from asgi_db.pool.life import DISPOSE_TIMEOUT, EngineLife, OtherEngines
 from asgi_db.profiles import PoolProfile
 from asgi_db.statistics import Statistics
-from asgi_db.tasks import run_to_completion
+from asgi_db.tasks import run_to_completion, running_loop
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,20 +52,29 @@ class EngineSettings:
         """
         driver = driver_of_url(url)
         pooler = self.pooler is not None
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"hide_parameters": True}
         # A pool class of the user's own, such as NullPool, need not take the profile's values.
         if "poolclass" not in self.options:
             options.update(self.profile.engine_options(), poolclass=FairPool)
+        url, arguments = driver.translate(url)
         options.update(driver.options(url, pooler=pooler))
-        for name, value in self.options.items():
-            both = isinstance(value, Mapping) and isinstance(options.get(name), Mapping)
-            options[name] = {**options[name], **value} if both else value
+        options = _merged(options, {"connect_args": arguments})
+        options = _merged(options, self.options)
         if creator := options.get("async_creator"):  # SQLAlchemy calls it without `do_connect`
             options["async_creator"] = Connector(driver, creator)
         # OpenTelemetry replaces this function by its own, so it is looked up at each call.
         engine = sqlalchemy_asyncio.create_async_engine(url, **options)
         driver.prepare(engine.sync_engine, pooler=pooler, durable=durable)
         return engine
+
+
+def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return both, where values that are mappings are merged too; `theirs` win."""
+    merged = dict(ours)
+    for name, value in theirs.items():
+        both = isinstance(value, Mapping) and isinstance(ours.get(name), Mapping)
+        merged[name] = _merged(ours[name], cast("Mapping[str, Any]", value)) if both else value
+    return merged
 
 
 class Cover(Protocol):
@@ -82,6 +91,7 @@ class Engines:
         settings: what they are made from.
         statistics: where all of them are counted.
         active_cover: what they connect to instead of their server, if anything.
+        others: the user's own engines to which sessions are bound beside them.
     """
 
     def __init__(
@@ -95,10 +105,11 @@ class Engines:
         self.settings = settings
         self.statistics = statistics
         self.active_cover: Cover | None = None
+        self.others = OtherEngines(statistics, lambda: self.active_cover is not None)
         self._given = None
         if given is not None:
             self._given = EngineLife(
-                given, statistics, given=True, leak_threshold=settings.leak_threshold
+                given, statistics, self.others, given=True, leak_threshold=settings.leak_threshold
             )
         self._lives: dict[asyncio.AbstractEventLoop, EngineLife] = {}
         self._lock = threading.RLock()  # held while an engine is added or removed
@@ -113,10 +124,32 @@ class Engines:
     def running(self) -> EngineLife:
         """The engine of the running event loop, with its life; made at first use.
 
+        Where no event loop runs, as in the thread of a synchronous endpoint, it is the only one.
+
         Raises:
-            RuntimeError: there is no running event loop.
+            RuntimeError: there is no running event loop, and no engine yet, or several.
         """
-        return self._given or self.on(asyncio.get_running_loop())
+        if self._given is not None:
+            return self._given
+        loop = running_loop()
+        return self._only() if loop is None else self.on(loop)
+
+    def _only(self) -> EngineLife:
+        lives = [life for loop, life in tuple(self._lives.items()) if not loop.is_closed()]
+        if len(lives) == 1:
+            return lives[0]
+        raise RuntimeError(
+            f"{self!r}: there is no running event loop here, and "
+            + (
+                f"there are {len(lives)} engines, each for an event loop of its own: ask inside"
+                " the event loop that is meant."
+                if lives
+                else "no engine yet, because it is made in the event loop that uses it. Ask for"
+                " `database.engine` when the application starts, in its lifespan, or later; what"
+                " needs one already when it is imported, such as an admin panel, takes an engine of"
+                " your own, and so does the database: Database(engine=...)."
+            )
+        )
 
     def on(self, loop: asyncio.AbstractEventLoop) -> EngineLife:
         """Return the engine of an event loop, with its life; made at first use.
@@ -146,7 +179,7 @@ class Engines:
                 ' Database("sqlite://") make the engine, or use a file.'
             )
         side_engine = create_async_engine(engine.url, pool=engine.pool.recreate())
-        return EngineLife(side_engine, Statistics())
+        return EngineLife(side_engine, Statistics(), self.others)
 
     def _begin_life(self, loop: asyncio.AbstractEventLoop) -> EngineLife:
         with self._lock:  # a loop's first requests may be those of synchronous handlers, in threads
@@ -154,6 +187,8 @@ class Engines:
             if life is None:
                 self._forget_closed_loops()
                 life = self._make_life(self.statistics, self.settings.leak_threshold)
+                if isinstance(pool := life.engine.pool, FairPool):
+                    pool.loop = loop
                 self._lives[loop] = life
                 if self.active_cover is not None:
                     self.active_cover.cover(life)
@@ -171,6 +206,7 @@ class Engines:
         return EngineLife(
             settings.make_engine(url, durable=not in_memory),
             statistics,
+            self.others,
             pooler=settings.pooler is not None,
             verify=settings.profile.verify and not settings.options.get("pool_pre_ping"),
             leak_threshold=leak_threshold,
@@ -178,8 +214,10 @@ class Engines:
 
     async def dispose(self) -> None:
         """Close every connection of this event loop's engine; see `EngineLife.dispose`."""
-        if self._given is not None:
-            await run_to_completion(self._given.dispose())
+        if running_loop() is None:  # Not asyncio runs this coroutine, so it has no engine.
+            return
+        for user_engine in (*self.others.all(), *([self._given] if self._given else [])):
+            await run_to_completion(user_engine.dispose())
         with self._lock:
             self._forget_closed_loops()
             life = self._lives.pop(asyncio.get_running_loop(), None)

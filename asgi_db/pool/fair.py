@@ -8,15 +8,19 @@ under load some requests run into `pool_timeout` while others are served again a
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, cast
 
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
 from sqlalchemy.pool.base import _ConnectionRecord  # pyright: ignore[reportPrivateUsage]
 from sqlalchemy.util import await_
 from sqlalchemy.util.queue import Empty, Full, QueueCommon
 
+from asgi_db.drivers.base import ServerFullError
+from asgi_db.drivers.connecting import check_loop
 from asgi_db.logs import logger
 
 T = TypeVar("T")
@@ -28,7 +32,10 @@ class FairQueue(QueueCommon[T]):
     Attributes:
         receive: makes an item of what a waiter was handed.
         take_back: takes what a waiter was handed that has ended meanwhile.
+        loop: the event loop that it serves; None if any.
     """
+
+    loop: asyncio.AbstractEventLoop | None = None
 
     def __init__(self, maxsize: int = 0, use_lifo: bool = False) -> None:
         self.maxsize = maxsize
@@ -91,12 +98,22 @@ class FairQueue(QueueCommon[T]):
 
         Raises:
             Empty: there is no item, or none came within `timeout` seconds.
+            ConcurrentUseError: this is another event loop than the one that it serves.
         """
+        # Each request comes here, so the common case is told without a call.
+        if self.loop is not None and asyncio.get_running_loop() is not self.loop:
+            check_loop(self.loop, "The engine was used")
         if self._items:
             return self._items.pop() if self.use_lifo else self._items.popleft()
         if not block:
             raise Empty()
-        return self.receive(await_(self._wait(timeout)))
+        ends = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = None if ends is None else max(ends - time.monotonic(), 0)
+            try:
+                return self.receive(await_(self._wait(left)))
+            except WaitOn:
+                continue
 
     def get_nowait(self) -> T:
         """Take an item.
@@ -123,6 +140,10 @@ class FairQueue(QueueCommon[T]):
         finally:
             if timer is not None:
                 timer.cancel()
+
+
+class WaitOn(Exception):
+    """Raised by `receive` if the waiter has to wait for another item."""
 
 
 def _unchanged(item: T) -> T:
@@ -176,7 +197,48 @@ class FairPool(AsyncAdaptedQueuePool):
         return cast(FairQueue[Any], self._pool)
 
     def _create_connection(self) -> ConnectionPoolEntry:
-        return _Entry(self)
+        """Open a connection; if the server takes no more of them, wait for one that is in use."""
+        try:
+            return _Entry(self)
+        except ServerFullError as error:
+            if not self._others_are_open():
+                raise
+            full = error
+        self._give_up_place()
+        try:
+            entry: ConnectionPoolEntry = self._queue.get(timeout=self.timeout())
+        except BaseException as error:
+            self._overflow += 1  # The caller gives up the place once more.
+            if not isinstance(error, Empty):
+                raise
+            raise PoolTimeoutError(
+                "The server takes no more connections, and none became free in time."
+            ) from full
+        return entry
+
+    def _others_are_open(self) -> bool:
+        """Whether there is a connection, or an attempt at one, besides the one being opened."""
+        return self.checkedout() > 1
+
+    def _give_up_place(self) -> None:
+        """Leave the place of a connection that the server has refused; no waiter would get it."""
+        super()._dec_overflow()
+
+    def recreate(self) -> FairPool:
+        """Return a new pool for the same event loop, which SQLAlchemy asks for at `dispose`."""
+        pool = super().recreate()
+        assert isinstance(pool, FairPool)
+        pool.loop = self.loop
+        return pool
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The event loop that it serves; None if any."""
+        return self._queue.loop
+
+    @loop.setter
+    def loop(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        self._queue.loop = loop
 
     def return_after_error(self, entry: ConnectionPoolEntry) -> None:
         """Return a connection that SQLAlchemy itself has not returned because of an error."""
@@ -190,7 +252,13 @@ class FairPool(AsyncAdaptedQueuePool):
         if item is not _ROOM:
             return item
         try:
-            return self._create_connection()
+            return _Entry(self)
+        except ServerFullError:
+            if self._others_are_open():
+                self._give_up_place()
+                raise WaitOn from None
+            self._dec_overflow()
+            raise
         except BaseException:
             self._dec_overflow()
             raise

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import anyio
 from sqlalchemy import Connection, Engine
+from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from asgi_db.engine import time_statements, variant, watch
+from asgi_db.engine import (
+    isolation_options,
+    refuse_autocommit,
+    time_statements,
+    variant,
+    watch,
+)
+from asgi_db.errors import SandboxError
 from asgi_db.logs import logger
 from asgi_db.modes import Mode
 from asgi_db.pool.abandoned import AbandonedStatements
@@ -17,6 +26,44 @@ from asgi_db.statistics import Statistics
 
 DISPOSE_TIMEOUT = 10.0
 """Seconds that `dispose` waits for connections that are in use, before it terminates them."""
+
+
+class OtherEngines:
+    """The user's own engines to which the sessions of a database are bound beside its own."""
+
+    def __init__(self, statistics: Statistics, is_covered: Callable[[], bool]) -> None:
+        """Prepare for them.
+
+        Args:
+            statistics: where their connections are counted.
+            is_covered: whether a sandbox is active, which does not cover them.
+        """
+        self._statistics = statistics
+        self._is_covered = is_covered
+        self._lives: dict[Dialect, EngineLife] = {}
+
+    def look_after(self, engine: Engine) -> None:
+        """Look after an engine, or one of its variants, as after the database's own.
+
+        Raises:
+            SandboxError: a sandbox is active.
+            ConfigurationError: the engine commits each statement by itself.
+        """
+        if self._is_covered():
+            raise SandboxError(
+                f"A session is bound to {engine.url!r} too, and a sandbox does not undo what is"
+                " written there: in the tests bind it to the engine of the Database alone, or give"
+                " the other engine a Database and a sandbox of its own."
+            )
+        if engine.dialect not in self._lives:
+            refuse_autocommit("An engine in binds= or bind_arguments=", isolation_options(engine))
+            self._lives[engine.dialect] = EngineLife(
+                AsyncEngine(engine), self._statistics, self, given=True
+            )
+
+    def all(self) -> list[EngineLife]:
+        """Return the engines that a session has used, each with its life."""
+        return list(self._lives.values())
 
 
 class EngineLife:
@@ -32,6 +79,7 @@ class EngineLife:
         self,
         engine: AsyncEngine,
         statistics: Statistics,
+        others: OtherEngines,
         *,
         given: bool = False,
         pooler: bool = False,
@@ -42,6 +90,7 @@ class EngineLife:
 
         Args:
             statistics: where its connections are counted.
+            others: the engines beside it.
             given: the engine belongs to the user, and is not disposed.
             pooler: a pooler stands between the engine and its server.
             verify: ping its connections before use; see `Connections`.
@@ -55,6 +104,7 @@ class EngineLife:
         )
         self._abandoned = AbandonedStatements(engine, pooler=pooler)
         self._given = given
+        self._others = others
         self._variants: dict[tuple[Engine, tuple[object, ...]], Engine] = {}
         self._lock = threading.Lock()  # held while a variant is made
 
@@ -67,6 +117,8 @@ class EngineLife:
         """
         if isinstance(bind, Connection):
             return bind
+        if bind is not self.engine.sync_engine and bind.dialect is not self.engine.dialect:
+            self._others.look_after(bind)
         key = bind, mode.characteristics
         found = self._variants.get(key)
         if found is None:
@@ -94,18 +146,23 @@ class EngineLife:
             with anyio.move_on_after(DISPOSE_TIMEOUT):
                 await self.engine.dispose()
             await self._abandoned.all_ended()
-            self.terminate()
+            self._terminate(f"not returned to the pool in {DISPOSE_TIMEOUT:.0f} s")
         await self._abandoned.all_ended()
 
     def terminate(self) -> None:
-        """Terminate the connections that are still open."""
-        if self._given:
-            return
-        terminated = self.connections.terminate()
-        if terminated:
+        """Terminate the connections that are still open, because their event loop is closed."""
+        if not self._given:
+            self._terminate(
+                "not returned to the pool before their event loop was closed without `await"
+                " database.dispose()`"
+            )
+
+    def _terminate(self, why: str) -> None:
+        # A connection that nobody used harms nobody, also where each test has its own event loop.
+        if holders := self.connections.terminate():
             logger.warning(
-                "%d connections were terminated: they were not returned to the pool in %.0f s, or"
-                " their event loop was closed without `await database.dispose()`.",
-                terminated,
-                DISPOSE_TIMEOUT,
+                "%d connections were terminated: they were %s. They were held by: %s",
+                len(holders),
+                why,
+                "; ".join(map(str, holders)),
             )

@@ -6,7 +6,7 @@ from contextlib import AbstractAsyncContextManager
 
 import anyio
 from sqlalchemy import text
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from asgi_db.drivers.base import connection_error
@@ -24,17 +24,18 @@ async def ping(life: EngineLife) -> None:
     Raises:
         DatabaseBusyError: it answers, but the pool had no connection free in time.
         DatabaseDownError: it cannot be reached, or did not answer in time.
+        Exception: the application's own code has failed, such as a listener of `connect`.
     """
     try:
         return await _ask(connection_of(life.engine))
     except DatabaseDownError:
         raise
-    except (SQLAlchemyError, TimeoutError) as error:
+    except (PoolTimeoutError, TimeoutError) as error:
         busy = DatabaseBusyError("database.ping()", life.holders())
         cause = error
     try:
         await _ask(side_connection(life.engine))
-    except (SQLAlchemyError, TimeoutError) as error:
+    except (PoolTimeoutError, TimeoutError) as error:
         raise connection_error(error) from error
     raise busy from cause
 

@@ -188,6 +188,11 @@ class StandInDriver(StandIn):
         """Close the stand-in; the shared connection stays open."""
         self._of.terminate()
 
+    def begin_now(self) -> None:
+        """Begin a transaction, unless each statement stands alone."""
+        transaction = self._transaction
+        transaction.has_begun = transaction.has_begun or not transaction.stands_alone
+
     def get_transaction_status(self) -> bool:
         """Whether a transaction is open."""
         return self._transaction.has_begun

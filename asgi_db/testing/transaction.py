@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from asgi_db.drivers.sandbox import SandboxControl
-from asgi_db.engine import writes
+from asgi_db.drivers.statements import COMMON, Effect
 
 # MySQL executes the text of a comment of this form, which is therefore not skipped: /*! … */.
 _READ = re.compile(
@@ -42,7 +42,7 @@ class Statement:
         """Whether its savepoint can be released without losing any work."""
         return (
             _READ.match(self.sql) is not None
-            and not writes(self.sql)
+            and COMMON.effect_of(self.sql) < Effect.CALLS
             and "set_config" not in self.sql
         )
 

@@ -13,12 +13,14 @@ from typing import Any
 
 import anyio
 from sqlalchemy import Connection
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.util.concurrency import in_greenlet
 
-from asgi_db.drivers import error_code
+from asgi_db.drivers.describing import brief
+from asgi_db.drivers.statements import Effect
+from asgi_db.engine import has_unseen_writes
 from asgi_db.errors import DatabaseTimeoutError, OutcomeUnknownError
 from asgi_db.logs import logger
 from asgi_db.unit.deadline import Deadline
@@ -118,7 +120,7 @@ class Ending:
             log_failure(own or error)
             await self._close_by(AsyncSession.rollback(self._session), self._session.close)
             if own is not None:
-                raise own from error
+                raise own from own.__cause__ or error
             raise
         else:
             self._overdue(None)
@@ -143,30 +145,44 @@ class Ending:
             TimeoutError(),
         )
 
-    async def roll_back_unit(self, straggler: Operation | None) -> None:
+    async def roll_back_unit(
+        self, straggler: Operation | None, *, looks_for_writes: bool = False
+    ) -> None:
         """Roll back at the end of a unit; after mere reads the loaded objects stay usable.
 
         Args:
             straggler: an operation still running in another task; it is cancelled first.
+            looks_for_writes: note first whether the driver's own connection was used to write.
         """
-        await self._close_by(self._roll_back_after(straggler), self._session.close)
+        rollback = self._roll_back_after(straggler, looks_for_writes=looks_for_writes)
+        await self._close_by(rollback, self._session.close)
 
     async def give_back(self) -> None:
         """Give the connection back, but keep the loaded objects usable."""
         await self._close_by(self._give_back_after_streams(), self._keep_objects)
 
-    async def _roll_back_after(self, straggler: Operation | None) -> None:
+    async def _roll_back_after(
+        self, straggler: Operation | None, *, looks_for_writes: bool
+    ) -> None:
         if straggler is not None and straggler.task is not None:
             # Ending a session in the middle of another task's statement would break it.
             straggler.task.cancel()
             await asyncio.wait((straggler.task,))
         transaction = self._transaction
         await self._close_streams()
-        has_work = transaction.has_writes or has_changes(self._session.sync_session)
+        if looks_for_writes and transaction.was_handed_out and transaction.failure is None:
+            await self._session.run_sync(self._note_unseen_writes)
+        has_work = transaction.effect.writes or has_changes(self._session.sync_session)
         if has_work or transaction.failure is not None:
             await AsyncSession.rollback(self._session)
         else:
             await self._session.run_sync(give_back)
+
+    def _note_unseen_writes(self, _: Session) -> None:
+        # In a transaction that the database has aborted, this question fails too.
+        with contextlib.suppress(Exception):
+            if any(map(has_unseen_writes, self._transaction.connections)):
+                self._transaction.effect = Effect.WRITES
 
     async def _give_back_after_streams(self) -> None:
         await self._close_streams()
@@ -231,11 +247,3 @@ def terminate(connections: tuple[Connection, ...]) -> None:
         if not connection.closed:
             connection.invalidate()
             connection.close()
-
-
-def brief(error: BaseException) -> str:
-    """Describe an error for the log, without a database's own message, which may hold user data."""
-    if not isinstance(error, DBAPIError):
-        return f"{type(error).__name__}: {error}"
-    code = "no code" if error.orig is None else error_code(error.orig) or "no code"
-    return f"{type(error).__name__} ({type(error.orig).__name__}, {code})"

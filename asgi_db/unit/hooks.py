@@ -10,6 +10,7 @@ It waits until the database has answered; then it is due, or it is discarded:
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -17,6 +18,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from sqlalchemy.orm import SessionTransaction
 
+from asgi_db.drivers.describing import may_hold_values, traceback_of
 from asgi_db.logs import logger
 from asgi_db.tasks import run_to_completion
 
@@ -37,9 +39,16 @@ class Hook(NamedTuple):
     robust: bool = True
 
     @property
-    def names(self) -> tuple[str, HookFunction]:
-        """The event that it waited for and the function, for the log."""
-        return self.outcome.upper(), self.function
+    def names(self) -> tuple[str, str]:
+        """The event that it waited for and the function, for the log.
+
+        The `repr` of a `functools.partial` would show its arguments.
+        """
+        function = self.function
+        while isinstance(function, functools.partial):
+            function = function.func
+        name = getattr(function, "__qualname__", None) or type(function).__qualname__
+        return self.outcome.upper(), f"{getattr(function, '__module__', '')}.{name}"
 
 
 class Hooks:
@@ -121,9 +130,13 @@ async def _call_each(hooks: deque[Hook], describe: Callable[[], str]) -> BaseExc
                 await result
         except (Exception, asyncio.CancelledError) as error:
             if isinstance(error, asyncio.CancelledError) and _is_being_cancelled():
-                logger.error("%s: a hook was cancelled after %s: %r", describe(), *hook.names)
+                logger.error("%s: a hook was cancelled after %s: %s", describe(), *hook.names)
                 raise
-            logger.exception("%s: a hook failed after %s: %r", describe(), *hook.names)
+            line = "%s: a hook failed after %s: %s"
+            if may_hold_values(error):
+                logger.error(f"{line}\n%s", describe(), *hook.names, traceback_of(error))
+            else:
+                logger.exception(line, describe(), *hook.names)
             if first is None and not hook.robust:
                 first = error
     return first

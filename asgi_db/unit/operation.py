@@ -23,8 +23,15 @@ class Operation(NamedTuple):
 DISCARDING = frozenset({"close", "invalidate", "reset"})
 """Operations that discard a transaction; they are harmless after the request has ended."""
 
-MAY_BE_LATE = frozenset({"commit", "rollback", *DISCARDING})
+ENDS_UNIT = frozenset({"rollback", *DISCARDING})
+"""Operations that end the unit without a COMMIT, whatever mode it has."""
+
+MAY_BE_LATE = frozenset({"commit", *ENDS_UNIT})
 """Operations that end the unit, and may do so even when its time is over."""
 
 KEEPS_CONNECTION = frozenset({"connection", "begin", "begin_nested"})
 """Operations that return the open connection or transaction itself."""
+
+WAITING = "wait for the body"
+"""The end of a unit that gives its connection back before a wait for the network. An operation of
+another task is not refused meanwhile, but comes after it."""

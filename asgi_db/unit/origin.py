@@ -20,15 +20,22 @@ class Origin(Protocol):
         asked: the mode that the handler's dependencies ask for, if any.
         ends_at: when the mode's `timeout=` ends, by the event loop's clock, if the time began in
             an earlier attempt.
+        loop: the event loop in which the session is used.
         is_over: whether the request or block has ended, so that its session refuses to work.
+        is_asked_anew: whether a mode was asked for, or has become the default, after the last call
+            of `mode`.
         task: the task that owns each unit not begun by another task; None if any task may end it.
+        waiting: the tasks that wait for their turn with the session, if any.
     """
 
     attempt: int = 1
     asked: Mode | None = None
     ends_at: float | None = None
     is_over: bool = False
+    loop: asyncio.AbstractEventLoop
+    is_asked_anew: bool = False
     task: asyncio.Task[object] | None = None
+    waiting: tuple[asyncio.Future[None], ...] = ()
 
     @property
     def session_options(self) -> Mapping[str, Any]:
@@ -62,18 +69,18 @@ class Origin(Protocol):
 
         In order of precedence: the route, the dependency of the handler, the default.
         """
+        self.is_asked_anew = False
         return self.route_mode() or self.asked or self.default_mode()
 
-    def ask(self, mode: Mode, begun: Mode | None) -> None:
+    def has_moved(self) -> bool:
+        """Return whether `mode` may return something else than it did the last time."""
+        return self.is_asked_anew
+
+    def ask(self, mode: Mode) -> None:
         """Note the mode that a dependency asks for; the strongest one takes precedence.
 
-        Args:
-            mode: the mode.
-            begun: the mode in which a statement has already run, if any.
-
         Raises:
-            ModeConflictError: a statement has already run in a weaker mode, or an earlier
-                dependency has asked for the same mode with other options.
+            ModeConflictError: an earlier dependency has asked for the same mode with other options.
             ConfigurationError: the mode has `retries=`.
         """
         if mode.retries:
@@ -84,18 +91,26 @@ class Origin(Protocol):
         asked = self.asked
         if asked is not None and asked.covers(mode):
             return
-        if self.route_mode() is None:
-            if asked is not None and not mode.covers(asked):
-                raise ModeConflictError.at_odds(repr(mode), repr(asked), self.describe())
-            if begun is not None and not begun.covers(mode):
-                raise ModeConflictError.too_late(mode.name, begun.name, self.describe())
+        if self.route_mode() is None and asked is not None and not mode.covers(asked):
+            raise ModeConflictError.at_odds(repr(mode), repr(asked), self.describe())
         self.asked = mode
+        self.is_asked_anew = True
+
+    # -- one task at a time --------------------------------------------------------------------
+
+    def takes_turns(self, task: asyncio.Task[object]) -> bool:
+        """Return whether a task waits for others that do so too, instead of getting an error."""
+        return False
 
     # -- what a unit reports -------------------------------------------------------------------
 
     def deadline_began(self, at: float) -> None:
         """Note when the time of a unit ends, by the event loop's clock."""
         self.ends_at = None
+
+    def begins_anew(self) -> None:
+        """Note that the unit was given back, and that the next one has a mode of its own."""
+        return None
 
     def unit_ended(self, tally: Tally) -> None:
         """Note what a unit of work has done."""

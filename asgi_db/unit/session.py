@@ -3,16 +3,67 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable
+import difflib
+import inspect
+from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
+from sqlalchemy import Connection, Engine
+from sqlalchemy.engine.default import DefaultDialect
+from sqlalchemy.engine.interfaces import Dialect
+from sqlalchemy.ext.asyncio import (
+    AsyncConnection,
+    AsyncEngine,
+    AsyncSession,
+    AsyncSessionTransaction,
+)
+from sqlalchemy.orm import Session
 
+from asgi_db.errors import ConfigurationError, FailedTransactionError
 from asgi_db.unit.hooks import Hook, HookFunction, When
 from asgi_db.unit.origin import Origin
 from asgi_db.unit.sync_session import UnitSession
 from asgi_db.unit.unit_of_work import UnitOfWork
+
+_BINDS = (AsyncEngine, AsyncConnection, Engine, Connection)
+
+_OPTIONS = frozenset(inspect.signature(Session).parameters)
+_OURS = {
+    "bind": "the session uses the engine of its database; `binds` names another one for a table",
+    "class_": "the session is an `asgi_db.DBSession`",
+    "sync_session_class": "the session inside is asgi-db's own",
+}
+"""Options that would take away what the promises rest on."""
+
+
+def check_session_options(options: Mapping[str, Any], dialect: type[Dialect]) -> None:
+    """Check the options for the constructor of SQLAlchemy's session.
+
+    Args:
+        options: the options that the user has given.
+        dialect: of the database.
+
+    Raises:
+        ConfigurationError: one of them cannot work; the message names it, and the remedy.
+    """
+    for name in options:
+        if name in _OURS:
+            raise ConfigurationError(
+                f"session_options={{{name!r}: …}} cannot be set, because {_OURS[name]}: leave it"
+                " out."
+            )
+        if name not in _OPTIONS:
+            close = difflib.get_close_matches(name, _OPTIONS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "leave it out."
+            raise ConfigurationError(
+                f"session_options={{{name!r}: …}}: SQLAlchemy's session has no such option; {hint}"
+            )
+    if options.get("twophase") and dialect.do_begin_twophase is DefaultDialect.do_begin_twophase:
+        raise ConfigurationError(
+            "session_options={'twophase': True}: there is no two-phase commit on"
+            f" {dialect.name}: leave it out."
+        )
 
 
 class _Transaction(AsyncSessionTransaction):
@@ -31,6 +82,8 @@ class _Transaction(AsyncSessionTransaction):
 
     async def rollback(self) -> None:
         await self._watched("rollback", super().rollback)
+        if not self.nested:
+            self._unit_of_work.is_rollback_only = False
         await self._unit_of_work.run_hooks()
 
     async def __aexit__(
@@ -40,9 +93,17 @@ class _Transaction(AsyncSessionTransaction):
         traceback: TracebackType | None,
     ) -> None:
         async def exit_block() -> None:
+            was_rolled_back = type_ is None and not self.session.is_active
             await super(_Transaction, self).__aexit__(type_, value, traceback)
+            if was_rolled_back:
+                # A flush in the block has failed, and SQLAlchemy would end the block in silence.
+                raise FailedTransactionError(statement_failed=True) from failure
 
-        if type_ is None:
+        failure = self._unit_of_work.transaction.failure
+        if type_ is None and not self.nested and self._unit_of_work.is_rollback_only:
+            await self.rollback()
+            await super().__aexit__(type_, value, traceback)
+        elif type_ is None:
             await self._end(exit_block)
         else:
             await self._watched("rollback", exit_block)
@@ -58,6 +119,8 @@ class _Transaction(AsyncSessionTransaction):
 
     async def _watched(self, operation: str, end: Callable[[], Awaitable[None]]) -> None:
         unit, session = self._unit_of_work, cast(UnitSession, self.session.sync_session)
+        if unit.operation is not None:
+            await unit.wait_for_turn()
         if not session.enter(operation):
             await end()
             return
@@ -85,12 +148,21 @@ class DBSession(AsyncSession):
     unit: UnitOfWork | None = None
     """The unit of work of the session; None before its first use."""
 
-    def __init__(self, origin: Origin) -> None:
+    def __init__(self, origin: Origin | None = None, **options: Any) -> None:
         """Make an empty session, which is completed at its first use.
 
         Args:
-            origin: the request or block that the session is for.
+            origin: the request or block that the session is for; asgi-db itself gives it.
+            options: none; SQLAlchemy's own are refused with the remedy.
+
+        Raises:
+            ConfigurationError: it is made by hand, as an `AsyncSession` is.
         """
+        if options or origin is None or isinstance(origin, _BINDS):
+            raise ConfigurationError(
+                "A DBSession belongs to a request or a block, and is not made by hand: use"
+                " `async with database.session()` or `database.transaction()`."
+            )
         self.origin = origin
 
     if not TYPE_CHECKING:  # A type checker would accept every misspelt name.
@@ -139,6 +211,19 @@ class DBSession(AsyncSession):
         """Roll the transaction back, and run the hooks that wait for the rollback."""
         await super().rollback()
         await self.unit_of_work.run_hooks()
+
+    def set_rollback_only(self) -> None:
+        """Have the work of this request, message or block rolled back at its end.
+
+        The answer leaves as it is, whatever its status, and nothing warns of lost work: for an
+        answer that reports an error in its body, as GraphQL does with status 200. A block of
+        `begin()` rolls back, and `commit()` raises an error. What comes after a rollback by hand
+        is not concerned.
+
+        Raises:
+            SessionExpiredError: the request is over.
+        """
+        self.unit_of_work.set_rollback_only()
 
     def on_commit(
         self,

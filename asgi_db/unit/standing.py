@@ -18,18 +18,26 @@ import asyncio
 import enum
 import time
 
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, SessionTransactionOrigin
 
+from asgi_db.drivers import driver_of
 from asgi_db.drivers.connecting import raise_if_connect_failed
+from asgi_db.drivers.describing import conflict_error
 from asgi_db.errors import (
     ConcurrentUseError,
     DatabaseBusyError,
+    DatabaseConflictError,
     DatabaseDownError,
     DatabaseTimeoutError,
+    FailedTransactionError,
+    ModeConflictError,
     SessionExpiredError,
+    UnavailableError,
 )
+from asgi_db.logs import logger
 from asgi_db.modes import Mode
 from asgi_db.unit.deadline import Deadline
 from asgi_db.unit.ending import (
@@ -37,6 +45,7 @@ from asgi_db.unit.ending import (
     has_changes,
 )
 from asgi_db.unit.hooks import Hooks
+from asgi_db.unit.loaded import LoadedValues
 from asgi_db.unit.operation import MAY_BE_LATE, Operation
 from asgi_db.unit.origin import Origin
 from asgi_db.unit.transaction import OUTCOMES, Stage, Transaction
@@ -76,8 +85,10 @@ class Standing:
         sync_session: its synchronous half; None before the session is first used.
         origin: the request or block that the session is for.
         life: the engine of the session, with its pool.
+        loop: the event loop of the session.
         state: where the unit stands.
         fixed_mode: the mode that the first statement has fixed until the unit ends.
+        next_mode: another mode that was asked for meanwhile, in which the next one has to begin.
         transaction: the transaction that is open, or was open last.
         operation: the running operation; in ENDING it is the end itself.
         deadline: the deadline of the unit, if its mode has a `timeout=`.
@@ -87,19 +98,24 @@ class Standing:
         unanswered: the first committed transaction that the client has not been told about.
         owner: the task that began the open transaction.
         left_over: work of the session that belongs to no transaction.
+        is_rollback_only: whether the handler has asked for a ROLLBACK, whatever the answer.
+        loaded: what its objects had loaded; None before the first flush or rollback.
     """
 
     # Most requests never set these, so that as class attributes they cost nothing.
     state = State.IDLE
     sync_session: Session | None = None
     fixed_mode: Mode | None = None
+    next_mode: Mode | None = None
     operation: Operation | None = None
     deadline: Deadline | None = None
     hooks: Hooks | None = None
-    conflict: BaseException | None = None
+    conflict: DatabaseConflictError | None = None
     unanswered: Transaction | None = None
     owner: asyncio.Task[object] | None = None
     left_over: LeftOver | None = None
+    is_rollback_only = False
+    loaded: LoadedValues | None = None
 
     def __init__(self, session: AsyncSession, origin: Origin) -> None:
         """Prepare a unit; nothing is opened before the first statement.
@@ -111,6 +127,7 @@ class Standing:
         self.session = session
         self.origin = origin
         self.life = origin.life()
+        self.loop = origin.loop
         self.transaction = Transaction()
         self.transaction.stage = Stage.NONE
         self.tally = self.life.statistics.new_tally()
@@ -131,13 +148,65 @@ class Standing:
         return self.fixed_mode or self.origin.mode()
 
     def ask(self, mode: Mode) -> None:
-        """Note the mode that a dependency asks for; see `Origin.ask`."""
-        self.origin.ask(mode, self.fixed_mode)
+        """Note the mode that a dependency asks for; see `Origin.ask`.
+
+        Raises:
+            ModeConflictError: the unit holds work in a weaker mode, or an isolation level.
+        """
+        origin, fixed = self.origin, self.fixed_mode
+        earlier = origin.asked
+        origin.ask(mode)
+        if fixed is not None:
+            try:
+                self.needs_other_mode(keep=bool(fixed.isolation or fixed.snapshot))
+            except ModeConflictError:
+                origin.asked = earlier
+                raise
+
+    def is_outdated(self) -> bool:
+        """Return whether another mode may be asked for by now than the unit has."""
+        return self.fixed_mode is not None and (
+            self.next_mode is not None or self.origin.has_moved()
+        )
+
+    def wanted_mode(self) -> Mode | None:
+        """Return the mode that is asked for by now, if it is another one than the unit has.
+
+        The route was not known when the unit began, for example.
+        """
+        if self.fixed_mode is not None and self.origin.has_moved():
+            mode = self.origin.mode()
+            self.next_mode = None if mode == self.fixed_mode else mode
+        return self.next_mode
+
+    def needs_other_mode(self, *, keep: bool = False) -> bool:
+        """Return whether the unit has to be given back, and the next one begins in another mode.
+
+        A unit that holds more than reads stays as it is, if its mode does as well; the mode of the
+        route is exact.
+
+        Args:
+            keep: nothing but reads has to be kept too, for example a snapshot.
+
+        Raises:
+            ModeConflictError: the unit holds more than reads.
+        """
+        mode, fixed = self.wanted_mode(), self.fixed_mode
+        if mode is None or fixed is None:
+            return False
+        if not (keep or self.holds_more_than_reads):
+            return True
+        self.next_mode = None
+        if self.origin.route_mode() is None and fixed.covers(mode):
+            return False
+        self.origin.is_asked_anew = True
+        raise ModeConflictError.too_late(mode.name, fixed.name, self.describe())
 
     def begin(self) -> Mode:
         """Fix the mode, start its clock, and return it; this happens once in each unit."""
         mode = self.fixed_mode
         if mode is None:
+            self.next_mode = None
             self.fixed_mode = mode = self.origin.mode()
             if self.state is State.IDLE:
                 self.move(State.ACTIVE)
@@ -164,8 +233,11 @@ class Standing:
 
         Raises:
             SessionExpiredError: the request is over.
-            ConcurrentUseError: another task is in the middle of an operation.
+            ConcurrentUseError: another task is in the middle of an operation, or this is another
+                event loop.
         """
+        if asyncio.get_running_loop() is not self.loop:
+            raise ConcurrentUseError.session_in_another_loop(name, self.describe())
         if self.state is State.CLOSED:
             raise SessionExpiredError(name, self.describe())
         if self.operation is not None and self.operation.task is not asyncio.current_task():
@@ -183,23 +255,54 @@ class Standing:
     def translated(self, error: BaseException) -> Exception | None:
         """Return the library's own error for that of an operation, where there is one.
 
-        It is `DatabaseDownError` if the connection was closed while it was being set up, and
-        `DatabaseBusyError` if none became free.
+        It is `DatabaseDownError` if the connection was closed while it was being set up,
+        `DatabaseBusyError` if none became free, `DatabaseConflictError` if the database refused to
+        begin a transaction beside another one, and `FailedTransactionError` after a flush that
+        failed, which ends the transaction for SQLAlchemy.
         """
+        if isinstance(error, PendingRollbackError):
+            return self._failed_transaction(error)
         try:
             raise_if_connect_failed(error)
         except DatabaseDownError as down:
             return down
+        if (conflict := self.conflict_in(error)) is not None:
+            return conflict
         if not isinstance(error, PoolTimeoutError) or isinstance(error, DatabaseBusyError):
             return None
         self.tally.timeouts += 1
         self.tally.add_wait(time.monotonic() - self.tally.asked)
         return DatabaseBusyError(self.describe(), self.life.holders())
 
+    def _failed_transaction(self, error: PendingRollbackError) -> Exception | None:
+        failure = self.transaction.failure
+        if isinstance(error, FailedTransactionError) or failure is None:
+            return None
+        failed = FailedTransactionError(statement_failed=True)
+        failed.__cause__ = failure
+        return failed
+
+    def conflict_in(self, error: BaseException) -> DatabaseConflictError | None:
+        """Return the error for a conflict at BEGIN, when the unit had no connection yet."""
+        if not isinstance(error, DBAPIError) or isinstance(error, UnavailableError):
+            return None
+        if error.orig is None or not driver_of(self.life.engine.dialect).is_conflict(error.orig):
+            return None
+        conflict = self.conflict
+        if conflict is None or conflict.orig is not error.orig:
+            self.conflict = conflict = conflict_error(error, self.describe())
+            self.tally.conflicts += 1
+        return conflict
+
     def end_operation(self, operation: Operation) -> None:
         """Note that the operation has ended."""
         self.tally.busy += time.monotonic() - operation.began
         self.operation = None
+        if waiting := self.origin.waiting:
+            self.origin.waiting = ()
+            for turn in waiting:
+                if not turn.done():
+                    turn.set_result(None)
 
     def terminate_streams(self) -> None:
         """Close the connections of server-side cursors which are read after their time is over.
@@ -224,6 +327,7 @@ class Standing:
             self.state in _BUSY
             or self.operation is not None
             or self.left_over is not None
+            or self.is_rollback_only
             or (self.hooks is not None and self.hooks.are_waiting)
         )
 
@@ -253,8 +357,20 @@ class Standing:
     @property
     def has_uncommitted_work(self) -> bool:
         """Whether there is anything that a ROLLBACK would undo."""
-        has_writes = self.transaction.has_writes and self.transaction.is_open
+        has_writes = self.transaction.effect.writes and self.transaction.is_open
         return has_writes or has_changes(self.sync_session)
+
+    @property
+    def holds_more_than_reads(self) -> bool:
+        """Whether giving the connection back would undo anything, or break a block."""
+        if self.transaction.holds_more_than_reads:
+            return True
+        session = self.sync_session
+        transaction = None if session is None else session.get_transaction()
+        return transaction is not None and (
+            transaction.origin is not SessionTransactionOrigin.AUTOBEGIN
+            or (session is not None and session.in_nested_transaction())
+        )
 
     @property
     def was_cancelled(self) -> bool:
@@ -283,11 +399,31 @@ class Standing:
             if not mode.autocommit:
                 tally.outcome = OUTCOMES.get(self.transaction.stage)
             if tally.trace is not None:
-                tally.trace.has_writes = self.transaction.has_writes
+                tally.trace.has_writes = self.transaction.effect.writes
                 tally.trace.attempt = self.origin.attempt
             self.tally = self.life.statistics.new_tally()
             self.life.statistics.unit_ended(self.origin.route(), mode.name, tally)
             self.origin.unit_ended(tally)
+
+    def close(self) -> None:
+        """Close the session for good, and forget it and all that leads to a task or an error.
+
+        Its objects are detached, and keep what they have loaded.
+        """
+        self.move(State.CLOSED)
+        session = self.sync_session
+        self.sync_session = self.owner = self.deadline = self.conflict = None
+        self.transaction.failure = None
+        self.transaction.connections = self.transaction.streams = ()
+        del self.session
+        if session is not None:
+            try:
+                session.expunge_all()
+            except Exception:  # of a listener to SQLAlchemy's events
+                logger.exception("%s: an object could not be detached", self.describe())
+            if self.loaded is not None:
+                self.loaded.give_back(session)
+                self.loaded = None
 
     def move(self, to: State) -> None:
         """Go on to another state.

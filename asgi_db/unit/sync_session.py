@@ -15,18 +15,24 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import MissingGreenlet
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
-from sqlalchemy.util.concurrency import in_greenlet
+from sqlalchemy.util.concurrency import await_, in_greenlet
 
-from asgi_db.drivers import is_conflict
 from asgi_db.drivers.connecting import abandon_connect
-from asgi_db.engine import begin_unit
-from asgi_db.errors import DatabaseTimeoutError, ReadOnlyError
+from asgi_db.engine import begin_now, begin_unit
+from asgi_db.errors import DatabaseTimeoutError, FailedTransactionError, ReadOnlyError
 from asgi_db.tasks import current_task
 from asgi_db.unit.deadline import Deadline
 from asgi_db.unit.ending import give_back, has_changes, terminate
-from asgi_db.unit.operation import DISCARDING, KEEPS_CONNECTION, MAY_BE_LATE, Operation
+from asgi_db.unit.loaded import LoadedValues
+from asgi_db.unit.operation import (
+    DISCARDING,
+    ENDS_UNIT,
+    KEEPS_CONNECTION,
+    MAY_BE_LATE,
+    Operation,
+)
 from asgi_db.unit.standing import LeftOver, State
 from asgi_db.unit.transaction import Stage, Transaction
 from asgi_db.unit.unit_of_work import UnitOfWork
@@ -41,9 +47,14 @@ class UnitSession(Session):
         unit_of_work.sync_session = self
 
     def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
-        """Choose the engine for the mode; SQLAlchemy calls this before it takes a connection."""
+        """Choose the engine for the mode; SQLAlchemy calls this before it takes a connection.
+
+        Outside of any operation this is a mere question, which begins nothing.
+        """
         bind = super().get_bind(*args, **kwargs)
         unit = self.unit_of_work
+        if unit.operation is None:
+            return bind if unit.fixed_mode is None else unit.life.bind_for(bind, unit.fixed_mode)
         mode = unit.fixed_mode or unit.begin()
         tally = unit.tally
         if not unit.transaction.connections or not unit.transaction.is_open:
@@ -52,11 +63,18 @@ class UnitSession(Session):
                 tally.began = now
         return unit.life.bind_for(bind, mode)
 
+    def connection(self, *args: Any, **kwargs: Any) -> Connection:
+        """Hand out the connection, on which the driver's own may be used too."""
+        connection = super().connection(*args, **kwargs)
+        begin_now(connection, self.unit_of_work)
+        return connection
+
     def rollback(self) -> None:
         """Roll back, including the changes that `release` has kept outside any transaction."""
         if not self.in_transaction() and has_changes(self):
             Session.begin(self)
         super().rollback()
+        self.unit_of_work.is_rollback_only = False
 
     def enter(self, name: str) -> bool:
         """Begin an operation.
@@ -67,15 +85,32 @@ class UnitSession(Session):
 
         Raises:
             SessionExpiredError: the request is over.
-            ConcurrentUseError: another task is in the middle of an operation.
+            ConcurrentUseError: another task is in the middle of an operation, or this is another
+                event loop.
             DatabaseTimeoutError: the time of the unit is over.
+            ModeConflictError: another mode is asked for by now, and the unit holds work.
+            MissingGreenlet: there is no event loop here.
         """
-        unit, task = self.unit_of_work, asyncio.current_task()
-        operation, deadline = unit.operation, unit.deadline
-        if operation is not None and operation.task is task:
-            return False
-        if operation is not None or (unit.state is State.CLOSED and name not in DISCARDING):
+        unit = self.unit_of_work
+        try:
+            task = asyncio.current_task()
+        except RuntimeError:
+            raise _outside_the_loop(name, unit.describe()) from None
+        operation = unit.operation
+        if asyncio.get_running_loop() is not unit.loop:
             unit.check_free(name)
+        if operation is not None:
+            if operation.task is task:
+                return False
+            if in_greenlet():
+                await_(unit.wait_for_turn())
+            unit.check_free(name)
+        elif unit.state is State.CLOSED and name not in DISCARDING:
+            unit.check_free(name)
+        if unit.fixed_mode is not None and name not in ENDS_UNIT and unit.is_outdated():
+            if in_greenlet():  # Outside of it nothing can be sent, and the operation fails.
+                await_(unit.change_mode())
+        deadline = unit.deadline
         if deadline is not None and unit.state is State.ACTIVE:
             if name not in MAY_BE_LATE and deadline.is_over:
                 raise unit.overdue()
@@ -142,11 +177,11 @@ class UnitSession(Session):
     def _note_error(self, error: BaseException) -> None:
         unit = self.unit_of_work
         if self.in_transaction():  # Otherwise the error has ended the transaction.
-            unit.transaction.note_error(error, in_savepoint=self.in_nested_transaction())
-        if isinstance(error, DBAPIError) and unit.conflict is None and is_conflict(error):
-            # A BEGIN has failed, before the unit had the connection.
-            unit.conflict = error
-            unit.tally.conflicts += 1
+            error = unit.conflict_in(error) or error
+            in_savepoint = self.in_nested_transaction()
+            unit.transaction.note_error(error, in_savepoint=in_savepoint)
+            if not self.is_active and not in_savepoint:  # A flush has failed, whatever the reason.
+                unit.transaction.note_failure(error)
 
     def _should_give_back(self, error: BaseException | None) -> bool:
         """Decide whether the connection goes back to the pool after an operation.
@@ -177,7 +212,7 @@ class UnitSession(Session):
         """
         unit = self.unit_of_work
         if error is not None and (own := unit.translated(error)) is not None:
-            raise own from error
+            raise own from own.__cause__ or error
         if deadline is not None:
             if unit.state is State.IDLE:
                 unit.deadline = None
@@ -185,10 +220,18 @@ class UnitSession(Session):
                 raise DatabaseTimeoutError(unit.describe(), deadline.timeout) from error
 
 
+def _outside_the_loop(name: str, owner: str) -> MissingGreenlet:
+    return MissingGreenlet(
+        f"{owner}: session.{name}() was called in a thread, where nothing can be awaited, perhaps"
+        " by a lazy load in a synchronous endpoint (`def`). Make the endpoint `async def`, and"
+        " await there what is to be loaded; or load it with the object: `selectinload(...)`."
+    )
+
+
 def _inside_the_unit(name: str) -> Callable[..., Any]:
     operation = getattr(UnitSession, name)
 
-    @functools.wraps(operation)
+    @functools.wraps(getattr(Session, name))
     def guarded(self: UnitSession, *args: Any, **kwargs: Any) -> Any:
         if not self.enter(name):
             return operation(self, *args, **kwargs)
@@ -282,12 +325,18 @@ def _check_flush(session: UnitSession, *_: Any) -> None:
             f" {unit.mode.name} and only reads. Put @transactional on the route, or ask for the"
             " transactional session."
         )
+    if unit.loaded is None:
+        unit.loaded = LoadedValues()
+    unit.loaded.flush_begins(session)
 
 
 @event.listens_for(UnitSession, "before_commit")
 def _commit_begins(session: UnitSession) -> None:
     if not session.in_nested_transaction():
-        session.unit_of_work.transaction.begin_commit()
+        unit = session.unit_of_work
+        if unit.is_rollback_only:
+            raise FailedTransactionError.rollback_only()
+        unit.transaction.begin_commit()
 
 
 @event.listens_for(UnitSession, "after_commit")
@@ -298,10 +347,21 @@ def _transaction_committed(session: UnitSession) -> None:
     unit = session.unit_of_work
     transaction = unit.transaction
     transaction.move(Stage.COMMITTED)
-    if transaction.has_writes and unit.unanswered is None:
+    if unit.loaded is not None:
+        unit.loaded.committed()
+    if transaction.effect.writes and unit.unanswered is None:
         unit.unanswered = transaction
     if unit.hooks is not None:
         unit.hooks.settle("commit")
+
+
+@event.listens_for(UnitSession, "after_rollback")
+def _objects_expire(session: UnitSession) -> None:
+    """Keep what the objects have loaded; SQLAlchemy expires it right after this event."""
+    unit = session.unit_of_work
+    if unit.loaded is None:
+        unit.loaded = LoadedValues()
+    unit.loaded.rolled_back(session)
 
 
 @event.listens_for(UnitSession, "after_soft_rollback")
@@ -323,6 +383,8 @@ def _transaction_ended(session: UnitSession, transaction: SessionTransaction) ->
     """Note that the session has ended its transaction, by itself or for the handler."""
     unit = session.unit_of_work
     if transaction.parent is not None:
+        if transaction.nested and unit.loaded is not None:
+            unit.loaded.savepoint_ended(transaction)
         return
     if unit.transaction.stage is Stage.OPEN:
         unit.transaction.end()

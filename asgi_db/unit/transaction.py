@@ -18,6 +18,7 @@ from sqlalchemy import Connection, Result
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from asgi_db.drivers.statements import Effect
 from asgi_db.errors import FailedTransactionError
 from asgi_db.statistics import Outcome
 
@@ -61,7 +62,9 @@ class Transaction:
         stage: how far it has come.
         connections: the connections on which it is open.
         streams: its results with an open server-side cursor.
-        has_writes: whether it contains writes.
+        effect: the greatest effect of its statements; `HOLDS` also if its connection was handed
+            out.
+        was_handed_out: whether its connection was handed out, over which anything may be sent.
         failure: why it can no longer be committed, if so.
         was_cancelled: whether one of its statements, or its COMMIT, was running when the request
             was cancelled.
@@ -71,7 +74,8 @@ class Transaction:
     stage = Stage.OPEN
     connections: tuple[Connection, ...] = ()
     streams: tuple[Result[object], ...] = ()
-    has_writes = False
+    effect = Effect.READS
+    was_handed_out = False
     failure: BaseException | None = None
     was_cancelled = False
     when_sent: Callable[[], None] | None = None
@@ -90,9 +94,18 @@ class Transaction:
         return bool(STAGES[self.stage])
 
     @property
+    def holds_more_than_reads(self) -> bool:
+        """Whether anything would be lost if it were given back now."""
+        return self.is_open and (
+            self.effect > Effect.READS
+            or any(not stream.closed for stream in self.streams)
+            or any(_has_own_isolation(connection) for connection in self.connections)
+        )
+
+    @property
     def has_committed_writes(self) -> bool:
         """Whether it contains writes, and the database has committed them."""
-        return self.has_writes and self.stage is Stage.COMMITTED
+        return self.effect.writes and self.stage is Stage.COMMITTED
 
     def move(self, to: Stage) -> None:
         """Move to another stage.
@@ -149,3 +162,9 @@ class Transaction:
             return
         if not in_savepoint:
             self.note_failure(error)
+
+
+def _has_own_isolation(connection: Connection) -> bool:
+    """Whether the handler has set the isolation level of a connection itself."""
+    level = connection.get_execution_options().get("isolation_level")
+    return level != connection.engine.get_execution_options().get("isolation_level")

@@ -13,24 +13,26 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
+from weakref import ref
 
+from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from asgi_db.drivers.describing import brief
+from asgi_db.engine import isolation_options
 from asgi_db.errors import (
+    ModeConflictError,
     OutcomeUnknownError,
     SessionExpiredError,
     UncommittedWorkError,
 )
 from asgi_db.logs import logger
-from asgi_db.tasks import cancelled_once, current_task, finish
-from asgi_db.unit.ending import (
-    Ending,
-    brief,
-    has_changes,
-)
+from asgi_db.modes import Mode
+from asgi_db.tasks import acting_for, cancelled_once, current_task, finish
+from asgi_db.unit.ending import Ending, has_changes
 from asgi_db.unit.hooks import Hook, HookOutcome, Hooks
-from asgi_db.unit.operation import Operation
+from asgi_db.unit.operation import WAITING, Operation
 from asgi_db.unit.standing import LeftOver, Standing, State
 from asgi_db.unit.transaction import Stage
 
@@ -45,6 +47,26 @@ class UnitOfWork(Standing):
         while self.state is State.ENDING and self.operation is not None:
             task = self.operation.task
             await (asyncio.sleep(0) if task is None else asyncio.wait((task,)))
+
+    async def wait_for_turn(self) -> None:
+        """Wait while another task uses the session, if it will be done by itself.
+
+        It gives the connection back before it waits for the body, or both tasks are tasks that the
+        framework has started, which take turns.
+        """
+        if self.is_giving_back:
+            await self.wait_for_end()
+        origin, task = self.origin, asyncio.current_task()
+        while (operation := self.operation) is not None and task is not None:
+            other = operation.task
+            if other is task or not origin.takes_turns(task):
+                return
+            # A COMMIT by hand runs in a task of its own.
+            if self.state is not State.ENDING and (other is None or not origin.takes_turns(other)):
+                return
+            turn = task.get_loop().create_future()
+            origin.waiting = (*origin.waiting, turn)
+            await turn
 
     async def end(self, *, success: bool, answer: str = "") -> None:
         """End the unit: COMMIT if it succeeded and its mode commits, otherwise ROLLBACK.
@@ -64,6 +86,8 @@ class UnitOfWork(Standing):
         """
         if not self.in_use:
             return
+        if self.is_rollback_only:
+            success = self.is_rollback_only = False
         if not success:
             with cancelled_once():
                 await self._end_with_hooks(success, answer)
@@ -77,7 +101,8 @@ class UnitOfWork(Standing):
             await self._end(success, answer)
             return
         # A mode that only reads has nothing to commit, and counts as committed.
-        keeps = success and (self.mode.commits or self.mode.read_only)
+        mode = self.next_mode or self.mode
+        keeps = success and (mode.commits or mode.read_only)
         outcome: HookOutcome = "rollback"
         try:
             await self._end(success, answer)
@@ -99,7 +124,7 @@ class UnitOfWork(Standing):
         problem: Exception | None = None
         if self.state is State.ENDING:
             # Another task is committing or releasing the session.
-            problem = self._concurrent_use("commit")
+            problem = None if self.is_giving_back else self._concurrent_use("commit")
             await finish(asyncio.ensure_future(self.wait_for_end()))
         straggler = self.operation
         if straggler is not None:
@@ -107,25 +132,37 @@ class UnitOfWork(Standing):
                 straggler = None
             else:
                 problem = self._concurrent_use("commit")
+        if success and problem is None and self.next_mode is not None:
+            try:
+                await self.change_mode()
+            except ModeConflictError as conflict:
+                problem = conflict
         # A failure is rolled back in any mode, also where the route's mode cannot be found.
         mode = self.fixed_mode or (self.begin() if success else None)
         commits = mode is not None and mode.commits
         if self.left_over is LeftOver.DISCARDED and commits:
             problem = problem or UncommittedWorkError(self.describe(), is_lost=True)
-        if success and not commits:
-            self._warn_of_lost_work()
+        warns = success and problem is None and not commits
+        is_lost = warns and self._loses_work()
         session = self.sync_session
         has_transaction = session is not None and session.in_transaction()
         if has_transaction or straggler is not None or self.left_over is LeftOver.KEPT:
-            if success and problem is None and commits:
-                log_failure = functools.partial(self._log_failed_commit, answer)
-                commit = functools.partial(AsyncSession.commit, self.session)
-                await self._end_by("commit", self._ending().commit(commit, log_failure))
-            else:
-                await self._end_by("rollback", self._ending().roll_back_unit(straggler))
+            try:
+                if success and problem is None and commits:
+                    log_failure = functools.partial(self._log_failed_commit, answer)
+                    commit = functools.partial(AsyncSession.commit, self.session)
+                    await self._end_by("commit", self._ending().commit(commit, log_failure))
+                else:
+                    rollback = self._ending().roll_back_unit(straggler, looks_for_writes=warns)
+                    await self._end_by("rollback", rollback)
+            finally:
+                if self.loaded is not None and session is not None:
+                    self.loaded.give_back(session)
         elif self.state is State.ACTIVE:
             self.become_idle()
         self.left_over = None
+        if mode is not None and (is_lost or (warns and self.transaction.effect.writes)):
+            self._warn_of_lost_work(mode)
         if success and problem is not None:
             logger.error("Not committed: %s", brief(problem))
             raise problem
@@ -137,16 +174,30 @@ class UnitOfWork(Standing):
                 Session.begin(session)
         return Ending(self.session, self.transaction, self.deadline, self.describe, self.translated)
 
-    def _warn_of_lost_work(self) -> None:
-        has_new = self.sync_session is not None and self.sync_session.new
-        has_writes = self.transaction.has_writes and self.transaction.is_open
-        if has_writes or self.left_over is LeftOver.DISCARDED or has_new:
-            logger.warning(
-                "%s: uncommitted work was rolled back at the end of the %s unit: commit it with"
-                " `await session.commit()`, or put @transactional on the route.",
-                self.describe(),
-                self.mode.name,
+    def _loses_work(self) -> bool:
+        """Return whether a ROLLBACK undoes anything that is known of.
+
+        An attribute that was set to the value that it had is no change.
+        """
+        session, transaction = self.sync_session, self.transaction
+        return (
+            self.left_over is LeftOver.DISCARDED
+            or (transaction.effect.writes and transaction.is_open)
+            or session is not None
+            and (
+                bool(session.new or session.deleted)
+                or any(session.is_modified(changed) for changed in session.dirty)
             )
+        )
+
+    def _warn_of_lost_work(self, mode: Mode) -> None:
+        remedy = "put @transactional on the route"
+        logger.warning(
+            "%s: uncommitted work was rolled back at the end of the %s unit: %s.",
+            self.describe(),
+            mode.name,
+            remedy if mode.read_only else f"commit it with `await session.commit()`, or {remedy}",
+        )
 
     def _log_failed_commit(self, answer: str, error: BaseException) -> None:
         unsent = f", and {answer} was not sent" if answer else ""
@@ -169,7 +220,11 @@ class UnitOfWork(Standing):
             if caller is not None and caller.cancelling():
                 self._log_failed_commit("", error)
 
+        if self.operation is not None:
+            await self.wait_for_turn()
         self.check_free("commit")
+        if self.is_outdated():
+            await self.change_mode()
         self.begin()
         try:
             await self._end_by("commit", self._ending().commit(commit, log_failure))
@@ -186,9 +241,11 @@ class UnitOfWork(Standing):
         """Give the connection back before the unit's end; see `DBSession.release`."""
         if self.state is State.CLOSED:
             return
+        if self.operation is not None:
+            await self.wait_for_turn()
         self.check_free("release")
         transaction, session = self.transaction, self.sync_session
-        if transaction.has_writes and transaction.is_open:
+        if transaction.effect.writes and transaction.is_open:
             raise UncommittedWorkError(self.describe(), is_lost=False)
         if session is not None and session.in_transaction():
             try:
@@ -199,15 +256,52 @@ class UnitOfWork(Standing):
         elif self.state is State.ACTIVE:
             self.become_idle()
 
+    async def change_mode(self) -> None:
+        """Give the connection back if another mode is asked for by now; the next unit has it.
+
+        Raises:
+            ModeConflictError: the unit holds more than reads.
+        """
+        if self.needs_other_mode():
+            await self.release()
+            self.origin.begins_anew()
+
+    async def give_back_before_waiting(self) -> None:
+        """Give the connection back before a wait for the network, unless something would be lost.
+
+        What the user has asked to last stays: an isolation level, a snapshot, a block, a savepoint,
+        a cursor, a lock, and every change.
+        """
+        session, transaction = self.sync_session, self.transaction
+        mode = self.fixed_mode
+        if (
+            session is not None
+            and mode is not None
+            and self.state is State.ACTIVE
+            and self.operation is None
+            and not (transaction.failure or transaction.was_cancelled)
+            and not (mode.isolation or mode.snapshot or self.left_over)
+            and not (self.holds_more_than_reads or has_changes(session))
+            and session.in_transaction()
+            and not any(map(_has_isolation_level, transaction.connections))
+        ):
+            await self._end_by(WAITING, self._ending().give_back())
+
+    @property
+    def is_giving_back(self) -> bool:
+        """Whether another task gives the connection back before it waits; see above."""
+        return self.operation is not None and self.operation.name == WAITING
+
     async def _end_by(self, name: str, ending: Coroutine[Any, Any, None]) -> None:
         """End the transaction in a task of its own, and wait until that is complete."""
         self.move(State.ENDING)
         # No task has it before the new one begins, and an eager task begins at once.
         self.operation = operation = Operation(name, None, time.monotonic())
+        caller = asyncio.current_task()
         if self.left_over is LeftOver.KEPT:
             self.left_over = None
         try:
-            await finish(asyncio.ensure_future(self._run_as_operation(ending)))
+            await finish(asyncio.ensure_future(self._run_as_operation(ending, caller)))
         finally:
             ending.close()  # The task may have been cancelled before it began.
             if self.transaction.stage is Stage.OPEN:
@@ -218,7 +312,10 @@ class UnitOfWork(Standing):
             self.end_operation(operation)
             self.become_idle()
 
-    async def _run_as_operation(self, ending: Coroutine[Any, Any, None]) -> None:
+    async def _run_as_operation(
+        self, ending: Coroutine[Any, Any, None], caller: asyncio.Task[Any] | None
+    ) -> None:
+        acting_for.set(None if caller is None else ref(caller))
         if self.operation is not None:
             self.operation = self.operation._replace(task=asyncio.current_task())
         try:
@@ -227,11 +324,17 @@ class UnitOfWork(Standing):
             self.tally.is_unknown = True
             raise
 
-    def close(self) -> None:
-        """Close the session for good; using it is an error from now on."""
-        self.move(State.CLOSED)
-        self.sync_session = None
-        del self.session
+    def set_rollback_only(self) -> None:
+        """Have the unit rolled back at its end, although it succeeds.
+
+        Raises:
+            SessionExpiredError: the request is over.
+        """
+        if self.state is State.CLOSED:
+            raise SessionExpiredError("set_rollback_only", self.describe())
+        if not self.in_use:
+            self.owner = current_task()
+        self.is_rollback_only = True
 
     # -- hooks ---------------------------------------------------------------------------------
 
@@ -268,3 +371,9 @@ class UnitOfWork(Standing):
                     # The response has been sent, so an error here is only logged.
                     with contextlib.suppress(Exception):
                         await self.end(success=True)
+
+
+def _has_isolation_level(connection: Connection) -> bool:
+    """Whether the user has asked for an isolation level on this connection or its engine."""
+    of_engine = isolation_options(connection.engine)["isolation_level"]
+    return (of_engine or connection.get_execution_options().get("isolation_level")) is not None

@@ -4,6 +4,7 @@ The same Starlette routes are called by turns, with asgi-db and written by hand.
 """
 
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -14,6 +15,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import uvloop
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -21,7 +23,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from asgi_db import Database, DBSessionMiddleware, read_only, transactional
+from asgi_db import Database, DBSessionMiddleware, plain, read_only, transactional
 from tests.bench.course import Course
 from tests.bench.samples import Measured
 from tests.contenders.served import create_table
@@ -70,7 +72,7 @@ async def applications(url: str) -> AsyncGenerator[dict[str, dict[str, Starlette
     os.environ["DATABASE_URL"] = url  # the contenders' table is for applications that are served
     from tests.contenders.shared import Item, item
 
-    ids = iter(range(1_000, 100_000_000))
+    ids = itertools.count(os.getpid() * 1_000_000)
     autocommit = create_async_engine(
         url, isolation_level="AUTOCOMMIT", pool_reset_on_return=None, pool_size=1
     )
@@ -86,6 +88,10 @@ async def applications(url: str) -> AsyncGenerator[dict[str, dict[str, Starlette
         found = await session.get_one(Item, 1)
         return JSONResponse({"id": found.id, "value": found.value})
 
+    async def answer_five(session: AsyncSession) -> Response:
+        ids = [await session.scalar(select(Item.id).where(Item.id == id)) for id in range(1, 6)]
+        return JSONResponse(ids)
+
     async def read_by_hand(request: Request) -> Response:
         async with make_reader() as session:
             return await answer(session)
@@ -93,6 +99,22 @@ async def applications(url: str) -> AsyncGenerator[dict[str, dict[str, Starlette
     @read_only
     async def read(request: Request) -> Response:
         return await answer(request.state.db)
+
+    async def read_plainly_by_hand(request: Request) -> Response:
+        async with make() as session:
+            return await answer(session)
+
+    @plain
+    async def read_plainly(request: Request) -> Response:
+        return await answer(request.state.db)
+
+    async def read_five_by_hand(request: Request) -> Response:
+        async with make_reader() as session:
+            return await answer_five(session)
+
+    @read_only
+    async def read_five(request: Request) -> Response:
+        return await answer_five(request.state.db)
 
     async def write_by_hand(request: Request) -> Response:
         async with make.begin() as session:
@@ -116,6 +138,14 @@ async def applications(url: str) -> AsyncGenerator[dict[str, dict[str, Starlette
         },
         "read": {"hand": application(read_by_hand), "asgi_db": application(read, ours)},
         "write": {"hand": application(write_by_hand), "asgi_db": application(write, ours)},
+        "plain read": {
+            "hand": application(read_plainly_by_hand),
+            "asgi_db": application(read_plainly, ours),
+        },
+        "five reads": {
+            "hand": application(read_five_by_hand),
+            "asgi_db": application(read_five, ours),
+        },
     }
     for one in (autocommit, engine, database):
         await one.dispose()
@@ -153,9 +183,9 @@ async def _send(message: Any) -> None:
 async def _measure(url: str, slices: int) -> dict[str, dict[str, list[tuple[float, float]]]]:
     found = dict[str, dict[str, list[tuple[float, float]]]]()
     async with applications(url) as all_of_them:
-        for what, apps in all_of_them.items():
+        for what, number in REQUESTS.items():
+            apps = all_of_them[what]
             times: dict[str, list[tuple[float, float]]] = {name: [] for name in apps}
-            number = REQUESTS[what]
             for turn in range(slices + 1):
                 for name in random.sample(list(apps), len(apps)):
                     began, began_cpu = time.perf_counter(), time.process_time()

@@ -13,6 +13,7 @@ import litestar.exceptions
 import litestar.response
 import starlette.exceptions
 from litestar.di import NamedDependency
+from litestar.middleware import DefineMiddleware
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.requests import Request
@@ -31,7 +32,21 @@ from asgi_db import (
 from asgi_db.types import ASGIApp, Receive, Scope, Send
 from asgi_db_fastapi import CurrentSession, CurrentSessionReadOnly, CurrentSessionTransaction
 from asgi_db_litestar import DatabasePlugin
-from tests.contract.endpoints import Answer, Framework, Handlers, Route, Setup
+from tests.contract.endpoints import Answer, Framework, Handlers, Route, Setup, Work
+
+
+class Before:
+    """A middleware which uses the session before the route is known, as one for logins does."""
+
+    def __init__(self, app: ASGIApp, work: Work | None) -> None:
+        self._app = app
+        self._work = work
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._work is not None and scope["type"] == "http":
+            await self._work(scope["state"]["db"])
+        await self._app(scope, receive, send)
+
 
 # -- bare ASGI ---------------------------------------------------------------------------------
 
@@ -71,7 +86,8 @@ class BareASGI:
                 if answer.background is not None:
                     await answer.background()
 
-        return DBSessionMiddleware(app, database=setup.database, mode=setup.mode)
+        inner = Before(app, setup.before)
+        return DBSessionMiddleware(inner, database=setup.database, mode=setup.mode)
 
     def _endpoint(self, route: Route) -> Callable[[DBSession], Awaitable[Answer]]:
         async def endpoint(session: DBSession) -> Answer:
@@ -150,6 +166,8 @@ class InStarlette:
 
 def starlette_middleware(app: Starlette, setup: Setup, around: bool) -> ASGIApp:
     """Install the middleware as Starlette and FastAPI do, or around the application."""
+    if setup.before is not None:
+        app.add_middleware(Before, work=setup.before)
     if around:
         return DBSessionMiddleware(app, database=setup.database, mode=setup.mode)
     app.add_middleware(DBSessionMiddleware, database=setup.database, mode=setup.mode)
@@ -252,12 +270,14 @@ class InLitestar:
                 for route in setup.routes
             ],
             plugins=[] if around else [plugin],
+            middleware=[] if around else [DefineMiddleware(Before, work=setup.before)],
             exception_handlers=litestar_handlers(setup.handlers),
             openapi_config=None,
             logging_config=None,
         )
         if around:
-            return DBSessionMiddleware(app, database=setup.database, mode=setup.mode)
+            inner = Before(app, setup.before)
+            return DBSessionMiddleware(inner, database=setup.database, mode=setup.mode)
         return app
 
     def _endpoint(self, route: Route) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ It is stricter than a server: a second status line, or a body without one, fails
 
 import asyncio
 import contextvars
+import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -50,6 +51,25 @@ class Exchange:
     def complete(self) -> bool:
         """Whether the client got the end of the response; else the server cut it off."""
         return self.answered_by_server or (bool(self.messages) and _is_last(self.messages[-1]))
+
+
+def assert_refused(exchange: Exchange, reason: str) -> None:
+    """The client was told, once and in due form, that the database cannot serve it now."""
+    assert (exchange.status, exchange.complete, exchange.error) == (503, True, None), exchange
+    assert not exchange.answered_by_server
+    headers: dict[bytes, bytes] = dict(exchange.messages[0]["headers"])
+    assert headers[b"content-type"] == b"application/problem+json"
+    assert int(headers[b"retry-after"]) > 0
+    assert int(headers[b"content-length"]) == len(exchange.body)
+    problem = json.loads(exchange.body)
+    assert problem.pop("detail")
+    assert problem == {
+        "type": "about:blank",
+        "title": "Service Unavailable",
+        "status": 503,
+        "reason": reason,
+    }
+    assert b"POST" not in exchange.body and b"password" not in exchange.body
 
 
 async def call(

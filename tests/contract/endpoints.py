@@ -54,6 +54,8 @@ class Setup:
     routes: list[Route]
     handlers: Handlers
     mode: Mode = plain
+    before: Work | None = None
+    """What a middleware inside the library's own does before the route is known."""
 
 
 class Framework(Protocol):

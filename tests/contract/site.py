@@ -99,6 +99,7 @@ class Site:
         default: Mode = plain,
         handlers: Handlers | None = None,
         around: bool = False,
+        before: Work | None = None,
     ) -> ASGIApp:
         """The application of these endpoints.
 
@@ -109,12 +110,13 @@ class Site:
             default: the mode of the middleware.
             handlers: the exception handlers.
             around: whether the middleware stands around the application instead of inside.
+            before: what a middleware does with the session before the route is known.
         """
         routes = [
             Route(path, each, mode, dependency)
             for path, each in ({"/": work} if callable(work) else work).items()
         ]
-        setup = Setup(self.database, routes, handlers or {}, default)
+        setup = Setup(self.database, routes, handlers or {}, default, before)
         return self.framework.app(setup, around=around)
 
     async def answer(self, work: Work, mode: Mode | None = None, **options: Any) -> Exchange:

@@ -6,13 +6,13 @@ same on every database.
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import pytest
-from sqlalchemy import insert, text
+from sqlalchemy import event, insert, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from asgi_db import DBSession, read_only, transactional
+from asgi_db import DBSession, plain, read_only, transactional
 from asgi_db.errors import FailedTransactionError
 from tests.contract.endpoints import Answer, Framework
 from tests.contract.site import BAD_STATEMENT, Item, Site, write
@@ -50,6 +50,9 @@ bad_statements = pytest.mark.parametrize(
 )
 
 
+HANDLED = {FailedTransactionError: Answer(409, b"handled")}
+
+
 @bad_statements
 async def test_a_swallowed_failure_is_never_acknowledged(site: Site, bad: Statement) -> None:
     async def swallow(session: DBSession) -> Answer:
@@ -65,28 +68,98 @@ async def test_a_swallowed_failure_is_never_acknowledged(site: Site, bad: Statem
     assert await site.items() == []
 
 
-async def test_a_swallowed_failure_reaches_the_registered_handler(site: Site) -> None:
+@bad_statements
+async def test_a_swallowed_failure_reaches_the_registered_handler(
+    site: Site, bad: Statement
+) -> None:
     async def swallow(session: DBSession) -> None:
         await write()(session)
+        await session.flush()
         with suppress(DBAPIError):
-            await through_the_session(session)
+            await bad(session)
 
-    handlers = {FailedTransactionError: Answer(409, b"handled")}
-    exchange = await site.answer(swallow, transactional, handlers=handlers)
+    exchange = await site.answer(swallow, transactional, handlers=HANDLED)
     assert (exchange.status, exchange.body, exchange.error) == (409, b"handled", None)
     assert await site.items() == []
 
 
-async def test_a_swallowed_failure_cannot_be_committed_by_hand(site: Site) -> None:
+@bad_statements
+@pytest.mark.parametrize("how", ["commit", "in run_sync", "begin"])
+async def test_a_swallowed_failure_cannot_be_committed_by_hand(
+    site: Site, bad: Statement, how: str
+) -> None:
+    causes: list[BaseException | None] = []
+
+    async def swallow(session: DBSession) -> None:
+        async def fail() -> None:
+            await write()(session)
+            await session.flush()
+            with suppress(DBAPIError):
+                await bad(session)
+
+        try:
+            if how == "begin":
+                async with session.begin():
+                    await fail()
+                return
+            await fail()
+            if how == "in run_sync":
+                await session.run_sync(lambda session: session.commit())
+            await session.commit()
+        except FailedTransactionError as error:
+            causes.append(error.__cause__)
+            raise
+
+    exchange = await site.answer(swallow, handlers=HANDLED)
+    assert (exchange.status, exchange.body, exchange.error) == (409, b"handled", None)
+    assert await site.items() == []
+    assert [isinstance(cause, DBAPIError) for cause in causes] == [True]
+
+
+@pytest.mark.parametrize("again", ["execute", "savepoint"])
+async def test_a_statement_after_a_flush_that_failed_gets_the_same_error(
+    site: Site, again: str
+) -> None:
+    async def go_on(session: DBSession) -> None:
+        await write()(session)
+        await session.flush()
+        with suppress(DBAPIError):
+            await through_a_flush(session)
+        if again == "execute":
+            await session.execute(text("SELECT 1"))
+        else:
+            async with session.begin_nested():
+                raise AssertionError("it is not to be entered")
+
+    for mode in transactional, plain:
+        exchange = await site.answer(go_on, mode, handlers=HANDLED)
+        assert (exchange.status, exchange.body, exchange.error) == (409, b"handled", None)
+        assert await site.items() == []
+
+
+async def test_a_flush_that_failed_without_a_statement_is_never_acknowledged(site: Site) -> None:
+    class Refused(Exception):
+        """Not an error of the database."""
+
+    def refuse(*_: object) -> None:
+        raise Refused
+
     async def swallow(session: DBSession) -> None:
         await write()(session)
-        with suppress(DBAPIError):
-            await through_the_session(session)
-        await session.commit()
+        await session.flush()
+        session.add(Item(name="b"))
+        event.listen(Item, "before_insert", refuse)
+        try:
+            with suppress(Refused):
+                await session.flush()
+        finally:
+            event.remove(Item, "before_insert", refuse)
 
-    handlers = {FailedTransactionError: Answer(409, b"handled")}
-    exchange = await site.answer(swallow, handlers=handlers)
+    exchange = await site.answer(swallow, transactional, handlers=HANDLED)
     assert (exchange.status, exchange.body, exchange.error) == (409, b"handled", None)
+    exchange = await site.answer(swallow, transactional)
+    assert exchange.status == 500
+    assert exchange.error is None or isinstance(exchange.error.__cause__, Refused)
     assert await site.items() == []
 
 
@@ -155,6 +228,28 @@ async def test_a_failure_swallowed_inside_a_savepoint_is_acknowledged_only_if_al
     else:
         assert (exchange.status, exchange.body) == (200, b"done")
         assert await site.items() == ["a", "b"]
+
+
+@pytest.mark.parametrize("outer", [False, True], ids=["raised", "swallowed outside"])
+async def test_a_flush_that_fails_inside_a_savepoint_takes_its_rest_with_it_and_says_so(
+    site: Site, outer: bool
+) -> None:
+    async def swallow(session: DBSession) -> None:
+        await write()(session)
+        await session.flush()
+        with suppress(FailedTransactionError) if outer else nullcontext():
+            async with session.begin_nested():
+                await session.execute(insert(Item).values(name="b"))
+                with suppress(IntegrityError):
+                    await through_a_flush(session)
+
+    exchange = await site.answer(swallow, transactional, handlers=HANDLED)
+    if outer:
+        assert (exchange.status, exchange.body) == (200, b"done")
+        assert await site.items() == ["a"]
+    else:
+        assert (exchange.status, exchange.body, exchange.error) == (409, b"handled", None)
+        assert await site.items() == []
 
 
 async def test_a_deadlock_is_never_acknowledged_although_it_hit_a_savepoint_only(

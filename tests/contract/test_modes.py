@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from asgi_db import DBSession, plain, read_only, transactional
+from asgi_db import DBSession, Mode, plain, read_only, transactional
 from tests.contract.client import call
-from tests.contract.endpoints import Answer
+from tests.contract.endpoints import Answer, Framework, Work
 from tests.contract.site import Item, Site, write
-from tests.servers import assert_disconnected, server_connections
+from tests.servers import assert_disconnected, outside, server_connections
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -52,6 +52,79 @@ async def test_in_plain_uncommitted_work_is_rolled_back_with_a_warning_that_name
     assert "POST /orders (" in warning
     assert ".order)" in warning
     assert "await session.commit()" in warning
+
+
+async def change(session: DBSession) -> None:
+    (await session.get_one(Item, "a")).note = "changed"
+
+
+async def change_after_a_commit(session: DBSession) -> None:
+    item = await session.get_one(Item, "a")
+    await session.commit()
+    item.note = "changed"
+
+
+async def delete(session: DBSession) -> None:
+    await session.delete(await session.get_one(Item, "a"))
+
+
+async def add(session: DBSession) -> None:
+    await session.get_one(Item, "a")
+    session.add(Item(name="b"))
+
+
+@pytest.mark.parametrize("work", [change, change_after_a_commit, delete, add])
+@pytest.mark.parametrize("mode", [plain, read_only, read_only(snapshot=True)])
+async def test_unsaved_changes_are_dropped_with_a_warning_that_names_the_route(
+    site: Site, work: Work, mode: Mode, caplog: pytest.LogCaptureFixture
+) -> None:
+    await site.from_outside("INSERT INTO item VALUES ('a', 'old')")
+    exchange = await site.call(site.app({"/orders": work}, mode), "/orders")
+    assert (exchange.status, exchange.body) == (200, b"done")
+    [warning] = warnings_of(caplog)
+    assert f"POST /orders ({work.__name__}): uncommitted work was rolled back" in warning
+    assert "put @transactional on the route" in warning
+    assert ("await session.commit()" in warning) is (mode == plain)
+    assert await site.items() == ["a"]
+    async with outside(site.url) as connection:
+        assert await connection.execute("SELECT note FROM item WHERE note <> 'old'") == []
+
+
+@pytest.mark.parametrize("mode", [plain, read_only], ids=lambda mode: mode.name)
+async def test_setting_the_value_that_is_there_already_warns_of_nothing(
+    site: Site, mode: Mode, caplog: pytest.LogCaptureFixture
+) -> None:
+    await site.from_outside("INSERT INTO item VALUES ('a', 'old')")
+
+    async def set_again(session: DBSession) -> None:
+        (await session.get_one(Item, "a")).note = "old"
+
+    assert (await site.answer(set_again, mode)).status == 200
+    assert warnings_of(caplog) == []
+
+
+@pytest.mark.parametrize("copies", [True, False])
+async def test_in_plain_an_uncommitted_copy_warns_of_it(
+    framework: Framework,
+    postgresql_url: str,
+    copies: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It passes the session by, on the connection of the driver."""
+
+    async def copy(session: DBSession) -> None:
+        connection = await session.connection()
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        if copies:
+            await session.execute(select(Item))
+            await driver.copy_records_to_table("item", records=[("a", None)])
+        else:
+            await driver.fetch("SELECT 1")
+
+    async with Site.on(framework, postgresql_url) as site:
+        assert (await site.answer(copy, plain)).status == 200
+        assert await site.items() == []
+    assert len(warnings_of(caplog)) == copies
 
 
 async def test_in_plain_the_handler_commits(site: Site, caplog: pytest.LogCaptureFixture) -> None:

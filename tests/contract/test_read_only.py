@@ -81,7 +81,98 @@ WRITES: dict[str, Callable[[DBSession], Awaitable[Any]]] = {
 async def test_in_read_only_no_write_reaches_the_server(site: Site, mode: Mode) -> None:
     """The mode is autocommit: a write which had reached the server would be seen from outside."""
     await site.from_outside("INSERT INTO item (name) VALUES ('there')")
-    for name, attempt in WRITES.items():
+    await assert_refused(site, mode, WRITES)
+    assert await site.items() == ["there"]
+
+
+def of_one(statement: str) -> Callable[[DBSession], Awaitable[Any]]:
+    """Execute a statement that is written by hand."""
+    return lambda session: session.execute(text(statement))
+
+
+LOCKS: dict[str, Callable[[DBSession], Awaitable[Any]]] = {
+    "row lock": lambda session: session.scalars(select(Item).with_for_update(skip_locked=True)),
+    "shared row lock": lambda session: session.scalars(select(Item).with_for_update(read=True)),
+    "row lock of an object": lambda session: session.get(Item, "there", with_for_update=True),
+    "row lock in a subquery": lambda session: session.scalars(
+        select(Item).where(Item.name.in_(select(Item.name).with_for_update()))
+    ),
+}
+"""What locks rows; SQLAlchemy leaves that out for SQLite, which has no row locks."""
+
+HIDDEN: dict[str, dict[str, str]] = {
+    "postgresql": {
+        "a comment": "COMMENT ON TABLE item IS 'a'",
+        "statistics": "ANALYZE item",
+        "an index": "REINDEX TABLE item",
+        "a cleaning": "VACUUM item",
+        "a table out of a query": "SELECT * INTO item_2 FROM item",
+        "a message": "NOTIFY item",
+        "a message by a function": "SELECT pg_notify('item', '')",
+    },
+    "mysql": {
+        "statistics": "ANALYZE TABLE item",
+        "an optimization": "OPTIMIZE TABLE item",
+        "a comment that is executed": "/*! DELETE FROM item */",
+        "a second statement": "SELECT 1; DELETE FROM item",
+        "a statement with settings": "SET STATEMENT max_statement_time = 9 FOR DELETE FROM item",
+        "a setting of the server": "SET GLOBAL max_statement_time = 0",
+    },
+    "sqlite": {
+        "statistics": "ANALYZE",
+        "an index": "REINDEX item",
+        "a cleaning": "VACUUM",
+        "a setting of the file": "PRAGMA user_version = 1",
+    },
+}
+"""What writes, and does not look like it."""
+
+LASTING: dict[str, dict[str, str]] = {
+    "postgresql": {
+        "a lock of the session": "SELECT pg_advisory_lock(1)",
+        "a lock of the transaction": "SELECT pg_advisory_xact_lock(1)",
+        "a setting": "SET search_path TO shop",
+        "a setting of the transaction": "SELECT set_config('app.tenant', 'a', true)",
+        "a cursor": "DECLARE c CURSOR FOR SELECT 1",
+        "a subscription": "LISTEN item",
+    },
+    "mysql": {
+        "a lock of the session": "SELECT GET_LOCK('item', 1)",
+        "a lock of a table": "LOCK TABLES item READ",
+        "a setting": "SET SESSION max_statement_time = 9",
+        "a handler": "HANDLER item OPEN",
+    },
+    "sqlite": {
+        "a setting": "PRAGMA foreign_keys = OFF",
+        "another file": "ATTACH DATABASE ':memory:' AS other",
+    },
+}
+"""What needs a transaction or a connection that is kept."""
+
+
+@pytest.mark.parametrize("mode", [read_only, read_only(snapshot=True)], ids=["", "snapshot"])
+async def test_in_read_only_no_row_is_locked_and_nothing_written_in_disguise(
+    site: Site, mode: Mode
+) -> None:
+    """Two workers which claim a job in this way would both get it."""
+    await site.from_outside("INSERT INTO item (name) VALUES ('there')")
+    hidden = HIDDEN[site.database.url.get_backend_name()]
+    attempts = {**LOCKS, **{name: of_one(statement) for name, statement in hidden.items()}}
+    await assert_refused(site, mode, attempts)
+    assert await site.items() == ["there"]
+
+
+async def test_in_read_only_nothing_is_taken_that_needs_a_transaction(site: Site) -> None:
+    lasting = LASTING[site.database.url.get_backend_name()]
+    attempts = {name: of_one(statement) for name, statement in lasting.items()}
+    await assert_refused(site, read_only, attempts)
+
+
+async def assert_refused(
+    site: Site, mode: Mode, attempts: dict[str, Callable[[DBSession], Awaitable[Any]]]
+) -> None:
+    """Each attempt is refused before anything reaches the server."""
+    for name, attempt in attempts.items():
 
         async def endpoint(
             session: DBSession, attempt: Callable[[DBSession], Awaitable[Any]] = attempt
@@ -93,7 +184,6 @@ async def test_in_read_only_no_write_reaches_the_server(site: Site, mode: Mode) 
         assert (exchange.status, exchange.body, exchange.error) == (422, b"refused", None), name
         assert site.checked_out == 0, name
     await site.assert_nothing_held()
-    assert await site.items() == ["there"]
 
 
 async def stream_rows(session: DBSession) -> Answer:

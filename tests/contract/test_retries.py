@@ -6,10 +6,10 @@ import asyncio
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError
 
-from asgi_db import Database, DBSession, transactional
+from asgi_db import Database, DBSession, Mode, plain, transactional
 from tests.contract.apps import FRAMEWORKS
 from tests.contract.client import call
 from tests.contract.endpoints import Answer, Framework, Work
@@ -119,17 +119,17 @@ async def test_when_the_last_attempt_has_lost_its_error_says_so(
     rival: Rival, caplog: pytest.LogCaptureFixture
 ) -> None:
     exchange = await rival.site.answer(rival.work(9, write()), SERIALIZABLE)
-    assert exchange.status == 500
+    assert exchange.status == 503
     assert rival.attempts == [1, 2, 3, 4]
     assert "will not be run again after a conflict: 4 attempts have failed" in caplog.text
     assert await left(rival.site) == []
 
 
-async def test_without_retries_a_conflict_is_an_error(rival: Rival) -> None:
+async def test_without_retries_a_conflict_is_no_second_attempt(rival: Rival) -> None:
     exchange = await rival.site.answer(
         rival.work(1, write()), transactional(isolation="SERIALIZABLE")
     )
-    assert exchange.status == 500
+    assert exchange.status == 503
     assert rival.attempts == [1]
 
 
@@ -180,7 +180,7 @@ async def test_the_time_of_a_request_counts_for_all_its_attempts_together(
         return Answer()
 
     mode = transactional(isolation="SERIALIZABLE", retries=50, timeout=60)
-    assert (await rival.site.answer(order, mode)).status == 500
+    assert (await rival.site.answer(order, mode)).status == 503
     assert ends[0] is not None and ends == [ends[0], ends[0]]
     assert "its timeout= is nearly over" in caplog.text
 
@@ -223,3 +223,30 @@ async def test_increments_of_one_counter_side_by_side_all_succeed(
         async with outside(url) as connection:
             ((note,),) = await connection.execute("SELECT note FROM item WHERE name = 'n'")
         assert int(note) == CLIENTS * TIMES
+
+
+# -- after a read before the route is known ----------------------------------------------------
+
+
+@pytest.mark.parametrize("default", [plain, plain(timeout=30)], ids=["plain", "with a timeout"])
+async def test_retries_of_the_route_count_whatever_was_read_before_it_was_known(
+    rival: Rival, default: Mode
+) -> None:
+    ends: list[float | None] = []
+
+    async def login(session: DBSession) -> None:
+        await session.scalars(select(Item))
+
+    async def note_end(session: DBSession) -> None:
+        await session.execute(text("SELECT 1"))
+        deadline = session.unit_of_work.deadline
+        ends.append(None if deadline is None else deadline.at)
+        if session.attempt < 3:
+            await rival.win(session)
+
+    mode = transactional(isolation="SERIALIZABLE", retries=3, timeout=60)
+    began = asyncio.get_running_loop().time()
+    options: dict[str, Any] = {"default": default, "around": True, "before": login}
+    assert (await rival.site.answer(note_end, mode, **options)).status == 200
+    assert len(ends) == 3 and len(set(ends)) == 1
+    assert ends[0] is not None and ends[0] > began + 55

@@ -1,5 +1,7 @@
 """The session in the hands of a handler: given back early, closed, broken; cleaned up always."""
 
+from collections.abc import Callable
+
 import pytest
 from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError
@@ -162,3 +164,69 @@ async def test_a_request_of_its_own_database_session_leaves_the_other_alone(site
     exchange = await site.call(site.app(audit, transactional), watch=at_start(look))
     assert (exchange.status, exchange.body) == (409, b"done")
     assert seen == [["audit"]]
+
+
+# -- what is no statement ----------------------------------------------------------------------
+
+QUESTIONS: list[Callable[[DBSession], object]] = [
+    lambda session: session.get_bind(),
+    lambda session: session.get_bind(Item),
+    lambda session: session.get_bind().dialect.name,
+    lambda session: session.sync_session.get_bind(),
+    lambda session: session.bind,
+    lambda session: session.identity_map,
+    lambda session: (session.new, session.dirty, session.deleted),
+    lambda session: session.in_transaction(),
+    lambda session: session.info,
+    lambda session: str(select(Item).compile(session.get_bind())),
+]
+
+
+async def test_a_question_fixes_no_mode_starts_no_clock_and_counts_no_unit(site: Site) -> None:
+    async def ask(session: DBSession) -> Answer:
+        unit = session.unit_of_work
+        for question in QUESTIONS:
+            question(session)
+            await session.run_sync(lambda session: session.get_bind())
+            assert (unit.fixed_mode, unit.deadline, unit.tally.began) == (None, None, None)
+        unit.ask(transactional)
+        await write()(session)
+        return Answer(201)
+
+    async def only_ask(session: DBSession) -> None:
+        for question in QUESTIONS:
+            question(session)
+
+    for default in plain(timeout=30), read_only(timeout=30):
+        assert (await site.answer(only_ask, default=default)).status == 200
+        assert site.database.stats().routes == {}
+    assert site.opened == 0
+    assert (await site.answer(ask, default=plain(timeout=30))).status == 201
+    assert await site.items() == ["a"]
+
+
+async def test_what_is_found_in_the_identity_map_is_no_statement(site: Site) -> None:
+    await site.from_outside("INSERT INTO item VALUES ('a', NULL)")
+
+    async def find(session: DBSession) -> Answer:
+        unit = session.unit_of_work
+        item = await session.get_one(Item, "a")
+        await session.release()
+        assert await session.get_one(Item, "a") is item
+        assert (item.name, unit.fixed_mode, site.checked_out) == ("a", None, 0)
+        return Answer(200)
+
+    for mode in plain, transactional, read_only:
+        assert (await site.answer(find, mode)).status == 200
+    (found,) = site.database.stats().routes.values()
+    assert (found.units, found.statements) == (3, 3)
+
+
+async def test_in_a_unit_the_bind_is_the_engine_of_its_mode(site: Site) -> None:
+    async def compare(session: DBSession) -> None:
+        await session.execute(text("SELECT 1"))
+        connection = await session.connection()
+        assert session.get_bind() is connection.sync_connection.engine  # type: ignore[union-attr]
+
+    for mode in plain, transactional(isolation="SERIALIZABLE"), read_only(snapshot=True):
+        assert (await site.answer(compare, mode)).status == 200

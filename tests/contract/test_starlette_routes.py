@@ -5,23 +5,31 @@ from typing import Any
 
 import pytest
 from fastapi import APIRouter, FastAPI
+from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError
 from starlette.applications import Starlette
+from starlette.authentication import (
+    AuthCredentials,
+    AuthenticationBackend,
+    BaseUser,
+    SimpleUser,
+)
 from starlette.endpoints import HTTPEndpoint
 from starlette.middleware import Middleware
+from starlette.middleware.authentication import AuthenticationMiddleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.middleware.gzip import GZipMiddleware
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Mount, Route, Router
 
-from asgi_db import DBSessionMiddleware, plain, read_only, transactional
+from asgi_db import DBSessionMiddleware, by_method, plain, read_only, transactional
 from asgi_db.types import ASGIApp
 from asgi_db_starlette import get_session
 from tests.contract.apps import FRAMEWORKS, starlette_handlers
 from tests.contract.client import call
 from tests.contract.endpoints import Answer, Framework, Handlers
-from tests.contract.site import BAD_STATEMENT, Site, write
+from tests.contract.site import BAD_STATEMENT, Item, Site, write
 
 pytestmark = pytest.mark.parametrize(
     "framework",
@@ -254,3 +262,48 @@ async def test_another_middleware_beside_changes_nothing_of_a_failed_commit(
     assert failed.complete
     assert b"done" not in failed.body
     assert await site.items() == []
+
+
+# -- what reads the user before the route is known ---------------------------------------------
+
+
+class Backend(AuthenticationBackend):
+    """Finds the user in the database, with the session of the request."""
+
+    async def authenticate(self, conn: HTTPConnection) -> tuple[AuthCredentials, BaseUser] | None:
+        user = await get_session(conn).scalar(select(Item.name))
+        return AuthCredentials(), SimpleUser(str(user))
+
+
+async def log_in(request: Request, call_next: RequestResponseEndpoint) -> Response:
+    """The same in a function."""
+    await get_session(request).scalar(select(Item.name))
+    return await call_next(request)
+
+
+@pytest.mark.parametrize(
+    "login",
+    [
+        Middleware(AuthenticationMiddleware, backend=Backend()),
+        Middleware(BaseHTTPMiddleware, dispatch=log_in),
+    ],
+    ids=["AuthenticationMiddleware", "BaseHTTPMiddleware"],
+)
+@pytest.mark.parametrize("flush", [False, True])
+async def test_who_the_user_is_may_be_read_before_the_route_is_known(
+    site: Site, login: Middleware, flush: bool
+) -> None:
+    @transactional
+    async def endpoint(request: Request) -> Response:
+        session = get_session(request)
+        await write()(session)
+        if flush:
+            await session.flush()
+        return PlainTextResponse("created", 201)
+
+    for default in plain, by_method:
+        ours = Middleware(DBSessionMiddleware, database=site.database, mode=default)
+        app = make_app(site.framework, endpoint, middleware=[ours, login])
+        assert (await site.call(app)).status == 201
+        assert await site.items() == ["a"]
+        await site.from_outside("DELETE FROM item")

@@ -35,7 +35,7 @@ from asgi_db import (
 )
 from asgi_db_fastapi import CurrentSession
 from tests.contract.apps import BareASGI, InFastAPI
-from tests.contract.client import Exchange
+from tests.contract.client import assert_refused
 from tests.contract.endpoints import Answer, Framework, Handlers, Work
 from tests.contract.site import Site, write
 from tests.relay import Fate, Relay, once
@@ -45,25 +45,6 @@ TEAPOT = Answer(418, b"tea instead")
 SELECT_1 = text("SELECT 1")
 
 placements = pytest.mark.parametrize("around", [False, True], ids=["inside", "around"])
-
-
-def assert_refused(exchange: Exchange, reason: str) -> None:
-    """The client was told, once and in due form, that the database cannot serve it now."""
-    assert (exchange.status, exchange.complete, exchange.error) == (503, True, None), exchange
-    assert not exchange.answered_by_server
-    headers: dict[bytes, bytes] = dict(exchange.messages[0]["headers"])
-    assert headers[b"content-type"] == b"application/problem+json"
-    assert int(headers[b"retry-after"]) > 0
-    assert int(headers[b"content-length"]) == len(exchange.body)
-    problem = json.loads(exchange.body)
-    assert problem.pop("detail")
-    assert problem == {
-        "type": "about:blank",
-        "title": "Service Unavailable",
-        "status": 503,
-        "reason": reason,
-    }
-    assert b"POST" not in exchange.body and b"password" not in exchange.body
 
 
 # -- what there is to go wrong -----------------------------------------------------------------
