@@ -25,7 +25,7 @@ from asgi_db.modes import Mode, Transactional, as_mode, is_number, plain, transa
 from asgi_db.pool.abandoned import connection_of
 from asgi_db.pool.engines import Engines, EngineSettings
 from asgi_db.pool.life import EngineLife
-from asgi_db.pool.ping import ping
+from asgi_db.pool.ping import ping, reach
 from asgi_db.profiles import PoolName, PoolProfile, pool_profile
 from asgi_db.settings import (
     Secret,
@@ -174,7 +174,7 @@ class Database:
             left = deadline - time.monotonic()
             try:
                 with anyio.fail_after(max(left, 0.1)):  # a server may accept, and never answer
-                    return await self.ping()
+                    return await reach(self.life)
             except (SQLAlchemyError, OSError) as error:
                 left = deadline - time.monotonic()
                 if left <= 0:

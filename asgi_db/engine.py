@@ -24,6 +24,7 @@ from asgi_db.drivers.base import (
     BEGIN_OPTION,
     Beginning,
     Driver,
+    StandIn,
     cause_of,
     connection_error,
     wrong_settings,
@@ -47,6 +48,15 @@ from asgi_db.writers import OneWriter, writer_of
 
 UNIT_INFO = "asgi_db_unit_of_work"
 """The key in a pooled connection's `info` for the unit that uses the connection."""
+
+_IS_CHANGED = "asgi_db_is_changed"
+"""The key in a pooled connection's `info` for whether a statement has changed a setting of the
+connection: true if it lasts, false if the transaction may still be rolled back."""
+
+
+class _SettingsChanged(Exception):
+    """Why a connection is closed: a statement has changed it, which no other request asked for."""
+
 
 _BEGINNING = "asgi_db_beginning"
 """The key in a pooled connection's `info` for how the transactions of a variant begin."""
@@ -274,6 +284,10 @@ def _do_execute(
         if writer is not None and effect.writes and not mode.commits:
             writer.claim(context.root_connection.connection)  # others have begun with it
         unit.transaction.effect = effect
+    if effect is Effect.SETS:
+        driver = driver_of(context.dialect)
+        info = context.root_connection.connection.info
+        info.setdefault(_IS_CHANGED, not driver.settings_are_transactional)
 
 
 def _do_execute_no_params(
@@ -294,7 +308,7 @@ def _not_read_only(
     effect: Effect, unit: Unit, mode: Mode, statement: str, driver: Driver
 ) -> ReadOnlyError:
     shown = opening_of(statement, has_double_quoted_strings=driver.has_double_quoted_strings)
-    if effect is Effect.HOLDS:
+    if effect in (Effect.HOLDS, Effect.SETS):
         return ReadOnlyError(
             f"{unit.describe()}: what this statement takes, such as a lock or a setting, lasts as"
             f" long as its transaction or connection, and the read_only mode keeps neither:"
@@ -493,6 +507,8 @@ def _commit(
 ) -> None:
     """Commit; tell the unit that uses this connection first, if COMMIT can be sent at all."""
     unit: Unit | None = pooled.info.get(UNIT_INFO)
+    if _IS_CHANGED in pooled.info:
+        pooled.info[_IS_CHANGED] = True
     if unit is not None and pooled.is_valid and not driver.is_closed(pooled.driver_connection):
         unit.transaction.commit_is_sent()
     commit(pooled)
@@ -511,5 +527,9 @@ def _checkin(
     driver: Driver, connection: DBAPIConnection | None, entry: ConnectionPoolEntry
 ) -> None:
     entry.info.pop(_BEGINNING, None)
+    is_changed = entry.info.pop(_IS_CHANGED, False)
     if connection is not None:
         driver.leave_autocommit(connection)
+        if is_changed and not isinstance(entry.driver_connection, StandIn):
+            # Only the statement's author knows what it was before; a new connection does, too.
+            entry.invalidate(_SettingsChanged())

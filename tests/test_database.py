@@ -1114,3 +1114,20 @@ async def test_another_charset_of_a_url_is_the_one_that_is_used(mysql_url: str) 
     )
     async with Database(url) as database, database.session() as session:
         assert await session.scalar(text("SELECT @@character_set_client")) == "latin1"
+
+
+async def test_every_connection_has_what_a_listener_sets_up_that_is_added_after_the_wait(
+    database_url: str,
+) -> None:
+    """The wait leaves no connection in the pool that the listener has not seen."""
+    async with Database(database_url, wait_for=5) as database:
+        seen: list[object] = []
+
+        @event.listens_for(database.engine.sync_engine, "connect")
+        def connect(connection: Any, _: Any) -> None:
+            seen.append(connection)
+
+        for _ in range(2):
+            async with database.session() as session:
+                raw = await (await session.connection()).get_raw_connection()
+                assert seen == [raw.dbapi_connection]

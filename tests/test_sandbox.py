@@ -343,6 +343,44 @@ async def test_a_listener_sets_up_the_one_connection_once(
     await assert_disconnected(database_url)
 
 
+@pytest.mark.parametrize("is_given", [False, True], ids=["own", "given"])
+async def test_a_listener_that_uses_the_driver_sets_up_the_one_connection_once(
+    database_url: str, is_given: bool
+) -> None:
+    """As one does that sets a codec."""
+    seen: list[object] = []
+
+    async def see(driver_connection: object) -> int:
+        seen.append(driver_connection)
+        return len(seen)
+
+    engine = create_async_engine(database_url)
+    async with Database(engine=engine) if is_given else Database(database_url) as database:
+
+        @event.listens_for(database.engine.sync_engine, "connect")
+        def connect(connection: Any, _: Any) -> None:
+            connection.run_async(see)
+            connection.run_async(see)
+
+        for _ in range(2):
+            seen.clear()
+            async with database.sandbox():
+                async with database.session() as one, database.session() as two:
+                    assert await one.scalar(text("SELECT 1")) == 1
+                    assert await two.scalar(text("SELECT 1")) == 1
+                await database.engine.dispose()
+                async with database.session() as session:
+                    await session.scalar(text("SELECT 1"))
+            assert len(seen) == 2
+            assert seen[0] is seen[1]
+        seen.clear()
+        async with database.session() as session:
+            await session.scalar(text("SELECT 1"))
+        assert len(seen) == 2
+    await engine.dispose()
+    await assert_disconnected(database_url)
+
+
 # -- as in production --------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from sqlalchemy import make_url
 
 from tests.internals import AnyDriver, Effect, driver_of
 
-READS, UNSURE, HOLDS, LOCKS, CALLS, WRITES = Effect
+READS, UNSURE, HOLDS, SETS, LOCKS, CALLS, WRITES = Effect
 
 
 def driver(name: str) -> AnyDriver:
@@ -60,22 +60,26 @@ POSTGRESQL = {
     HOLDS: """
         BEGIN
         DECLARE c CURSOR FOR SELECT 1
-        LISTEN channel
-        LOAD 'library'
         LOCK TABLE t IN EXCLUSIVE MODE
-        PREPARE p AS DELETE FROM t
         SELECT pg_advisory_lock(1)
         SELECT pg_advisory_xact_lock(1)
         SELECT pg_advisory_unlock_all()
         SELECT pg_try_advisory_lock_shared ( 1, 2 )
         SELECT set_config('app.tenant', 'a', true)
-        SET search_path TO shop
         SET LOCAL search_path TO shop
         SET CONSTRAINTS ALL DEFERRED
-        SET ROLE app
-        SET SESSION AUTHORIZATION app
         SET TRANSACTION READ ONLY
         START TRANSACTION
+    """,
+    SETS: """
+        LISTEN channel
+        LOAD 'library'
+        PREPARE p AS DELETE FROM t
+        SET search_path TO shop
+        SET ROLE app
+        SET SESSION AUTHORIZATION app
+        SELECT set_config('search_path', $1, false)
+        SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY
     """,
     LOCKS: """
         SELECT * FROM t FOR UPDATE
@@ -185,23 +189,26 @@ MYSQL = {
     """,
     HOLDS: """
         BEGIN
+        SELECT GET_LOCK('a', 10)
+        SELECT release_lock('a')
+        SELECT RELEASE_ALL_LOCKS()
+        SET TRANSACTION READ ONLY
+        START TRANSACTION
+    """,
+    SETS: """
         SELECT @a := 1
         HANDLER t OPEN
         HANDLER t READ FIRST
         LOCK INSTANCE FOR BACKUP
         LOCK TABLES t WRITE
         PREPARE p FROM 'SELECT 1'
-        SELECT GET_LOCK('a', 10)
-        SELECT release_lock('a')
-        SELECT RELEASE_ALL_LOCKS()
         SELECT 1 INTO @a
         SET @a = 1
         SET NAMES utf8mb4
         SET SESSION sql_mode = ''
         SET ROLE app
-        SET TRANSACTION READ ONLY
-        START TRANSACTION
         USE shop
+        SET SESSION TRANSACTION READ ONLY
     """,
     LOCKS: """
         SELECT * FROM t FOR UPDATE
@@ -302,9 +309,11 @@ SQLITE = {
         SAVEPOINT s
     """,
     HOLDS: """
-        ATTACH DATABASE 'a.db' AS a
         BEGIN
         BEGIN IMMEDIATE
+    """,
+    SETS: """
+        ATTACH DATABASE 'a.db' AS a
         PRAGMA foreign_keys = OFF
         PRAGMA main.cache_size=5
         PRAGMA busy_timeout(5)

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
-from asgi_db.asgi.marks import layers, mark_of
+from asgi_db.asgi.marks import layers, mark_of, refuse_marked_dependencies
 from asgi_db.errors import ConfigurationError
 from asgi_db.modes import Mode, as_mode
 from asgi_db.types import ASGIApp, Receive, Scope, Send
@@ -94,36 +94,35 @@ def check_routes(scope: Scope, key: str) -> None:
         key: the key of the middleware, and of Litestar's `opt`.
 
     Raises:
-        ConfigurationError: another decorator hides the mark of a route.
+        ConfigurationError: another decorator hides the mark of a route, or it stands on one of its
+            dependencies.
+        TypeError: Litestar's `opt[key]` holds something that is not a mode.
     """
-    for endpoint, handler in _endpoints(scope.get("litestar_app") or scope.get("app")):
-        if handler is not None:
-            _litestar_option({"type": "http", "route_handler": handler}, key)
-        for method in _CLASS_METHODS if isinstance(endpoint, type) else (None,):
-            try:
-                mark_of(endpoint, method)
-            except TypeError:  # an endpoint that cannot be hashed
-                mark_of.__wrapped__(endpoint, method)
+    for route in _routes(scope.get("litestar_app") or scope.get("app")):
+        is_class = isinstance(route.get("endpoint"), type)
+        for method in _CLASS_METHODS if is_class else (None,):
+            if mode_of_route({"type": "http", "method": method, **route}, key) is None:
+                refuse_marked_dependencies(route.get("route"))
 
 
 _CLASS_METHODS = "GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 
 
-def _endpoints(holder: Any, depth: int = 0) -> Iterator[tuple[Any, Any]]:
-    """The endpoints of an application or router, and of all that is mounted in it.
+def _routes(holder: Any, depth: int = 0) -> Iterator[Scope]:
+    """The routes of an application or router, and of all that is mounted in it.
 
-    Litestar's come with their handlers.
+    Each is what the framework writes into the scope of a request.
     """
     if depth > _MAX_DEPTH:
         return
     for route in getattr(holder, "routes", None) or ():
         if (endpoint := getattr(route, "endpoint", None)) is not None:
-            yield endpoint, None
+            yield {"endpoint": endpoint, "route": route}
         # Litestar has handlers, and FastAPI's routers keep what was included into them.
         for handler in getattr(route, "route_handlers", None) or ():
-            yield getattr(handler, "fn", None), handler
+            yield {"route_handler": handler}
         mounted = getattr(route, "app", None) or getattr(route, "original_router", None)
-        yield from _endpoints(route if hasattr(route, "routes") else mounted, depth + 1)
+        yield from _routes(route if hasattr(route, "routes") else mounted, depth + 1)
 
 
 _MAX_DEPTH = 10

@@ -112,6 +112,27 @@ def _refuse_hidden(endpoint: Any, places: list[Any]) -> None:
             )
 
 
+def refuse_marked_dependencies(route: Any) -> None:
+    """Refuse a mode on a dependency of FastAPI, where it has no effect; the route has none.
+
+    Raises:
+        ConfigurationError: there is one.
+    """
+    waiting = [getattr(route, "dependant", None)]
+    while waiting:
+        dependant = waiting.pop()
+        inner: Any = getattr(dependant, "dependencies", None)
+        waiting.extend(inner or ())
+        call = getattr(dependant, "call", None)
+        mark = getattr(call, MODE_ATTRIBUTE, None)
+        if isinstance(mark, Mode):
+            raise ConfigurationError(
+                f"@{mark.name} stands on {_name(call)}, which is a dependency, and a mode belongs"
+                f" to a route: put @{mark.name} on {_name(route.dependant.call)}, or let the"
+                " dependency take the session of that mode, such as CurrentSessionTransaction."
+            )
+
+
 def _reachable(endpoint: Any, places: list[Any]) -> Iterator[Any]:
     """The functions and classes that a wrapper has hold of, nearest first."""
     waiting = [one for place in places for one in _held_by(place)]

@@ -88,6 +88,7 @@ class Driver(Protocol):
         has_deferrable: whether a transaction can wait for a snapshot that needs no locks.
         has_double_quoted_strings: whether `"…"` is a string in this SQL, and not a name.
         drops_row_locks: whether SQLAlchemy leaves out FOR UPDATE, which this SQL does not have.
+        settings_are_transactional: whether a rollback undoes what a statement has set.
         lock_definitions: the statement that waits until nobody else changes the definitions of
             tables, and keeps others from doing so; none if the transaction itself does that.
         unlock_definitions: the statement that ends this; none if the transaction's end does so.
@@ -100,6 +101,7 @@ class Driver(Protocol):
     has_deferrable: bool
     has_double_quoted_strings: bool
     drops_row_locks: bool
+    settings_are_transactional: bool
     lock_definitions: str | None
     unlock_definitions: str | None
     has_one_writer: bool
@@ -277,6 +279,7 @@ class AnyDriver(Driver):
     has_deferrable = False
     has_double_quoted_strings = False
     drops_row_locks = False
+    settings_are_transactional = False
     lock_definitions: str | None = None
     unlock_definitions: str | None = None
     grammar = COMMON

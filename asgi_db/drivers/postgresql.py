@@ -35,10 +35,12 @@ def _sqlstate(error: BaseException) -> str | None:
 _GRAMMAR = Grammar(
     reads="SELECT|WITH|VALUES|TABLE|SHOW|EXPLAIN|FETCH|MOVE|CLOSE|COMMIT|END|ABORT|ROLLBACK"
     "|SAVEPOINT|RELEASE|RESET|DISCARD|DEALLOCATE|UNLISTEN",
-    holds="SET|LOCK|DECLARE|BEGIN|START TRANSACTION|PREPARE|LISTEN|LOAD",
+    holds="SET LOCAL|SET TRANSACTION|SET CONSTRAINTS|LOCK|DECLARE|BEGIN|START TRANSACTION",
+    sets="SET|PREPARE|LISTEN|LOAD",
     calls="CALL|DO|EXECUTE",
     writes="(?:COMMIT|ROLLBACK) PREPARED|PREPARE TRANSACTION",
     holding=r"\bpg_(?:try_)?advisory_\w+\s*\(|\bset_config\s*\(",
+    setting=r"\bset_config\s*\([^)]*,\s*false\s*\)",
     locking=r"\bFOR\s+(?:NO\s+KEY\s+UPDATE|KEY\s+SHARE|UPDATE|SHARE)\b",
     writing=rf"{WRITING_WITH}|\bINTO\b|\b(?:nextval|setval|pg_notify"
     r"|lo_(?:creat|create|import|from_bytea|put|truncate|truncate64|unlink)|lowrite)\s*\(",
@@ -59,6 +61,7 @@ class PostgreSQL(AnyDriver):
     """PostgreSQL with any driver."""
 
     has_deferrable = True
+    settings_are_transactional = True
     # The key is arbitrary, and the lock is one of this database alone.
     lock_definitions = "SELECT pg_advisory_xact_lock(6021023, 1)"
     grammar = _GRAMMAR

@@ -41,7 +41,8 @@ SQLITE_BUSY_TIMEOUT = 30.0
 _PRAGMA_OF_SCHEMA = r"PRAGMA\s+(?:[\w\s]*\.\s*)?"
 _GRAMMAR = Grammar(
     reads="SELECT|WITH|VALUES|EXPLAIN|PRAGMA|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE|DETACH",
-    holds=rf"BEGIN|ATTACH|{_PRAGMA_OF_SCHEMA}\w+\s*=.*"
+    holds="BEGIN",
+    sets=rf"ATTACH|{_PRAGMA_OF_SCHEMA}\w+\s*=.*"
     # These take an argument, and only read.
     rf"|{_PRAGMA_OF_SCHEMA}(?!(?:table|index|foreign_key)_|integrity_check|quick_check)\w+\s*\(.*",
     writes=rf"{_PRAGMA_OF_SCHEMA}(?:(?:incremental_vacuum|optimize|wal_checkpoint)\b.*"

@@ -30,9 +30,10 @@ class Effect(enum.IntEnum):
     """It reads, but may leave something behind: a savepoint, or what a function that is not known
     has done."""
     HOLDS = enum.auto()
-    """It reads, and takes something that lasts as long as its transaction or connection: a setting,
-    a cursor, an advisory lock. Where each statement stands alone, that is lost at once, or left
-    behind on a connection that others will use."""
+    """It reads, and takes something that lasts as long as its transaction: a cursor, an advisory
+    lock. Where each statement stands alone, that is lost at once."""
+    SETS = enum.auto()
+    """It changes something of its connection, which others will use after the transaction."""
     LOCKS = enum.auto()
     """It locks rows, which are to be changed afterwards."""
     CALLS = enum.auto()
@@ -140,10 +141,12 @@ class Grammar:
         *,
         reads: str,
         holds: str,
+        sets: str = "",
         calls: str = "",
         writes: str = "",
         holding: str = "",
         locking: str = "",
+        setting: str = "",
         writing: str = WRITING_WITH,
         not_code: str = NOT_CODE,
         is_code: str = "",
@@ -152,22 +155,35 @@ class Grammar:
 
         Args:
             reads: the commands that only read, separated by `|`; a space means any whitespace.
-            holds: those that take something which lasts.
+            holds: those that take something which lasts as long as the transaction.
+            sets: those that change something of the connection.
             calls: those that run code which may write.
             writes: exceptions to the three; every other command counts as a write anyway.
             holding: what makes a reading command take something which lasts.
             locking: what makes a reading command lock rows.
+            setting: what makes a reading command change something of the connection.
             writing: what makes a reading command write.
             not_code: literals, quoted names and comments.
             is_code: what surrounds comments whose text the database executes.
         """
-        commands = {Effect.WRITES: writes, Effect.CALLS: calls, Effect.HOLDS: holds}
+        commands = {
+            Effect.WRITES: writes,
+            Effect.CALLS: calls,
+            Effect.HOLDS: holds,
+            Effect.SETS: sets,
+            Effect.READS: reads,
+        }
         self._commands = [
             (effect, _compile(rf"(?:{words})(?!\w)".replace(" ", r"\s+")))
-            for effect, words in {**commands, Effect.READS: reads}.items()
+            for effect, words in commands.items()
             if words
         ]
-        inside = {Effect.WRITES: writing, Effect.LOCKS: locking, Effect.HOLDS: holding}
+        inside = {
+            Effect.WRITES: writing,
+            Effect.LOCKS: locking,
+            Effect.SETS: setting,
+            Effect.HOLDS: holding,
+        }
         self._inside = [(effect, _compile(words)) for effect, words in inside.items() if words]
         self._not_code = _compile(not_code)
         self._is_code = _compile(is_code) if is_code else None
@@ -211,7 +227,8 @@ def _compile(pattern: str) -> re.Pattern[str]:
 COMMON = Grammar(
     reads="SELECT|WITH|VALUES|TABLE|SHOW|EXPLAIN|DESCRIBE|DESC|HELP|PRAGMA"
     "|COMMIT|END|ABORT|ROLLBACK|SAVEPOINT|RELEASE|RESET|FETCH|CLOSE",
-    holds="SET|USE|BEGIN|START TRANSACTION|LOCK|DECLARE|PREPARE",
+    holds="SET LOCAL|SET TRANSACTION|BEGIN|START TRANSACTION|LOCK|DECLARE",
+    sets="SET|USE|PREPARE",
     calls="CALL|DO|EXEC|EXECUTE",
     writes="SET GLOBAL",
     locking=r"\bFOR\s+(?:NO\s+KEY\s+)?UPDATE\b",

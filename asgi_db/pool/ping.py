@@ -18,6 +18,18 @@ PING_TIMEOUT = 2.0
 """Seconds for the answer over a pooled connection, and then again over a side connection."""
 
 
+async def reach(life: EngineLife) -> None:
+    """Check that the database of an engine answers, and leave no connection in the pool.
+
+    One that was pooled before the application has added its listeners would lack what they set up.
+
+    Raises:
+        DatabaseDownError: it cannot be reached.
+        TimeoutError: it did not answer in time.
+    """
+    await _ask(side_connection(life.engine))
+
+
 async def ping(life: EngineLife) -> None:
     """Check that the database of an engine answers.
 

@@ -30,7 +30,7 @@ from asgi_db.errors import SandboxError
 from asgi_db.logs import logger
 from asgi_db.pool.abandoned import side_connection
 from asgi_db.testing.cursor import execute
-from asgi_db.testing.set_up import Creator, RecordedConnection, replace_creator
+from asgi_db.testing.set_up import Creator, RecordedConnection, SetUpCalls, replace_creator
 from asgi_db.testing.transaction import SandboxedTransaction, Statement
 
 WAIT_TIMEOUT = 5.0
@@ -63,6 +63,7 @@ class SharedConnection:
         self.adapted: Any = None
         self.unused_cursor: Any = None
         self.set_up: list[Statement] = []
+        self.set_up_calls = SetUpCalls()
         self.is_closed = False
         self._engine = engine
         self._connection: AsyncConnection | None = None
@@ -83,7 +84,7 @@ class SharedConnection:
         await self.rules.opened()
 
     def _recorded(self, creator: Creator) -> Creator:
-        return lambda entry: RecordedConnection(creator(entry), self.set_up)
+        return lambda entry: RecordedConnection(creator(entry), self.set_up, self.set_up_calls)
 
     async def close(self) -> None:
         """Roll everything back, and disconnect."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
@@ -38,7 +39,7 @@ _CONTROL = re.compile(
 class StandInConnection:
     """Replaces SQLAlchemy's adapter of a driver's connection."""
 
-    __slots__ = ("_connection", "_control", "_setting_up", "_shared", "_transaction")
+    __slots__ = ("_calls", "_connection", "_control", "_setting_up", "_shared", "_transaction")
 
     def __init__(self, shared: SharedConnection, entry: ConnectionPoolEntry | None) -> None:
         """Replace a connection that a pool asks for.
@@ -48,6 +49,7 @@ class StandInConnection:
         """
         self._shared = shared
         self._setting_up: list[Statement] | None = []
+        self._calls = Counter[str]()
         self._control = control = shared.rules.control(self)
         self._transaction = SandboxedTransaction(partial(_describe, entry), control)
         # SQLAlchemy uses the same name.
@@ -58,7 +60,7 @@ class StandInConnection:
         if not name.startswith("_") and hasattr(self._control, name):
             return getattr(self._control, name)
         attribute = getattr(self._shared.adapted, name)
-        return partial(self._use, attribute) if inspect.ismethod(attribute) else attribute
+        return partial(self._use, name, attribute) if inspect.ismethod(attribute) else attribute
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in StandInConnection.__slots__:
@@ -66,11 +68,14 @@ class StandInConnection:
         elif hasattr(self._control, name):
             setattr(self._control, name, value)
         else:
-            self._use(partial(setattr, self._shared.adapted), name, value)
+            self._use(name, partial(setattr, self._shared.adapted), name, value)
 
-    def _use(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _use(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = partial(self._shared.call, function, *args, **kwargs)
-        return self._wait_for(self._shared.use, self._transaction, current_task(), call)
+        wait = partial(self._wait_for, self._shared.use, self._transaction, current_task(), call)
+        if self._setting_up is None:
+            return wait()
+        return self._shared.set_up_calls.once(self._calls, name, wait, args)
 
     def _wait_for(self, function: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> Any:
         self._shared.check_open()

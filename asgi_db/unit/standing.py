@@ -26,6 +26,7 @@ from sqlalchemy.orm import Session, SessionTransactionOrigin
 from asgi_db.drivers import driver_of
 from asgi_db.drivers.connecting import raise_if_connect_failed
 from asgi_db.drivers.describing import conflict_error
+from asgi_db.drivers.statements import Effect
 from asgi_db.errors import (
     ConcurrentUseError,
     DatabaseBusyError,
@@ -194,7 +195,9 @@ class Standing:
         mode, fixed = self.wanted_mode(), self.fixed_mode
         if mode is None or fixed is None:
             return False
-        if not (keep or self.holds_more_than_reads):
+        # What a function that is not known has done, is undone without a COMMIT in any case.
+        harmless = Effect.READS if fixed.commits else Effect.UNSURE
+        if not (keep or self.holds_more_than(harmless)):
             return True
         self.next_mode = None
         if self.origin.route_mode() is None and fixed.covers(mode):
@@ -360,10 +363,9 @@ class Standing:
         has_writes = self.transaction.effect.writes and self.transaction.is_open
         return has_writes or has_changes(self.sync_session)
 
-    @property
-    def holds_more_than_reads(self) -> bool:
-        """Whether giving the connection back would undo anything, or break a block."""
-        if self.transaction.holds_more_than_reads:
+    def holds_more_than(self, effect: Effect) -> bool:
+        """Return whether giving the connection back would undo more, or break a block."""
+        if self.transaction.holds_more_than(effect):
             return True
         session = self.sync_session
         transaction = None if session is None else session.get_transaction()

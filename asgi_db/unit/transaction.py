@@ -93,11 +93,10 @@ class Transaction:
         """Whether it has not ended yet."""
         return bool(STAGES[self.stage])
 
-    @property
-    def holds_more_than_reads(self) -> bool:
-        """Whether anything would be lost if it were given back now."""
+    def holds_more_than(self, effect: Effect) -> bool:
+        """Return whether more than this effect would be lost if it were given back now."""
         return self.is_open and (
-            self.effect > Effect.READS
+            self.effect > effect
             or any(not stream.closed for stream in self.streams)
             or any(_has_own_isolation(connection) for connection in self.connections)
         )

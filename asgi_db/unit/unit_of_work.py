@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from asgi_db.drivers.describing import brief
+from asgi_db.drivers.statements import Effect
 from asgi_db.engine import isolation_options
 from asgi_db.errors import (
     ModeConflictError,
@@ -281,7 +282,7 @@ class UnitOfWork(Standing):
             and self.operation is None
             and not (transaction.failure or transaction.was_cancelled)
             and not (mode.isolation or mode.snapshot or self.left_over)
-            and not (self.holds_more_than_reads or has_changes(session))
+            and not (self.holds_more_than(Effect.READS) or has_changes(session))
             and session.in_transaction()
             and not any(map(_has_isolation_level, transaction.connections))
         ):

@@ -381,6 +381,38 @@ async def test_a_mark_on_the_class_of_a_socket_counts(database: Database, sqlite
         assert await authors(sqlite_url) == ["ada"]
 
 
+@pytest.mark.parametrize("make", [fastapi_app, included_app, app_around])
+@pytest.mark.parametrize("depth", [1, 2])
+async def test_a_mark_on_a_dependency_is_an_error_at_the_startup_that_names_the_route(
+    database: Database, make: Any, depth: int
+) -> None:
+    @transactional
+    async def log_in(connection: HTTPConnection) -> None:
+        raise AssertionError("is never called")
+
+    user = Depends(log_in)
+
+    async def check(user: Any = user) -> None:
+        raise AssertionError("is never called")
+
+    checked = user if depth == 1 else Depends(check)
+
+    async def order(user: Any = checked) -> str:
+        raise AssertionError("is never called")
+
+    @read_only
+    async def read_orders(user: Any = checked) -> str:
+        raise AssertionError("is never called")
+
+    answers = await started(make(order, database))
+    assert answers[0]["type"] == "lifespan.startup.failed"
+    message = str(answers[-1]["message"])
+    assert "log_in, which is a dependency" in message
+    assert "put @transactional on test_a_mark_on_a_dependency" in message
+    answers = await started(make(read_orders, database))
+    assert answers[0]["type"] == "lifespan.startup.complete"
+
+
 # -- Litestar ----------------------------------------------------------------------------------
 
 AnyRequest = LitestarRequest[Any, Any, Any]

@@ -267,6 +267,25 @@ async def test_a_lock_or_a_setting_is_not_given_back_in_silence(server_site: Sit
         assert await server_site.items() == []
 
 
+@pytest.mark.parametrize(
+    ("default", "status"), [(plain, 201), (transactional, 409)], ids=["plain", "transactional"]
+)
+async def test_a_function_that_is_not_known_may_have_written_where_that_would_be_committed(
+    framework: Framework, postgresql_url: str, default: Mode, status: int
+) -> None:
+    async def login(session: DBSession) -> None:
+        await session.execute(text("SELECT find_user()"))
+
+    async with Site.on(framework, postgresql_url) as site:
+        await site.from_outside(
+            "CREATE OR REPLACE FUNCTION find_user() RETURNS int LANGUAGE sql AS 'SELECT 1'"
+        )
+        mode = transactional(isolation="SERIALIZABLE")
+        options: dict[str, Any] = {"default": default, "around": True, "before": login}
+        exchange = await site.answer(adding("flush"), mode, handlers=CONFLICT, **options)
+        assert exchange.status == status
+
+
 async def test_a_block_of_its_own_is_not_broken_by_the_mode_of_the_route(site: Site) -> None:
     """What stands around the application begins, and ends, its own transaction."""
 
