@@ -32,7 +32,7 @@ ON_EVERY_PYTHON = tests/contract tests/typing $(patsubst %,tests/test_%.py,unit_
 	random_walks missing_greenlet observers modes hooks retries cancellation late_cancellation \
 	garbage leaks lifespan composition websockets fair_pool public_api settings)
 
-.PHONY: help demo serve test test-pythons python-suite suite load chaos bench count check docs format coverage build servers clean
+.PHONY: help demo serve test test-pythons python-suite suite load chaos bench count pictures check docs format coverage build servers clean
 .NOTPARALLEL:
 
 help:
@@ -47,6 +47,7 @@ help:
 	@echo "                   ARGS='--only restart --contender asgi_db' selects, --help says what there is"
 	@echo "make bench         how fast it is, beside other libraries: tables and plots, in 25 minutes;"
 	@echo "                   ARGS='--write' puts them into docs/performance.md, '--quick' rehearses"
+	@echo "make pictures      the dashboard in a browser under load: the pictures of the documentation, in 6 minutes"
 	@echo "make count         the machine instructions of a request, counted by valgrind, beside the same by hand;"
 	@echo "                   ARGS='--database sqlite --only read' selects"
 	@echo "make check         ruff, import-linter, mypy, pyright"
@@ -84,6 +85,10 @@ chaos: $(VENV)/installed $(PEERS)/installed servers
 bench: $(PEERS)/bench servers
 	@$(PYTHON) -m scripts.prepare load
 	$(PEERS)/bin/python -m tests.bench $(ARGS)
+
+# The same test as in the suite; with the variable it runs its load for five minutes first.
+pictures: $(VENV)/installed servers
+	ASGI_DB_PICTURES=docs/dashboard $(PYTEST) pytest tests/test_dashboard_in_a_browser.py $(ARGS)
 
 count: $(VENV)/installed servers
 	@$(PYTHON) -m scripts.prepare count

@@ -192,7 +192,8 @@ def keeps(promise: Callable[[Shop], None], shop: Shop) -> bool:
 
 def main() -> int:
     print("The shop of examples/shop.py, under uvicorn, on a fresh SQLite file.")
-    print(f"Its pool has {POOL_SIZE} connections, and no overflow.", flush=True)
+    print(f"Its pool has {POOL_SIZE} connections, and no overflow.")
+    print("`make serve` leaves it running, with a live page of it at /db.", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         shop = Shop(Path(folder))
         try:

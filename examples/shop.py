@@ -13,6 +13,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
 from asgi_db import Database, DBSessionMiddleware, PoolProfile
+from asgi_db.dashboard import Dashboard
 from asgi_db_fastapi import CurrentSession, CurrentSessionReadOnly, CurrentSessionTransaction
 from models import Base, Order, Product
 
@@ -33,6 +34,7 @@ async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
 
 app = FastAPI(title="A small shop", lifespan=lifespan)
 app.add_middleware(DBSessionMiddleware, database=database)
+app.mount("/db", Dashboard(database))  # for clients on this machine alone
 
 
 @app.exception_handler(IntegrityError)

@@ -1,4 +1,4 @@
-"""What `make` needs first: a virtual environment, the database servers of the tests, and a load.
+"""What `make` needs first: a virtual environment, the servers and browser of the tests, and a load.
 
 Standard library only: it runs on a machine where nothing has been installed yet.
 """
@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from tests.programs import SERVERS, VALGRIND, WRK, Program
+from tests.programs import CHROMIUM, SERVERS, VALGRIND, WRK, Program
 
 # Run as root. A fresh machine has no package lists; another `make` may hold the lock. Only the
 # programs are wanted: PostgreSQL is to make no cluster, and so no service; PgBouncer's service is
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
         case ["venv", directory]:
             make_environment(directory)
         case ["servers"]:
-            install_missing(SERVERS)
+            install_missing([*SERVERS, CHROMIUM])
         case ["load"]:
             install_missing([WRK])
         case ["count"]:

@@ -64,6 +64,21 @@ class Server(Program):
         )
 
 
+@dataclass(frozen=True)
+class Browser(Program):
+    """A browser, which the tests drive where the system has a package of it."""
+
+    @property
+    def is_packaged(self) -> bool:
+        """Whether the packages are programs: Ubuntu's are not, and install a daemon instead."""
+        release = Path("/etc/os-release")
+        return release.exists() and "ID=debian" in release.read_text().splitlines()
+
+    @property
+    def wanted(self) -> bool:
+        return self.is_packaged and super().wanted
+
+
 def find(program: str) -> str | None:
     """The path of a program; of several versions of PostgreSQL the newest."""
     versions = [p for p in Path("/usr/lib/postgresql").glob("*/bin") if p.parent.name.isdigit()]
@@ -90,5 +105,10 @@ PGBOUNCER = Program(name="PgBouncer", programs=["pgbouncer"], packages=["pgbounc
 SERVERS = [POSTGRESQL, MARIADB, PGBOUNCER]
 WRK = Program(name="wrk", programs=["wrk"], packages=["wrk"])
 """The load of `make bench`; no test needs it."""
+CHROMIUM = Browser(
+    name="Chromium",
+    programs=["chromium", "chromedriver"],
+    packages=["chromium", "chromium-driver", "fonts-inter"],
+)
 VALGRIND = Program(name="valgrind", programs=["valgrind"], packages=["valgrind"])
 """It counts for `make count`; no test needs it."""

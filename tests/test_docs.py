@@ -476,6 +476,17 @@ def test_the_pools_of_the_guide_are_made_and_its_numbers_are_right(load: Load) -
         assert f'| `"{name}"` | {most} | {4 * most} | {97 // most} |' in page
 
 
+# -- the dashboard -----------------------------------------------------------------------------
+
+
+@covers("how-to/dashboard.md")
+@pytest.mark.parametrize("name", ["app", "litestar_app"])
+def test_the_dashboard_of_the_guide_is_for_operators(load: Load, name: str) -> None:
+    with serve(load("how-to/dashboard.md")[name].app) as client:
+        assert client.get("/db/").status_code == 403
+        assert "<h1>shop.db</h1>" in client.get("/db/", headers={"x-operator": "yes"}).text
+
+
 # -- all pages ---------------------------------------------------------------------------------
 
 

@@ -262,6 +262,13 @@ def test_the_shop_has_interactive_documentation(shop: TestClient) -> None:
     assert "swagger" in shop.get("/docs").text
 
 
+def test_the_shop_has_a_live_page(load: Load) -> None:
+    app = load("shop").app
+    with TestClient(app, base_url="http://localhost", client=("127.0.0.1", 50000)) as client:
+        client.get("/products/1")
+        assert "GET /products/{product_id}" in client.get("/db").text
+
+
 def test_the_shop_opens_again_with_what_it_holds(load: Load, database_url: str) -> None:
     for _ in range(2):
         with serve(load("shop").app) as client:
@@ -561,6 +568,14 @@ def test_the_readmes_database_reports_to_opentelemetry(run_readme: Run) -> None:
         assert instrumentor.is_instrumented_by_opentelemetry
     finally:
         instrumentor.uninstrument()
+
+
+@covers("README: A live page")
+def test_the_readmes_live_page_is_for_operators(run_readme: Run) -> None:
+    operator = "def is_operator(scope): return (b'x-operator', b'yes') in scope['headers']"
+    with fragment(run_readme, "A live page", operator) as client:
+        assert client.get("/db/").status_code == 403
+        assert "<h1>" in client.get("/db/", headers={"x-operator": "yes"}).text
 
 
 @covers("README: Prometheus")

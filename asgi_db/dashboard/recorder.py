@@ -30,6 +30,9 @@ MOST_SHOWN = 20
 SLOW = 0.5
 """Seconds from the first statement to the end after which a unit is slow."""
 
+_QUEUED = 0.005
+"""Seconds of waiting for a connection after which others may wait too."""
+
 REPEATED = 5
 """How often a unit sends one statement before it is marked as N+1."""
 
@@ -212,7 +215,10 @@ class Recorder:
 
     def connection_taken(self, waited: float) -> None:
         self._sampler.used()
-        self._note(self._database.pool_stats())
+        if waited > _QUEUED:
+            self._note(self._database.pool_stats())
+        else:
+            self._used = max(self._used, self._database.checked_out())
 
     def connection_returned(self, held: float) -> None:
         self._sampler.used()

@@ -166,7 +166,7 @@ def table_of(routes: Mapping[str, RouteStats], view: View) -> Markup:
             class_="scroll",
             role="region",
             tabindex="0",
-            aria_labelledby="routes-title",
+            aria_label="Table of the routes, which can be scrolled",
         ),
         more > 0
         and tag(

@@ -175,6 +175,11 @@ class Connections:
         for entry, held in self._out.copy().items():  # an entry may be collected meanwhile
             yield Suspect(held.since, functools.partial(_holder_of, entry), held.stack)
 
+    @property
+    def checked_out(self) -> int:
+        """How many are checked out."""
+        return len(self._out)
+
     def stats(self) -> PoolStats:
         """Count the connections, also from another thread."""
         pool = self._engine.sync_engine.pool
@@ -185,7 +190,7 @@ class Connections:
             # when this changes.
             overflow = pool._max_overflow  # pyright: ignore[reportPrivateUsage]
             limit = None if size is None or overflow < 0 else size + overflow
-        checked_out = len(self._out)
+        checked_out = self.checked_out
         idle = len(self._still_open()) - checked_out
         return PoolStats(
             size=size,
