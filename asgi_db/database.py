@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from asgi_db.drivers import driver_of, driver_of_url
-from asgi_db.engine import isolation_options, refuse_autocommit, variant
+from asgi_db.engine.variants import isolation_options, refuse_autocommit, variant
 from asgi_db.errors import ConfigurationError, UnavailableError
 from asgi_db.logs import logger
 from asgi_db.modes import Mode, Transactional, as_mode, is_number, plain, transactional

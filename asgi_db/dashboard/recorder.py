@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from asgi_db.database import Database
-from asgi_db.engine import time_statements
+from asgi_db.engine.watching import time_statements
 from asgi_db.sampling import Sampler
 from asgi_db.statistics import PoolStats, Statistics, Tally
 from asgi_db.trace import Trace

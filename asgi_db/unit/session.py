@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import (
     AsyncSessionTransaction,
 )
 
-from asgi_db.engine import refuse_autocommit
+from asgi_db.engine.variants import refuse_autocommit
 from asgi_db.errors import ConfigurationError, FailedTransactionError
 from asgi_db.unit.hooks import Hook, HookFunction, When
 from asgi_db.unit.origin import Origin

@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 
 from asgi_db.drivers.describing import brief
 from asgi_db.drivers.statements import Effect
-from asgi_db.engine import isolation_options
+from asgi_db.engine.variants import isolation_options
 from asgi_db.errors import (
     ModeConflictError,
     OutcomeUnknownError,
