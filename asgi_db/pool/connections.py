@@ -90,6 +90,7 @@ class Connections:
 
     def _connect(self, connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
         connect_is_complete()
+        self._driver.adopt(self._dialect.get_driver_connection(connection))
         self._open = self._still_open()
         self._open[entry] = connection
 
