@@ -80,6 +80,7 @@ def do_execute_no_params(
     statement: str,
     context: ExecutionContext,
 ) -> None:
+    """Check a statement that has no parameters; SQLAlchemy has an event of its own for it."""
     do_execute(judge, writer, cursor, statement, None, context)
 
 

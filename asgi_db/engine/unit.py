@@ -85,11 +85,13 @@ longer has an `info`: reading from a stream of a unit whose time is over has to 
 
 
 def unit_of(connection: Connection | None) -> Unit | None:
+    """Return the unit that uses a connection, if there is one."""
     found = None if connection is None else units.get(connection)
     return None if found is None else found()
 
 
 def where(unit: Unit | None) -> str:
+    """Name the request or block at the beginning of a message, if there is one."""
     return "" if unit is None else f"{unit.describe()}: "
 
 
