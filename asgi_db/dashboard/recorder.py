@@ -214,6 +214,7 @@ class Recorder:
     # -- what the statistics tell --------------------------------------------------------------
 
     def connection_taken(self, waited: float) -> None:
+        """Note how many connections are in use."""
         self._sampler.used()
         if waited > _QUEUED:
             self._note(self._database.pool_stats())
@@ -221,6 +222,7 @@ class Recorder:
             self._used = max(self._used, self._database.checked_out())
 
     def connection_returned(self, held: float) -> None:
+        """Note that the database is being used."""
         self._sampler.used()
 
     def used_without_session(self, held: float) -> None:
@@ -230,6 +232,7 @@ class Recorder:
         """Seen at the unit that follows."""
 
     def unit_ended(self, route: str, mode: str, tally: Tally) -> None:
+        """Keep a unit that is of interest."""
         self._ended += 1
         lasted = time.monotonic() - tally.began if tally.began else 0.0
         kinds = tuple(_kinds(tally, lasted))
