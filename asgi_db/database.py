@@ -18,8 +18,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from asgi_db.drivers import driver_of, driver_of_url
-from asgi_db.engine import isolation_options, refuse_autocommit, variant
-from asgi_db.errors import ConfigurationError
+from asgi_db.engine.variants import isolation_options, refuse_autocommit, variant
+from asgi_db.errors import ConfigurationError, UnavailableError
 from asgi_db.logs import logger
 from asgi_db.modes import Mode, Transactional, as_mode, is_number, plain, transactional
 from asgi_db.pool.abandoned import connection_of
@@ -104,11 +104,10 @@ class Database:
             options = {**engine_options_from_env(os.environ), **options}
         if engine is None:
             driver_of_url(self.url).translate(self.url)  # An option that cannot work is refused.
-        if session_options:
-            dialect = self.url.get_dialect() if engine is None else type(engine.dialect)
-            check_session_options(session_options, dialect)
         defaults = {"autoflush": False, "expire_on_commit": False}
         self.session_options: dict[str, Any] = {**defaults, **(session_options or {})}
+        dialect = type(engine.dialect) if engine is not None else self.url.get_dialect()
+        check_session_options(self.session_options, dialect)
         self.statistics = Statistics()  # `asgi_db.opentelemetry` observes them
         self._wait_for = wait_for
         profile = pool if isinstance(pool, PoolProfile) else pool_profile(pool)
@@ -175,7 +174,7 @@ class Database:
             try:
                 with anyio.fail_after(max(left, 0.1)):  # a server may accept, and never answer
                     return await reach(self.life)
-            except (SQLAlchemyError, OSError) as error:
+            except (UnavailableError, OSError) as error:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise self._not_there(error) from error

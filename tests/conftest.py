@@ -10,8 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from tests import servers
+
+# A busy machine takes its time; what takes too long altogether is ended by the timeout.
+settings.register_profile("asgi-db", deadline=None)
+settings.load_profile("asgi-db")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -28,7 +28,8 @@ from asgi_db.drivers.base import BEGIN_OPTION, AnyDriver, Beginning
 from asgi_db.drivers.connecting import background_is_over
 from asgi_db.drivers.sqlite import Aiosqlite
 from asgi_db.drivers.statements import Effect
-from asgi_db.engine import begin_unit, variant_options
+from asgi_db.engine.unit import begin_unit
+from asgi_db.engine.variants import variant_options
 from asgi_db.histograms import BOUNDS, BUCKETS, Histogram, no_counts
 from asgi_db.logs import logger
 from asgi_db.modes import ModeDefault, ReadOnly, Transactional, should_commit

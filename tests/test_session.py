@@ -145,34 +145,6 @@ async def test_the_options_of_the_sessions_are_handed_on(sqlite_url: str) -> Non
         assert "name" in inspect(author).expired_attributes
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"expire_on_comit": False}, "'expire_on_comit'.* no such option; did you mean"),
-        ({"isolation": "SERIALIZABLE"}, "'isolation'.* no such option; leave it out"),
-        ({"bind": create_async_engine("sqlite+aiosqlite://")}, "'bind'.*`binds`"),
-        ({"class_": AsyncSession}, "'class_'.*leave it out"),
-        ({"sync_session_class": Session}, "'sync_session_class'.*leave it out"),
-        ({"twophase": True}, "'twophase'.*no two-phase commit on sqlite"),
-    ],
-    ids=["misspelt", "unknown", "bind", "class_", "sync_session_class", "twophase"],
-)
-def test_an_option_that_cannot_work_is_refused_when_the_database_is_made(
-    options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ConfigurationError, match=message):
-        Database("sqlite+aiosqlite://", session_options=options)
-    own = create_async_engine("sqlite+aiosqlite://")
-    with pytest.raises(ConfigurationError, match=message):
-        Database(engine=own, session_options=options)
-
-
-def test_a_two_phase_commit_may_be_asked_for_where_there_is_one() -> None:
-    for url in ("postgresql+asyncpg://localhost/shop", "mysql+asyncmy://localhost/shop"):
-        options = Database(url, session_options={"twophase": True}).session_options
-        assert options["twophase"] is True
-
-
 def test_a_session_that_is_made_by_hand_says_where_sessions_come_from() -> None:
     engine = create_async_engine("sqlite+aiosqlite://")
     makers: list[Callable[[], object]] = [
@@ -182,7 +154,7 @@ def test_a_session_that_is_made_by_hand_says_where_sessions_come_from() -> None:
         async_sessionmaker(engine, class_=DBSession),
     ]
     for make in makers:
-        with pytest.raises(ConfigurationError, match=r"database\.session\(\)"):
+        with pytest.raises(ConfigurationError, match=r"request\.state\.db.*database\.session\(\)"):
             make()
 
 
@@ -618,3 +590,48 @@ async def test_two_tasks_one_after_the_other_are_fine(
     async with unit_of(database) as unit:
         await asyncio.gather(*(write(f"author {number}") for number in range(5)))
     assert len(await authors(database_url)) == 6
+
+
+# -- what cannot work is refused at construction -----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nonsense": 1}, "nonsense"),
+        ({"expire_on_comit": False}, "expire_on_comit"),
+        ({"autocommit": True}, "autocommit"),
+        ({"join_transaction_mode": "sometimes"}, "join_transaction_mode"),
+        ({"binds": {Author: "sqlite://"}}, "session_options= cannot work"),
+        ({"bind": None}, "bind, .* leave it out, and use engine= of Database"),
+        ({"class_": DBSession}, "class_, which asgi-db sets itself"),
+        ({"sync_session_class": Session}, "sync_session_class, .*events of SQLAlchemy"),
+        ({"execution_options": {"isolation_level": "AUTOCOMMIT"}}, "AUTOCOMMIT"),
+    ],
+    ids=str,
+)
+def test_session_options_that_cannot_work_are_refused(
+    options: dict[str, Any], message: str, database_url: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=f"^session_options= .*{message}|{message}"):
+        Database(database_url, session_options=options)
+
+
+async def test_two_phases_are_refused_where_the_database_has_one(database_url: str) -> None:
+    options = {"twophase": True}
+    if "sqlite" in database_url:
+        with pytest.raises(ConfigurationError, match="twophase.*leave it out"):
+            Database(database_url, session_options=options)
+        engine = create_async_engine(database_url)
+        with pytest.raises(ConfigurationError, match="twophase.*leave it out"):
+            Database(engine=engine, session_options=options)
+    else:
+        Database(database_url, session_options=options)
+
+
+def test_two_phases_are_refused_if_one_of_the_binds_has_only_one(
+    postgresql_url: str, sqlite_url: str
+) -> None:
+    binds = {Author: create_async_engine(sqlite_url)}
+    with pytest.raises(ConfigurationError, match="twophase"):
+        Database(postgresql_url, session_options={"twophase": True, "binds": binds})

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import re
+import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import URL, make_url, text
+from sqlalchemy import URL, event, make_url, text
 
 from asgi_db import ConfigurationError, Database, DBSession, DBSessionMiddleware, transactional
 from asgi_db.types import Message, Receive, Scope, Send
@@ -106,6 +108,32 @@ async def test_a_database_that_is_created_later_is_found(postgresql_url: str) ->
             await database.dispose()
         finally:
             sql(postgresql_url, f"DROP DATABASE {name}")
+
+
+async def test_a_bug_in_a_connect_listener_fails_the_startup_at_once(database_url: str) -> None:
+    def send_nonsense(connection: Any, _: object) -> None:
+        connection.cursor().execute("SET no_such_thing TO 'nonsense'")
+
+    database = Database(database_url, wait_for=60)
+    event.listen(database.engine.sync_engine, "connect", send_nonsense)
+    async with asyncio.timeout(20):
+        with pytest.raises(Exception, match="no_such_thing|syntax"):
+            await database.start()
+    await database.dispose()
+
+
+async def test_a_locked_file_is_waited_for(tmp_path: Path) -> None:
+    file = tmp_path / "locked.db"
+    with closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        database = Database(f"sqlite:///{file}?timeout=0.05", wait_for=60)
+        starting = asyncio.ensure_future(database.start())
+        await asyncio.wait((starting,), timeout=0.5)
+        assert not starting.done()
+        other.execute("COMMIT")
+        async with asyncio.timeout(20):
+            await starting
+        await database.dispose()
 
 
 async def test_a_server_setting_that_does_not_exist_is_one(postgresql_url: str) -> None:

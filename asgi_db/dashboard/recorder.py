@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from asgi_db.database import Database
-from asgi_db.engine import time_statements
+from asgi_db.engine.watching import time_statements
 from asgi_db.sampling import Sampler
 from asgi_db.statistics import PoolStats, Statistics, Tally
 from asgi_db.trace import Trace
@@ -214,7 +214,7 @@ class Recorder:
     # -- what the statistics tell --------------------------------------------------------------
 
     def connection_taken(self, waited: float) -> None:
-        """Note how many connections are in use."""
+        """Note how full the pool is, at its fullest between two samples."""
         self._sampler.used()
         if waited > _QUEUED:
             self._note(self._database.pool_stats())
@@ -222,7 +222,7 @@ class Recorder:
             self._used = max(self._used, self._database.checked_out())
 
     def connection_returned(self, held: float) -> None:
-        """Note that the database is being used."""
+        """Have the pool sampled while it is in use."""
         self._sampler.used()
 
     def used_without_session(self, held: float) -> None:
@@ -232,7 +232,7 @@ class Recorder:
         """Seen at the unit that follows."""
 
     def unit_ended(self, route: str, mode: str, tally: Tally) -> None:
-        """Keep a unit that is of interest."""
+        """Count the unit, and keep it if it is worth a look."""
         self._ended += 1
         lasted = time.monotonic() - tally.began if tally.began else 0.0
         kinds = tuple(_kinds(tally, lasted))

@@ -159,6 +159,9 @@ class Driver(Protocol):
         """Connect; takes what the driver's own function takes."""
         ...
 
+    def adopt(self, connection: Any) -> None:
+        """Prepare a new connection that `connect` has not made, but a function of the user's."""
+
     def is_closed(self, connection: Any) -> bool:
         """Say whether the driver knows that this connection is closed; costs no round trip."""
         ...
@@ -311,6 +314,9 @@ class AnyDriver(Driver):
 
     def connect(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
         raise NotImplementedError
+
+    def adopt(self, connection: Any) -> None:
+        pass
 
     def is_closed(self, connection: Any) -> bool:
         return isinstance(connection, StandIn) and connection.is_closed()

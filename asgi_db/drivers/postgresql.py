@@ -404,9 +404,11 @@ def _execute(execute: Callable[..., None], cursor: Any, *arguments: Any) -> None
     """Execute a statement; send it again if its plan was invalid and nothing is lost by it."""
     context: ExecutionContext = arguments[-1]
     pooled = context.root_connection.connection
-    connection: Any = pooled.driver_connection
+    connection: Any = pooled.driver_connection  # None, if it was detached from the pool
     # asyncpg begins a transaction with its first statement.
-    comes_first = not isinstance(connection, StandIn) and not connection.is_in_transaction()
+    comes_first = not (
+        connection is None or isinstance(connection, StandIn) or connection.is_in_transaction()
+    )
     try:
         execute(cursor, *arguments)
     except Exception as error:

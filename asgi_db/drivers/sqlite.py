@@ -261,6 +261,16 @@ class Aiosqlite(SQLite):
         connecting: Awaitable[Any] = connection
         return connecting
 
+    def adopt(self, connection: Any) -> None:
+        """Have a connection close its cursors, if it was made without our `factory`.
+
+        There is no public API; the test of an `async_creator` in `test_creators.py` breaks
+        when this changes.
+        """
+        made = getattr(connection, "_connection", None)
+        if made is not None and not isinstance(made, (_Connection, _Adopted, StandIn)):
+            connection._connection = _Adopted(made)
+
     def _terminate(self, connection: Any) -> None:
         connection.stop()
 
@@ -330,6 +340,35 @@ class _Connection(sqlite3.Connection):
         for cursor in tuple(self._cursors):
             cursor.close()
         super().close()
+
+
+class _Adopted:
+    """A connection of the user's own making, perhaps of another module, that closes in that way."""
+
+    __slots__ = ("_connection", "_cursors")
+
+    _connection: Any
+    _cursors: WeakSet[Any]
+
+    def __init__(self, connection: Any) -> None:
+        super().__setattr__("_connection", connection)
+        super().__setattr__("_cursors", WeakSet[Any]())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._connection, name, value)
+
+    def cursor(self, *args: Any, **kwargs: Any) -> Any:
+        cursor: Any = self._connection.cursor(*args, **kwargs)
+        self._cursors.add(cursor)
+        return cursor
+
+    def close(self) -> None:
+        for cursor in tuple(self._cursors):
+            cursor.close()
+        self._connection.close()
 
 
 def _begin_nothing_by_itself(connection: Any) -> None:

@@ -18,7 +18,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePoo
 from asgi_db.drivers import driver_of
 from asgi_db.drivers.base import connection_error
 from asgi_db.drivers.connecting import connect_is_complete
-from asgi_db.engine import UNIT_INFO, Unit
+from asgi_db.engine.unit import UNIT_INFO, Unit
 from asgi_db.logs import logger
 from asgi_db.pool.fair import FairPool
 from asgi_db.pool.leaks import LeakWatch, Stack, Suspect
@@ -90,6 +90,7 @@ class Connections:
 
     def _connect(self, connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
         connect_is_complete()
+        self._driver.adopt(self._dialect.get_driver_connection(connection))
         self._open = self._still_open()
         self._open[entry] = connection
 

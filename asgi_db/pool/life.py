@@ -10,13 +10,8 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from asgi_db.engine import (
-    isolation_options,
-    refuse_autocommit,
-    time_statements,
-    variant,
-    watch,
-)
+from asgi_db.engine.variants import isolation_options, refuse_autocommit, variant
+from asgi_db.engine.watching import time_statements, watch
 from asgi_db.errors import SandboxError
 from asgi_db.logs import logger
 from asgi_db.modes import Mode

@@ -6,11 +6,14 @@ from contextlib import AbstractAsyncContextManager
 
 import anyio
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from asgi_db.drivers.base import connection_error
-from asgi_db.errors import DatabaseBusyError, DatabaseDownError
+from asgi_db.drivers import driver_of
+from asgi_db.drivers.base import Driver, connection_error
+from asgi_db.drivers.describing import conflict_error
+from asgi_db.errors import DatabaseBusyError
 from asgi_db.pool.abandoned import connection_of, side_connection
 from asgi_db.pool.life import EngineLife
 
@@ -25,9 +28,10 @@ async def reach(life: EngineLife) -> None:
 
     Raises:
         DatabaseDownError: it cannot be reached.
+        DatabaseConflictError: another connection keeps it locked.
         TimeoutError: it did not answer in time.
     """
-    await _ask(side_connection(life.engine))
+    await _ask(driver_of(life.engine.dialect), side_connection(life.engine))
 
 
 async def ping(life: EngineLife) -> None:
@@ -36,23 +40,29 @@ async def ping(life: EngineLife) -> None:
     Raises:
         DatabaseBusyError: it answers, but the pool had no connection free in time.
         DatabaseDownError: it cannot be reached, or did not answer in time.
+        DatabaseConflictError: another connection keeps it locked.
         Exception: the application's own code has failed, such as a listener of `connect`.
     """
+    driver = driver_of(life.engine.dialect)
     try:
-        return await _ask(connection_of(life.engine))
-    except DatabaseDownError:
-        raise
+        return await _ask(driver, connection_of(life.engine))
     except (PoolTimeoutError, TimeoutError) as error:
         busy = DatabaseBusyError("database.ping()", life.holders())
         cause = error
     try:
-        await _ask(side_connection(life.engine))
+        await _ask(driver, side_connection(life.engine))
     except (PoolTimeoutError, TimeoutError) as error:
         raise connection_error(error) from error
     raise busy from cause
 
 
-async def _ask(connecting: AbstractAsyncContextManager[AsyncConnection]) -> None:
-    with anyio.fail_after(PING_TIMEOUT):
-        async with connecting as connection:
-            await connection.execute(text("SELECT 1"))
+async def _ask(driver: Driver, connecting: AbstractAsyncContextManager[AsyncConnection]) -> None:
+    try:
+        with anyio.fail_after(PING_TIMEOUT):
+            async with connecting as connection:
+                await connection.execute(text("SELECT 1"))
+    except DBAPIError as error:
+        if error.orig is None or not driver.is_conflict(error.orig):
+            raise
+        # SQLite refuses to set up a connection to a locked file.
+        raise conflict_error(error, "database.ping()") from error

@@ -58,11 +58,14 @@ class RecordedConnection:
 
     __slots__ = ("_adapted", "_calls", "_set_up", "_set_up_calls")
 
+    _calls: Counter[str]
+    _set_up_calls: SetUpCalls
+
     def __init__(
         self, adapted: DBAPIConnection, set_up: list[Statement], set_up_calls: SetUpCalls
     ) -> None:
         super().__setattr__("_adapted", adapted)
-        super().__setattr__("_calls", Counter())
+        super().__setattr__("_calls", Counter[str]())
         super().__setattr__("_set_up", set_up)
         super().__setattr__("_set_up_calls", set_up_calls)
 
@@ -73,7 +76,8 @@ class RecordedConnection:
         return partial(self._use, name, attribute)
 
     def _use(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self._set_up_calls.once(self._calls, name, partial(function, *args, **kwargs), args)
+        call: Callable[[], Any] = partial(function, *args, **kwargs)
+        return self._set_up_calls.once(self._calls, name, call, args)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._adapted, name, value)

@@ -20,7 +20,7 @@ from sqlalchemy.util.concurrency import in_greenlet
 
 from asgi_db.drivers.describing import brief
 from asgi_db.drivers.statements import Effect
-from asgi_db.engine import has_unseen_writes
+from asgi_db.engine.unit import has_unseen_writes
 from asgi_db.errors import DatabaseTimeoutError, OutcomeUnknownError
 from asgi_db.logs import logger
 from asgi_db.unit.deadline import Deadline

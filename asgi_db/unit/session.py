@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
-import inspect
 from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from sqlalchemy import Connection, Engine
+from sqlalchemy.engine import Dialect
 from sqlalchemy.engine.default import DefaultDialect
-from sqlalchemy.engine.interfaces import Dialect
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import (
     AsyncConnection,
     AsyncEngine,
     AsyncSession,
     AsyncSessionTransaction,
 )
-from sqlalchemy.orm import Session
 
+from asgi_db.engine.variants import refuse_autocommit
 from asgi_db.errors import ConfigurationError, FailedTransactionError
 from asgi_db.unit.hooks import Hook, HookFunction, When
 from asgi_db.unit.origin import Origin
@@ -27,43 +26,6 @@ from asgi_db.unit.sync_session import UnitSession
 from asgi_db.unit.unit_of_work import UnitOfWork
 
 _BINDS = (AsyncEngine, AsyncConnection, Engine, Connection)
-
-_OPTIONS = frozenset(inspect.signature(Session).parameters)
-_OURS = {
-    "bind": "the session uses the engine of its database; `binds` names another one for a table",
-    "class_": "the session is an `asgi_db.DBSession`",
-    "sync_session_class": "the session inside is asgi-db's own",
-}
-"""Options that would take away what the promises rest on."""
-
-
-def check_session_options(options: Mapping[str, Any], dialect: type[Dialect]) -> None:
-    """Check the options for the constructor of SQLAlchemy's session.
-
-    Args:
-        options: the options that the user has given.
-        dialect: of the database.
-
-    Raises:
-        ConfigurationError: one of them cannot work; the message names it, and the remedy.
-    """
-    for name in options:
-        if name in _OURS:
-            raise ConfigurationError(
-                f"session_options={{{name!r}: …}} cannot be set, because {_OURS[name]}: leave it"
-                " out."
-            )
-        if name not in _OPTIONS:
-            close = difflib.get_close_matches(name, _OPTIONS, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "leave it out."
-            raise ConfigurationError(
-                f"session_options={{{name!r}: …}}: SQLAlchemy's session has no such option; {hint}"
-            )
-    if options.get("twophase") and dialect.do_begin_twophase is DefaultDialect.do_begin_twophase:
-        raise ConfigurationError(
-            "session_options={'twophase': True}: there is no two-phase commit on"
-            f" {dialect.name}: leave it out."
-        )
 
 
 class _Transaction(AsyncSessionTransaction):
@@ -160,8 +122,9 @@ class DBSession(AsyncSession):
         """
         if options or origin is None or isinstance(origin, _BINDS):
             raise ConfigurationError(
-                "A DBSession belongs to a request or a block, and is not made by hand: use"
-                " `async with database.session()` or `database.transaction()`."
+                "A DBSession belongs to a request or a block, and is not made by hand: take"
+                " `request.state.db`, or use `async with database.session()`. With an engine of its"
+                " own, use SQLAlchemy's AsyncSession."
             )
         self.origin = origin
 
@@ -287,3 +250,48 @@ class DBSession(AsyncSession):
             UncommittedWorkError: the transaction holds writes; commit or roll back first.
         """
         await self.unit_of_work.release()
+
+
+_OURS = {
+    "bind": "engine= of Database",
+    "class_": "DBSession, or a class of your own around it",
+    "sync_session_class": "the events of SQLAlchemy, or methods outside the session",
+    "unit_of_work": "nothing",
+}
+"""The options that a `DBSession` sets itself, and what to use instead."""
+
+
+def check_session_options(options: Mapping[str, Any], dialect: type[Dialect]) -> None:
+    """Refuse options with which no session could be made, or could not work.
+
+    Args:
+        options: the arguments for the constructor of SQLAlchemy's session.
+        dialect: the one of the database.
+
+    Raises:
+        ConfigurationError: an option cannot work; the message names it, and the remedy.
+    """
+    for name, instead in _OURS.items():
+        if name in options:
+            raise ConfigurationError(
+                f"session_options= has {name}, which asgi-db sets itself: leave it out, and use"
+                f" {instead}."
+            )
+    refuse_autocommit("session_options=", options)
+    problem = ""
+    try:
+        AsyncSession(**options)
+    except (TypeError, ValueError, AttributeError, SQLAlchemyError) as error:
+        problem = str(error).partition("\n")[0].rstrip(".")
+    if problem:
+        raise ConfigurationError(f"session_options= cannot work: {problem}. Correct it.")
+    binds: Mapping[Any, AsyncEngine | AsyncConnection] = options.get("binds") or {}
+    dialects = {dialect, *(bind.dialect.__class__ for bind in binds.values())}
+    if options.get("twophase") and not all(map(_has_two_phases, dialects)):
+        raise ConfigurationError(
+            "session_options= has twophase, and the database has no two-phase commit: leave it out."
+        )
+
+
+def _has_two_phases(dialect: type[Dialect]) -> bool:
+    return dialect.do_begin_twophase is not DefaultDialect.do_begin_twophase

@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 from sqlalchemy.util.concurrency import await_, in_greenlet
 
 from asgi_db.drivers.connecting import abandon_connect
-from asgi_db.engine import begin_now, begin_unit
+from asgi_db.engine.unit import begin_now, begin_unit
 from asgi_db.errors import DatabaseTimeoutError, FailedTransactionError, ReadOnlyError
 from asgi_db.tasks import current_task
 from asgi_db.unit.deadline import Deadline

@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 
 from asgi_db.drivers.describing import brief
 from asgi_db.drivers.statements import Effect
-from asgi_db.engine import isolation_options
+from asgi_db.engine.variants import isolation_options
 from asgi_db.errors import (
     ModeConflictError,
     OutcomeUnknownError,
@@ -35,7 +35,7 @@ from asgi_db.unit.ending import Ending, has_changes
 from asgi_db.unit.hooks import Hook, HookOutcome, Hooks
 from asgi_db.unit.operation import WAITING, Operation
 from asgi_db.unit.standing import LeftOver, Standing, State
-from asgi_db.unit.transaction import Stage
+from asgi_db.unit.transaction import STAGES, Stage
 
 
 class UnitOfWork(Standing):
@@ -308,7 +308,8 @@ class UnitOfWork(Standing):
             if self.transaction.stage is Stage.OPEN:
                 # The connection was terminated, so no event has reported the end.
                 self.transaction.end()
-            elif self.transaction.is_open:  # A COMMIT that began its transaction itself.
+            elif STAGES[self.transaction.stage]:
+                # It is open: a COMMIT that began its transaction itself.
                 self.transaction.fail()
             self.end_operation(operation)
             self.become_idle()

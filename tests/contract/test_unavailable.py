@@ -280,8 +280,6 @@ async def test_a_timeout_ends_a_statement_of_sqlite(framework: Framework, sqlite
 # -- how a database can be out of reach --------------------------------------------------------
 
 UNREACHABLE: dict[str, dict[str, Any]] = {
-    "wrong password": {"username": "nobody_knows", "password": "c0rrect-h0rse"},
-    "no such database": {"database": "missing", "password": "password"},
     "no such host": {"host": "nowhere.invalid", "password": "c0rrect-h0rse"},
     "nobody at the port": {"port": 1, "password": "c0rrect-h0rse"},
 }

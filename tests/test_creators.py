@@ -1,0 +1,54 @@
+"""Connections that a function of the user's own makes, on SQLite: `async_creator`."""
+
+from __future__ import annotations
+
+import asyncio
+
+import aiosqlite
+import pytest
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from asgi_db import Database
+from tests.tables import Author, Base, authors
+
+SLOW = """
+    INSERT INTO author (id, name) WITH RECURSIVE n(x) AS
+    (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < 1000000000) SELECT count(*), 'never' FROM n
+"""
+
+
+@pytest.mark.parametrize("writes", [True, False], ids=["write", "read"])
+@pytest.mark.parametrize("is_given", [False, True], ids=["own", "given"])
+async def test_a_connection_of_the_users_own_making_leaves_no_lock_when_it_is_interrupted(
+    sqlite_url: str, is_given: bool, writes: bool
+) -> None:
+    """The error, which leads to the cursor of the statement, is kept."""
+    path = sqlite_url.partition("///")[2]
+
+    async def connect(*_: object, **__: object) -> aiosqlite.Connection:
+        return await aiosqlite.connect(path, timeout=2)
+
+    engine = create_async_engine(sqlite_url, async_creator=connect)
+    database = (
+        Database(engine=engine)
+        if is_given
+        else Database(sqlite_url, engine_options={"async_creator": connect})
+    )
+    kept: list[BaseException] = []
+    statement = SLOW if writes else SLOW.partition("name)")[2]
+    async with database:
+        await database.create_tables(Base.metadata)
+        for number in range(3):
+            try:
+                async with asyncio.timeout(0.3), database.transaction() as session:
+                    session.add(Author(id=100 + number, name="interrupted"))
+                    await session.flush()
+                    await session.execute(text(statement))
+            except TimeoutError as error:
+                kept.append(error)
+            async with database.transaction() as session:  # after 2 s "database is locked"
+                session.add(Author(id=number, name=str(number)))
+        assert await authors(sqlite_url) == ["0", "1", "2"]
+    await engine.dispose()
+    assert len(kept) == 3
