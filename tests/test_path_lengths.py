@@ -13,8 +13,8 @@ BOUNDS = {
     "a read_only read": (75, 61, 40),
     "a transactional write": (95, 77, 56),
     # While a dashboard watches; without one nothing of it is called.
-    "a watched read": (110, 82, 58),
-    "a watched write": (133, 99, 74),
+    "a watched read": (100, 78, 52),
+    "a watched write": (125, 96, 66),
 }
 """At most so many calls, hops between files, and hops back into a file already visited."""
 
