@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import functools
+import inspect
 from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
@@ -212,11 +213,21 @@ def supports_lifespan(app: ASGIApp, scope: Scope) -> bool:
     """
     if "app" in scope:  # All of them set this, before their own middleware is called.
         return True
-    innermost: object = app
-    while (inner := getattr(innermost, "app", None)) is not None:  # what middleware calls it
-        innermost = inner
-    modules = {kind.__module__.partition(".")[0] for kind in type(innermost).__mro__}
+    *_, innermost = surrounded(app)
+    modules = {kind.__module__.partition(".")[0] for kind in inspect.getmro(type(innermost))}
     return bool(modules & {"starlette", "fastapi", "litestar"})
+
+
+def surrounded(app: object) -> Iterator[object]:
+    """Return an application and what it surrounds, from the outside to the inside.
+
+    Middleware keeps what it surrounds in the attribute `app`, by convention.
+    """
+    seen = set[int]()
+    while app is not None and id(app) not in seen:
+        seen.add(id(app))
+        yield app
+        app = getattr(app, "app", None)
 
 
 def is_framework_task(task: asyncio.Task[Any]) -> bool:

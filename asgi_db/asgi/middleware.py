@@ -13,6 +13,7 @@ before the next piece of the body is sent, or with the ASGI call.
 from __future__ import annotations
 
 from asgi_db.asgi.call import Call, session_key
+from asgi_db.asgi.frameworks import surrounded
 from asgi_db.asgi.http import Exchange
 from asgi_db.asgi.lifespan import serve_lifespan
 from asgi_db.asgi.retry import Attempts
@@ -143,16 +144,13 @@ def _refuse_another_database(app: object, key: str, database: Database) -> None:
     Raises:
         ConfigurationError: a middleware inside this one has another database under this key.
     """
-    seen: set[int] = set()
-    while app is not None and id(app) not in seen:
-        seen.add(id(app))
-        if isinstance(app, DBSessionMiddleware) and app.key == key:
-            if app.database is not database:
+    for inner in surrounded(app):
+        if isinstance(inner, DBSessionMiddleware) and inner.key == key:
+            if inner.database is not database:
                 raise ConfigurationError(
                     f"Two DBSessionMiddleware with key={key!r} have different databases: give one"
                     " of them a key of its own, such as key='analytics', or the same database."
                 )
-        app = getattr(app, "app", None)
 
 
 _CALLS: dict[str, type[Exchange] | type[Socket]] = {"http": Exchange, "websocket": Socket}

@@ -18,8 +18,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TypeAlias
 
@@ -130,7 +131,7 @@ def serve() -> None:
     """Serve each job in a process of its own, and print the numbers of these processes."""
     url, jobs = sys.argv[1], json.loads(sys.argv[2])
     os.environ["DATABASE_URL"] = url
-    import tests.contenders.shared  # noqa: F401 - its table, before the processes are forked
+    import_module("tests.contenders.shared")  # its table, before the processes are forked
 
     gc.freeze()
     for kind, name, number in jobs:
@@ -150,7 +151,7 @@ async def _serve(url: str, kind: str, name: str, number: int) -> None:
 
 
 @contextmanager
-def _database(backend: str, folder: Path) -> Iterator[str]:
+def _database(backend: str, folder: Path) -> Generator[str]:
     if backend == "sqlite":
         yield f"sqlite+aiosqlite:///{folder}/count.db"
         return
