@@ -12,7 +12,6 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, context
 from dataclasses import dataclass
 from typing import Any, cast
 
-import anyio
 import pytest
 import uvicorn
 import uvloop
@@ -294,15 +293,15 @@ async def test_the_database_is_up_before_the_application_starts(
 
     @asynccontextmanager
     async def own() -> AsyncGenerator[None, None]:
-        found.append(len(await server_connections(postgresql_url)))
+        found.append(relay.connections)
         yield
-        found.append(len(await server_connections(postgresql_url)))
 
-    app = make(Database(postgresql_url, wait_for=5), own)
-    server = Server(app, at_the_end(lambda: assert_no_connection(postgresql_url)))
-    await server.startup()
-    await server.shutdown()
-    assert (server.types, found) == (COMPLETE, [1, 1])
+    async with Relay(postgresql_url) as relay:
+        app = make(Database(relay.url, wait_for=5), own)
+        server = Server(app, at_the_end(lambda: assert_no_connection(postgresql_url)))
+        await server.startup()
+        await server.shutdown()
+    assert (server.types, found) == (COMPLETE, [1])
 
 
 @every_app
@@ -376,17 +375,8 @@ class Boom(Exception):
     """What goes wrong in the application."""
 
 
-class NeverUp(Database):
-    """A database that takes a connection, and is never ready."""
-
-    connected = False
-
-    async def ping(self) -> None:
-        if not self.connected:
-            with anyio.CancelScope(shield=True):  # however long a busy server takes for it
-                await super().ping()
-            self.connected = True
-        raise ConnectionRefusedError("the database is not ready")
+async def refuse_connection() -> Any:
+    raise ConnectionRefusedError("the database is not ready")
 
 
 @every_app
@@ -401,13 +391,14 @@ async def test_a_database_that_cannot_be_started_fails_the_startup(
         started.append("the application")
         yield
 
-    app = make(NeverUp(database_url, wait_for=0.3), own)
+    never_up = {"async_creator": refuse_connection}
+    app = make(Database(database_url, wait_for=0.3, engine_options=never_up), own)
     server = Server(app, at_the_end(lambda: assert_no_connection(database_url)))
     assert await server.startup() == "lifespan.startup.failed"
     await server.task
     assert server.types == ["lifespan.startup.failed"]
-    reason = "did not come up within 0.3 s: the database is not ready"
-    assert reason in server.messages[0]["message"]
+    reason = server.messages[0]["message"]
+    assert "did not come up within 0.3 s: " in reason and "the database is not ready" in reason
     assert is_or_holds(server.error, ConnectionError)
     assert started == []
     if make is not litestar:  # whose plugin is a lifespan like any other, so Litestar reports it
@@ -471,8 +462,10 @@ async def test_no_connection_is_left_when_the_applications_own_shutdown_fails(
 async def test_no_connection_is_left_when_the_server_cancels_the_lifespan(
     make: MakeApp, database_url: str
 ) -> None:
-    server = Server(make(Database(database_url, wait_for=5), no_lifespan))
+    database = Database(database_url, wait_for=5)
+    server = Server(make(database, no_lifespan))
     await server.startup()
+    await database.ping()
     assert len(await server_connections(database_url)) == ("sqlite" not in database_url)
     server.task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -487,7 +480,7 @@ async def test_no_connection_is_left_when_the_server_cancels_the_startup(
     waiting = asyncio.Event()
 
     class Slow(Database):
-        async def ping(self) -> None:
+        async def start(self) -> None:
             async with self.engine.connect() as connection:
                 await connection.execute(text("SELECT 1"))
                 waiting.set()
