@@ -30,6 +30,7 @@ PARALLEL = --numprocesses=$(WORKERS) --dist=loadfile
 # rest (servers, the command line, the documentation) is tested on one version.
 ON_EVERY_PYTHON = tests/contract tests/typing $(patsubst %,tests/test_%.py,unit_of_work session \
 	random_walks missing_greenlet observers modes hooks retries cancellation late_cancellation \
+	failed_clean_up loops_without_dispose \
 	garbage leaks lifespan composition websockets fair_pool public_api settings)
 
 .PHONY: help demo serve test test-pythons python-suite suite load chaos bench count pictures check docs format coverage build servers clean
