@@ -25,6 +25,7 @@ from asgi_db import (
     ConcurrentUseError,
     ConfigurationError,
     Database,
+    DatabaseConflictError,
     DatabaseDownError,
     DBSession,
     FailedTransactionError,
@@ -599,17 +600,18 @@ async def test_async_with_disposes_at_the_end_also_after_an_error(database_url: 
         await assert_disconnected(database_url)
 
 
-async def test_a_start_that_fails_leaves_no_connection(
-    database_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Refused(Database):
-        async def ping(self) -> None:
-            await super().ping()
-            raise ConnectionRefusedError("not yet")
+async def test_a_start_that_fails_leaves_no_connection(database_url: str) -> None:
+    def refuse(connection: Any, entry: Any) -> None:
+        made.append(connection)
+        raise ConnectionRefusedError("not yet")
 
+    made = list[Any]()
+    database = Database(database_url, wait_for=0.01)
+    event.listen(database.engine.sync_engine, "connect", refuse)
     with pytest.raises(ConnectionError, match="did not come up within 0.01 s"):
-        async with Refused(database_url, wait_for=0.01):
+        async with database:
             raise AssertionError("it has started")
+    assert made
     await assert_disconnected(database_url)
 
 
@@ -1043,7 +1045,7 @@ async def test_an_sqlite_file_that_cannot_be_set_to_wal_for_another_reason_is_an
         other.execute("CREATE TABLE author (id INTEGER PRIMARY KEY)")
         other.execute("BEGIN EXCLUSIVE")
         async with Database(f"{sqlite_url}?timeout=0.1") as database:
-            with pytest.raises(DBAPIError, match="database is locked"):
+            with pytest.raises(DatabaseConflictError, match="SQLITE_BUSY"):
                 await database.ping()
 
 
