@@ -988,10 +988,10 @@ async def test_a_database_that_comes_up_later_is_waited_for(
         assert not starting.done()
         await relay.start()
         assert await starting == "lifespan.startup.complete"
+    assert relay.connections == 1
     assert await answer(app) == ""
     assert await server.shutdown() == "lifespan.shutdown.complete"
     assert len(tries(caplog)) >= 1
-    assert relay.connections == 1
     await relay.stop()
 
 

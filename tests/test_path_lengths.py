@@ -12,9 +12,9 @@ from tests.tracing import Path, paths
 BOUNDS = {
     "a read_only read": (75, 61, 40),
     "a transactional write": (95, 77, 56),
-    # While a dashboard watches; without one nothing of it is called.
-    "a watched read": (100, 78, 52),
-    "a watched write": (125, 96, 66),
+    # While a dashboard watches; without one nothing of it is called. A slow write is kept, too.
+    "a watched read": (110, 82, 58),
+    "a watched write": (136, 101, 74),
 }
 """At most so many calls, hops between files, and hops back into a file already visited."""
 

@@ -42,13 +42,10 @@ POSTGRESQL = {
         ABORT
         CLOSE c
         COMMIT
-        DEALLOCATE p
-        DISCARD ALL
         END
         FETCH 5 FROM c
         MOVE 5 FROM c
         RELEASE SAVEPOINT s
-        RESET search_path
         ROLLBACK
         SAVEPOINT s
         ROLLBACK TO SAVEPOINT s
@@ -72,6 +69,9 @@ POSTGRESQL = {
         START TRANSACTION
     """,
     SETS: """
+        DEALLOCATE ALL
+        DISCARD ALL
+        RESET search_path
         LISTEN channel
         LOAD 'library'
         PREPARE p AS DELETE FROM t

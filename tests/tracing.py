@@ -154,13 +154,19 @@ async def serve(app: ASGIApp, method: str) -> int:
 
 
 async def trace(database: Database, method: str) -> Path:
-    """The path of one request, after the same one has been served a few times."""
+    """The path of one request, after the same one has been served a few times.
+
+    It is the shortest of several: once a second the dashboard has the pool looked at, too.
+    """
     app = application(database)
+    found = list[Path]()
     for _ in range(3):
         assert await serve(app, method) == 200
-    with Tracer() as found:
-        assert await serve(app, method) == 200
-    return found
+    for _ in range(5):
+        with Tracer() as path:
+            assert await serve(app, method) == 200
+        found.append(path)
+    return min(found, key=lambda path: path.calls)
 
 
 async def paths() -> dict[str, Path]:

@@ -80,10 +80,10 @@ def _idle_limit(driver: Driver, connection: Connection) -> str | None:
     """Name the limit that may have closed a connection while nothing was running on it."""
     if connection.closed or connection.invalidated:
         return None
-    pooled = connection.connection
-    if pooled.driver_connection is None or not driver.is_closed(pooled.driver_connection):
+    driver_connection = connection.connection.driver_connection
+    if driver_connection is None or not driver.is_closed(driver_connection):
         return None
-    return driver.idle_limit(pooled.driver_connection, in_transaction=True)
+    return driver.idle_limit(driver_connection, in_transaction=True)
 
 
 def _outcome_unknown(error: BaseException, unit: Unit, cause: str) -> OutcomeUnknownError:

@@ -99,7 +99,10 @@ def _not_read_only(
             f" {shown!r}. Use read_only(snapshot=True), or put @transactional on the route."
         )
     does = "locks rows" if effect is Effect.LOCKS else "writes"
+    remedy = "Put @transactional on the route, or ask for the transactional session."
+    if mode.commits:
+        remedy = "Leave out read_only=True of transactional(...)."
     return ReadOnlyError(
         f"{unit.describe()}: this statement {does}, but the mode is {mode.name} and only reads:"
-        f" {shown!r}. Put @transactional on the route, or ask for the transactional session."
+        f" {shown!r}. {remedy}"
     )

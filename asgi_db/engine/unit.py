@@ -122,6 +122,14 @@ def begin_now(connection: Connection, unit: Unit) -> None:
     unit.transaction.was_handed_out = True
 
 
+def is_closed(connection: Connection) -> bool:
+    """Return whether a connection has been closed, by the server or by anything else."""
+    if connection.closed or connection.invalidated:
+        return True
+    driver_connection = connection.connection.driver_connection
+    return driver_connection is None or driver_of(connection.dialect).is_closed(driver_connection)
+
+
 def has_unseen_writes(connection: Connection) -> bool:
     """Return whether the open transaction has written over the connection of the driver."""
     return driver_of(connection.dialect).has_written(connection.connection)

@@ -20,8 +20,8 @@ from sqlalchemy.util.concurrency import in_greenlet
 
 from asgi_db.drivers.describing import brief
 from asgi_db.drivers.statements import Effect
-from asgi_db.engine.unit import has_unseen_writes
-from asgi_db.errors import DatabaseTimeoutError, OutcomeUnknownError
+from asgi_db.engine.unit import has_unseen_writes, is_closed
+from asgi_db.errors import DatabaseTimeoutError, FailedTransactionError, OutcomeUnknownError
 from asgi_db.logs import logger
 from asgi_db.unit.deadline import Deadline
 from asgi_db.unit.operation import Operation
@@ -113,6 +113,8 @@ class Ending:
         try:
             if transaction.streams:
                 await self._close_streams_in_time()
+            if transaction.was_handed_out and transaction.failure is None:
+                await self._session.run_sync(self._refuse_unseen_failure)
             await commit()
         except BaseException as error:
             own = self._overdue(error) or self._translate(error)
@@ -177,6 +179,18 @@ class Ending:
             await AsyncSession.rollback(self._session)
         else:
             await self._session.run_sync(give_back)
+
+    def _refuse_unseen_failure(self, _: Session) -> None:
+        """Refuse the COMMIT of a transaction that the database has aborted unseen.
+
+        PostgreSQL answers it with a ROLLBACK, and the driver takes that for a success.
+        """
+        for connection in self._transaction.connections:
+            try:
+                has_unseen_writes(connection)
+            except Exception as error:
+                if not is_closed(connection):  # Otherwise the COMMIT itself will say so.
+                    raise FailedTransactionError(statement_failed=True) from error
 
     def _note_unseen_writes(self, _: Session) -> None:
         # In a transaction that the database has aborted, this question fails too.

@@ -9,8 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import inspect
-from sqlalchemy.orm import InstanceState, LoaderCallableStatus, Session, SessionTransaction
+from sqlalchemy import event, inspect
+from sqlalchemy.orm import (
+    InstanceState,
+    LoaderCallableStatus,
+    ORMExecuteState,
+    Session,
+    SessionTransaction,
+)
 from sqlalchemy.orm.attributes import set_committed_value
 
 Values = dict[InstanceState[Any], dict[str, Any]]
@@ -70,6 +76,24 @@ class LoadedValues:
             if state.session in (None, session) and (instance := state.obj()) is not None:
                 for key in values.keys() - state.dict.keys():
                     set_committed_value(instance, key, values[key])
+
+
+def read_again(session: Session) -> None:
+    """Have what is selected again in the next transaction replace what the last one has loaded.
+
+    SQLAlchemy keeps the values that an object has, which is right within one transaction. Values
+    of an earlier one are stale, and an UPDATE made of them would undo what others have committed
+    meanwhile, even in SERIALIZABLE.
+    """
+    if not event.contains(session, "do_orm_execute", _refresh):
+        event.listen(session, "do_orm_execute", _refresh)
+
+
+def _refresh(execution: ORMExecuteState) -> None:
+    is_own = not (execution.is_column_load or execution.is_relationship_load)
+    # To refresh an object would throw away what was changed and not flushed.
+    if execution.is_select and is_own and not execution.session.dirty:
+        execution.update_execution_options(populate_existing=True)
 
 
 def _loaded(state: InstanceState[Any]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from asgi_db.modes import Mode
 from asgi_db.tasks import acting_for, cancelled_once, current_task, finish
 from asgi_db.unit.ending import Ending, has_changes
 from asgi_db.unit.hooks import Hook, HookOutcome, Hooks
+from asgi_db.unit.loaded import read_again
 from asgi_db.unit.operation import WAITING, Operation
 from asgi_db.unit.standing import LeftOver, Standing, State
 from asgi_db.unit.transaction import STAGES, Stage
@@ -252,6 +253,7 @@ class UnitOfWork(Standing):
             try:
                 await self._end_by("release", self._ending().give_back())
             finally:
+                read_again(session)
                 if has_changes(session) and self.left_over is None:
                     self.left_over = LeftOver.KEPT
         elif self.state is State.ACTIVE:
@@ -286,6 +288,7 @@ class UnitOfWork(Standing):
             and session.in_transaction()
             and not any(map(_has_isolation_level, transaction.connections))
         ):
+            read_again(session)
             await self._end_by(WAITING, self._ending().give_back())
 
     @property

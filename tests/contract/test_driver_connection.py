@@ -1,12 +1,14 @@
 """What is done on the driver's own connection is in the transaction, from the beginning."""
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
+from asyncpg import UniqueViolationError
 from sqlalchemy import text
 
-from asgi_db import DBSession, Mode, plain, transactional
-from tests.contract.endpoints import Answer
+from asgi_db import DBSession, FailedTransactionError, Mode, plain, transactional
+from tests.contract.endpoints import Answer, Framework
 from tests.contract.site import Site
 
 WRITING = [plain, transactional, transactional(isolation="SERIALIZABLE")]
@@ -82,3 +84,31 @@ async def test_the_connection_may_be_asked_for_again_and_after_a_statement(site:
     exchange = await site.answer(write, transactional)
     assert (exchange.status, exchange.error) == (200, None)
     assert await site.items() == ["a", "b"]
+
+
+async def test_a_copy_that_fails_and_is_swallowed_is_not_acknowledged(
+    postgresql_url: str, framework: Framework, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PostgreSQL answers the COMMIT with a ROLLBACK, which the driver takes for a success."""
+
+    async def write_and_swallow(session: DBSession) -> None:
+        await session.execute(text("INSERT INTO item (name) VALUES ('b')"))
+        session.on_commit(lambda: heard.append("committed"))
+        driver: Any = (await (await session.connection()).get_raw_connection()).driver_connection
+        with suppress(UniqueViolationError):
+            await driver.copy_records_to_table("item", records=[("b",)], columns=["name"])
+
+    heard = list[str]()
+    async with Site.on(framework, postgresql_url) as site:
+        exchange = await site.answer(write_and_swallow, transactional)
+        assert exchange.status == 500
+        assert (
+            "COMMIT failed, and the response 200 was not sent: FailedTransactionError"
+            in caplog.text
+        )
+        async with site.database.session() as session:
+            await write_and_swallow(session)
+            with pytest.raises(FailedTransactionError):
+                await session.commit()
+        assert await site.items() == []
+    assert heard == []
