@@ -11,7 +11,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from asgi_db.drivers import driver_of
-from asgi_db.drivers.base import Driver, connection_error
+from asgi_db.drivers.base import Driver, connection_error, wrong_settings
 from asgi_db.drivers.describing import conflict_error
 from asgi_db.errors import DatabaseBusyError
 from asgi_db.pool.abandoned import connection_of, side_connection
@@ -62,7 +62,12 @@ async def _ask(driver: Driver, connecting: AbstractAsyncContextManager[AsyncConn
             async with connecting as connection:
                 await connection.execute(text("SELECT 1"))
     except DBAPIError as error:
-        if error.orig is None or not driver.is_conflict(error.orig):
+        if error.orig is None:
+            raise
+        if (remedy := driver.remedy(error.orig)) is not None:
+            # SQLite opens the file only now, and a side connection's engine translates nothing.
+            raise wrong_settings(error.orig, remedy) from error
+        if not driver.is_conflict(error.orig):
             raise
         # SQLite refuses to set up a connection to a locked file.
         raise conflict_error(error, "database.ping()") from error

@@ -8,7 +8,13 @@ from litestar import Controller, Litestar, Request, Router, post
 from litestar.di import NamedDependency
 from sqlalchemy.exc import DBAPIError
 
-from asgi_db import DBSession, DBSessionMiddleware, plain, read_only, transactional
+from asgi_db import (
+    DBSession,
+    DBSessionMiddleware,
+    plain,
+    read_only,
+    transactional,
+)
 from asgi_db.errors import ReadOnlyError
 from asgi_db.types import ASGIApp
 from asgi_db_litestar import DatabasePlugin
@@ -113,11 +119,17 @@ async def test_a_decorator_wins_over_the_opt_and_that_of_the_handler_over_all(si
     assert await site.items() == ["a"]
 
 
+async def test_an_opt_may_name_a_mode(site: Site) -> None:
+    exchange = await site.call(Layers(site, app=opt("transactional")).app(), "/order")
+    assert (exchange.status, exchange.body) == (201, b"ordered")
+    assert await site.items() == ["a"]
+
+
 async def test_an_opt_that_is_no_mode_is_an_error_which_says_what_it_takes(site: Site) -> None:
     app = Layers(
         site,
         app={
-            **opt("transactional"),
+            **opt("transactinal"),
             "exception_handlers": litestar_handlers({TypeError: Answer(501, b"no mode")}),
         },
     ).app()
