@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import time
@@ -383,7 +382,9 @@ class Block(Origin):
     """An `async with` block that has a session."""
 
     def __init__(self, database: Database, mode: Mode, name: str) -> None:
-        self.loop = asyncio.get_running_loop()
+        if (loop := running_loop()) is None:
+            raise ConfigurationError.without_asyncio()
+        self.loop = loop
         self._database = database
         self._mode = mode
         self._name = name
@@ -393,9 +394,7 @@ class Block(Origin):
         return self._database.session_options
 
     def life(self) -> EngineLife:
-        if (loop := running_loop()) is None:
-            raise ConfigurationError.without_asyncio()
-        return self._database.life_on(loop)
+        return self._database.life_on(self.loop)
 
     def default_mode(self) -> Mode:
         return self._mode
