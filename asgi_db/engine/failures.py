@@ -9,7 +9,7 @@ from sqlalchemy.exc import DBAPIError
 from asgi_db.drivers import driver_of
 from asgi_db.drivers.base import Driver, cause_of, connection_error, wrong_settings
 from asgi_db.drivers.describing import brief, conflict_error
-from asgi_db.engine.unit import Unit, unit_of, where
+from asgi_db.engine.unit import Unit, is_closed, unit_of, where
 from asgi_db.errors import (
     DatabaseConflictError,
     DatabaseDownError,
@@ -78,12 +78,9 @@ def handle_error(context: ExceptionContext) -> Exception | None:
 
 def _idle_limit(driver: Driver, connection: Connection) -> str | None:
     """Name the limit that may have closed a connection while nothing was running on it."""
-    if connection.closed or connection.invalidated:
+    if connection.closed or connection.invalidated or not is_closed(connection):
         return None
-    driver_connection = connection.connection.driver_connection
-    if driver_connection is None or not driver.is_closed(driver_connection):
-        return None
-    return driver.idle_limit(driver_connection, in_transaction=True)
+    return driver.idle_limit(connection.connection.driver_connection, in_transaction=True)
 
 
 def _outcome_unknown(error: BaseException, unit: Unit, cause: str) -> OutcomeUnknownError:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Generator
 from typing import Protocol
 from weakref import WeakKeyDictionary, ref
 
@@ -110,14 +112,8 @@ def begin_now(connection: Connection, unit: Unit) -> None:
     Raises:
         DatabaseDownError: the connection was closed.
     """
-    driver, pooled = driver_of(connection.dialect), connection.connection
-    try:
-        driver.begin_now(pooled)
-    except Exception as error:
-        if not driver.is_closed(pooled.driver_connection):
-            raise
-        connection.invalidate(error)
-        raise connection_error(error, where(unit)) from error
+    with _telling_a_closed_connection(connection):
+        driver_of(connection.dialect).begin_now(connection.connection)
     unit.transaction.effect = max(unit.transaction.effect, Effect.HOLDS)
     unit.transaction.was_handed_out = True
 
@@ -131,5 +127,24 @@ def is_closed(connection: Connection) -> bool:
 
 
 def has_unseen_writes(connection: Connection) -> bool:
-    """Return whether the open transaction has written over the connection of the driver."""
-    return driver_of(connection.dialect).has_written(connection.connection)
+    """Return whether the open transaction has written over the connection of the driver.
+
+    Raises:
+        DatabaseDownError: the connection was closed. SQLAlchemy's adapters forget the transaction
+            then, so that a COMMIT after it would do nothing and still succeed.
+        Exception: the database has aborted the transaction.
+    """
+    with _telling_a_closed_connection(connection):
+        return driver_of(connection.dialect).has_written(connection.connection)
+
+
+@contextlib.contextmanager
+def _telling_a_closed_connection(connection: Connection) -> Generator[None]:
+    """Raise a `DatabaseDownError` in place of an error for a connection that was closed."""
+    try:
+        yield
+    except Exception as error:
+        if not is_closed(connection):
+            raise
+        connection.invalidate(error)
+        raise connection_error(error, where(unit_of(connection))) from error

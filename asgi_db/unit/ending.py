@@ -20,8 +20,13 @@ from sqlalchemy.util.concurrency import in_greenlet
 
 from asgi_db.drivers.describing import brief
 from asgi_db.drivers.statements import Effect
-from asgi_db.engine.unit import has_unseen_writes, is_closed
-from asgi_db.errors import DatabaseTimeoutError, FailedTransactionError, OutcomeUnknownError
+from asgi_db.engine.unit import has_unseen_writes
+from asgi_db.errors import (
+    DatabaseDownError,
+    DatabaseTimeoutError,
+    FailedTransactionError,
+    OutcomeUnknownError,
+)
 from asgi_db.logs import logger
 from asgi_db.unit.deadline import Deadline
 from asgi_db.unit.operation import Operation
@@ -188,9 +193,10 @@ class Ending:
         for connection in self._transaction.connections:
             try:
                 has_unseen_writes(connection)
+            except DatabaseDownError:
+                raise
             except Exception as error:
-                if not is_closed(connection):  # Otherwise the COMMIT itself will say so.
-                    raise FailedTransactionError(statement_failed=True) from error
+                raise FailedTransactionError(statement_failed=True) from error
 
     def _note_unseen_writes(self, _: Session) -> None:
         # In a transaction that the database has aborted, this question fails too.
