@@ -24,8 +24,9 @@ from asgi_db.dashboard.routes import MOST_ROWS
 from asgi_db.dashboard.view import View
 from asgi_db.database import Block
 from asgi_db.drivers import driver_of, driver_of_url, register
-from asgi_db.drivers.base import BEGIN_OPTION, AnyDriver, Beginning
+from asgi_db.drivers.base import AnyDriver
 from asgi_db.drivers.connecting import background_is_over
+from asgi_db.drivers.protocol import BEGIN_OPTION, Beginning
 from asgi_db.drivers.sqlite import Aiosqlite
 from asgi_db.drivers.statements import Effect
 from asgi_db.engine.unit import begin_unit
