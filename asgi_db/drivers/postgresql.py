@@ -19,8 +19,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.util.concurrency import await_
 
-from asgi_db.drivers.base import REMEDIES, Abandoned, AnyDriver, StandIn
+from asgi_db.drivers.base import AnyDriver
+from asgi_db.drivers.outages import REMEDIES
 from asgi_db.drivers.postgresql_options import translate_url
+from asgi_db.drivers.protocol import Abandoned, StandIn
 from asgi_db.drivers.sandbox import SandboxControl, SandboxRules, SandboxStandIn
 from asgi_db.drivers.statements import WRITING_WITH, Grammar
 from asgi_db.logs import logger
