@@ -56,7 +56,11 @@ class UnitSession(Session):
         unit = self.unit_of_work
         if unit.operation is None:
             return bind if unit.fixed_mode is None else unit.life.bind_for(bind, unit.fixed_mode)
-        mode = unit.fixed_mode or unit.begin()
+        mode = unit.fixed_mode
+        if mode is None:
+            if unit.origin.before_unit is not None and in_greenlet():
+                await_(unit.origin.before_unit())
+            mode = unit.begin()
         tally = unit.tally
         if not unit.transaction.connections or not unit.transaction.is_open:
             tally.asked = now = time.monotonic()
