@@ -620,7 +620,11 @@ for name in applications:
     [
         ("from-get-db", "tables", ["before", "after"]),
         ("from-fastapi-async-sqlalchemy", "tables", ["before", "after", "bridge"]),
-        ("from-advanced-alchemy", "models", ["fastapi_before", "fastapi_after", "litestar_after"]),
+        (
+            "from-advanced-alchemy",
+            "models",
+            ["fastapi_before", "fastapi_after", "litestar_before", "litestar_after"],
+        ),
     ],
     ids=["get_db", "fastapi-async-sqlalchemy", "advanced-alchemy"],
 )
@@ -630,20 +634,74 @@ for name in applications:
 def test_a_route_works_before_and_after_moving_over(
     tmp_path: Path, sqlite_url: str, page: str, tables: str, applications: list[str]
 ) -> None:
-    assert BESIDE.exists(), f"`make suite` installs what one moves over from in {BESIDE}"
     write_files(tmp_path, TUTORIAL, f"how-to/{page}.md")
+    printed = run_beside(tmp_path, sqlite_url, ORDER_FROM_EACH, tables, *applications)
+    assert printed.split() == ["201"] * len(applications)
+    numbers = sql(sqlite_url, "SELECT number FROM orders ORDER BY id")
+    assert numbers == [(name,) for name in applications]
+
+
+def run_beside(folder: Path, url: str, program: str, *arguments: str) -> str:
+    """Runs a program in the folder beside the other libraries, and returns what it prints."""
+    assert BESIDE.exists(), f"`make suite` installs what one moves over from in {BESIDE}"
+    path = os.pathsep.join([str(BESIDE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     done = subprocess.run(
-        [sys.executable, "-c", ORDER_FROM_EACH, tables, *applications],
-        cwd=tmp_path,
-        env={**os.environ, "DATABASE_URL": sqlite_url, "PYTHONPATH": str(BESIDE)},
+        [sys.executable, "-c", program, *arguments],
+        cwd=folder,
+        env={**os.environ, "DATABASE_URL": url, "PYTHONPATH": path},
         capture_output=True,
         encoding="utf-8",
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["201"] * len(applications)
-    numbers = sql(sqlite_url, "SELECT number FROM orders ORDER BY id")
-    assert numbers == [(name,) for name in applications]
+    return done.stdout
+
+
+ORDERS_IN_LITESTAR = """
+import sys
+from importlib import import_module
+from starlette.testclient import TestClient
+
+app = import_module(sys.argv[1]).app
+with TestClient(app, raise_server_exceptions=False) as client:
+    for step in sys.argv[2:]:
+        method, name = (step.split() + [""])[:2]
+        path = f"/orders?number={name}" if method == "POST" else f"/orders/{name}"
+        answer = client.request(method, path)
+        print(answer.status_code, answer.text if answer.is_success else "")
+"""
+
+
+@pytest.mark.parametrize(
+    ("application", "answer"),
+    [("litestar_before", '201 {"number":"A1","id":2}'), ("litestar_after", "500")],
+    ids=["before", "after"],
+)
+def test_an_application_with_autocommit_moves_over_and_hears_of_a_failed_commit(
+    tmp_path: Path, postgresql_url: str, application: str, answer: str
+) -> None:
+    sql(
+        postgresql_url,
+        "CREATE SEQUENCE orders_id_seq",
+        "CREATE TABLE orders (id bigint PRIMARY KEY DEFAULT nextval('orders_id_seq'),"
+        " number varchar(20) UNIQUE DEFERRABLE INITIALLY DEFERRED)",
+    )
+    write_files(tmp_path, "how-to/from-advanced-alchemy.md")
+    steps = ["POST A1", "GET", "GET last", "POST A1", "GET 77", "GET"]
+    printed = run_beside(tmp_path, postgresql_url, ORDERS_IN_LITESTAR, application, *steps)
+    one_order = '200 [{"number":"A1","id":1}]'
+    assert [line.strip() for line in printed.splitlines()] == [
+        '201 {"number":"A1","id":1}',
+        one_order,
+        "200 A1",
+        answer,
+        "404",
+        one_order,
+    ]
+    sql(postgresql_url, "INSERT INTO orders (number) SELECT generate_series(2, 1000)")
+    printed = run_beside(tmp_path, postgresql_url, ORDERS_IN_LITESTAR, application, "POST A2")
+    assert printed.split() == ["403"]
+    run(assert_disconnected(postgresql_url))
 
 
 # -- GraphQL -----------------------------------------------------------------------------------

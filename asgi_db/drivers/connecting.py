@@ -13,8 +13,9 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from asgi_db.drivers import driver_of
-from asgi_db.drivers.base import Driver, ServerFullError, connection_error, wrong_settings
 from asgi_db.drivers.describing import may_hold_values
+from asgi_db.drivers.outages import ServerFullError, connection_error, wrong_settings
+from asgi_db.drivers.protocol import Driver
 from asgi_db.errors import ConcurrentUseError, ConfigurationError, DatabaseDownError
 from asgi_db.tasks import current_task, is_of_another_loop, of_this_loop, wait_for_background
 

@@ -16,17 +16,10 @@ from sqlalchemy.exc import MissingGreenlet, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, PoolResetState
 
-from asgi_db.drivers.base import (
-    BEGIN_OPTION,
-    REMEDIES,
-    Abandoned,
-    AnyDriver,
-    AutocommitRequests,
-    Beginning,
-    StandIn,
-    connection_error,
-)
+from asgi_db.drivers.base import AnyDriver, AutocommitRequests
 from asgi_db.drivers.mysql_options import translate_url
+from asgi_db.drivers.outages import REMEDIES, connection_error
+from asgi_db.drivers.protocol import BEGIN_OPTION, Abandoned, Beginning, StandIn
 from asgi_db.drivers.sandbox import INTERRUPT_AGAIN, SandboxControl, SandboxRules, SandboxStandIn
 from asgi_db.drivers.statements import WRITING_WITH, Grammar
 from asgi_db.errors import SandboxError

@@ -19,14 +19,8 @@ import anyio
 from sqlalchemy import URL, Engine, event
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
-from asgi_db.drivers.base import (
-    BEGIN_OPTION,
-    GIVE_UP_AFTER,
-    AnyDriver,
-    AutocommitRequests,
-    Beginning,
-    StandIn,
-)
+from asgi_db.drivers.base import AnyDriver, AutocommitRequests
+from asgi_db.drivers.protocol import BEGIN_OPTION, GIVE_UP_AFTER, Beginning, StandIn
 from asgi_db.drivers.sandbox import SandboxConnection, SandboxControl, SandboxRules, SandboxStandIn
 from asgi_db.drivers.statements import WRITING_WITH, Grammar
 from asgi_db.drivers.url_options import Translate, number, refuse, switch, translate

@@ -7,8 +7,9 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 
 from asgi_db.drivers import driver_of
-from asgi_db.drivers.base import Driver, cause_of, connection_error, wrong_settings
 from asgi_db.drivers.describing import brief, conflict_error
+from asgi_db.drivers.outages import cause_of, connection_error, wrong_settings
+from asgi_db.drivers.protocol import Driver
 from asgi_db.engine.unit import Unit, is_closed, unit_of, where
 from asgi_db.errors import (
     DatabaseConflictError,

@@ -8,9 +8,9 @@ from typing import Any
 from sqlalchemy.engine import ExecutionContext
 
 from asgi_db.drivers import driver_of
-from asgi_db.drivers.base import Driver
 from asgi_db.drivers.connecting import check_loop
 from asgi_db.drivers.describing import opening_of
+from asgi_db.drivers.protocol import Driver
 from asgi_db.drivers.statements import Effect, Judge
 from asgi_db.engine.unit import Unit, units
 from asgi_db.engine.writers import OneWriter

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary, ref
 from sqlalchemy import Connection
 
 from asgi_db.drivers import driver_of
-from asgi_db.drivers.base import connection_error
+from asgi_db.drivers.outages import connection_error
 from asgi_db.drivers.statements import Effect
 from asgi_db.errors import DatabaseConflictError, DatabaseTimeoutError
 from asgi_db.modes import Mode

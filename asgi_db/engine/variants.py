@@ -9,7 +9,7 @@ from sqlalchemy import Engine
 from sqlalchemy.pool import PoolProxiedConnection
 
 from asgi_db.drivers import driver_of
-from asgi_db.drivers.base import BEGIN_OPTION
+from asgi_db.drivers.protocol import BEGIN_OPTION
 from asgi_db.engine.watching import BEGINNING, watch
 from asgi_db.errors import ConfigurationError
 from asgi_db.modes import Mode

@@ -13,8 +13,8 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from asgi_db.drivers import driver_of
-from asgi_db.drivers.base import BEGIN_OPTION, Beginning, Driver, StandIn
 from asgi_db.drivers.connecting import let_driver_connect
+from asgi_db.drivers.protocol import BEGIN_OPTION, Beginning, Driver, StandIn
 from asgi_db.drivers.statements import Judge
 from asgi_db.engine.failures import handle_error
 from asgi_db.engine.statements import IS_CHANGED, SettingsChanged, do_execute, do_execute_no_params

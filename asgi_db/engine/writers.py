@@ -13,7 +13,7 @@ from weakref import ReferenceType, WeakValueDictionary, ref
 
 from sqlalchemy.pool import PoolProxiedConnection
 
-from asgi_db.drivers.base import Driver
+from asgi_db.drivers.protocol import Driver
 from asgi_db.errors import ConcurrentUseError
 from asgi_db.tasks import acting_for
 

@@ -21,8 +21,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from asgi_db.drivers import driver_of
-from asgi_db.drivers.base import GIVE_UP_AFTER, Abandoned, StandIn
 from asgi_db.drivers.connecting import background_is_over, raise_if_connect_failed
+from asgi_db.drivers.protocol import GIVE_UP_AFTER, Abandoned, StandIn
 from asgi_db.logs import logger
 from asgi_db.tasks import in_background, running_loop
 

@@ -16,8 +16,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
 
 from asgi_db.drivers import driver_of
-from asgi_db.drivers.base import connection_error
 from asgi_db.drivers.connecting import connect_is_complete
+from asgi_db.drivers.outages import connection_error
 from asgi_db.engine.unit import UNIT_INFO, Unit
 from asgi_db.logs import logger
 from asgi_db.pool.fair import FairPool

@@ -19,8 +19,8 @@ from sqlalchemy.pool.base import _ConnectionRecord  # pyright: ignore[reportPriv
 from sqlalchemy.util import await_
 from sqlalchemy.util.queue import Empty, Full, QueueCommon
 
-from asgi_db.drivers.base import ServerFullError
 from asgi_db.drivers.connecting import check_loop
+from asgi_db.drivers.outages import ServerFullError
 from asgi_db.logs import logger
 
 T = TypeVar("T")

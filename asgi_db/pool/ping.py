@@ -11,8 +11,9 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from asgi_db.drivers import driver_of
-from asgi_db.drivers.base import Driver, connection_error, wrong_settings
 from asgi_db.drivers.describing import conflict_error
+from asgi_db.drivers.outages import connection_error, wrong_settings
+from asgi_db.drivers.protocol import Driver
 from asgi_db.errors import DatabaseBusyError
 from asgi_db.pool.abandoned import connection_of, side_connection
 from asgi_db.pool.life import EngineLife

@@ -13,7 +13,7 @@ from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from asgi_db.drivers import driver_of, drivers_with_sandbox
-from asgi_db.drivers.base import connection_error
+from asgi_db.drivers.outages import connection_error
 from asgi_db.drivers.sandbox import SandboxRules
 from asgi_db.errors import SandboxError
 from asgi_db.pool.engines import Engines

@@ -22,7 +22,7 @@ from typing import Any
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import await_
 
-from asgi_db.drivers.base import StandIn
+from asgi_db.drivers.protocol import StandIn
 from asgi_db.engine.unit import UNIT_INFO
 from asgi_db.tasks import current_task
 from asgi_db.testing.cursor import StandInCursor
