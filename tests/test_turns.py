@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 from sqlalchemy import text
@@ -35,6 +35,14 @@ async def database(server_url: str) -> AsyncIterator[Database]:
 
 async def lose(session: DBSession) -> None:
     await session.execute(text(LOSE[session.get_bind().dialect.name]))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while True:
+            if condition():
+                return
+            await asyncio.sleep(0.005)
 
 
 class Losers:
@@ -74,9 +82,7 @@ class Losers:
 
     async def until(self, *steps: tuple[str, int]) -> None:
         """Wait until these steps have been made."""
-        async with asyncio.timeout(30):
-            while not set(steps) <= set(self.steps):
-                await asyncio.sleep(0.005)
+        await until(lambda: set(steps) <= set(self.steps))
 
 
 def served(app: ASGIApp, database: Database, *, timeout: float | None = None) -> ASGIApp:
@@ -159,10 +165,8 @@ async def test_one_that_takes_too_long_lets_the_next_work_beside_it(
 
 async def first_in_turn(losers: Losers) -> str:
     """Wait until a request has its turn, and say which."""
-    async with asyncio.timeout(30):
-        while not (found := [name for name, attempt in losers.steps if attempt == 2]):
-            await asyncio.sleep(0.005)
-    return found[0]
+    await until(lambda: any(attempt == 2 for _, attempt in losers.steps))
+    return next(name for name, attempt in losers.steps if attempt == 2)
 
 
 async def test_the_wait_ends_with_the_timeout_of_the_request(
@@ -250,9 +254,7 @@ async def test_a_request_that_has_lost_holds_no_connection_while_it_waits(
         for name in losers.held:
             group.create_task(ask(app, name))
         await first_in_turn(losers)
-        async with asyncio.timeout(30):
-            while database.checked_out() != 1:
-                await asyncio.sleep(0.005)
+        await until(lambda: database.checked_out() == 1)
         for event in losers.held.values():
             event.set()
     assert database.checked_out() == 0
