@@ -17,7 +17,6 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.engine.interfaces import DBAPIConnection, ExecutionContext
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
-from sqlalchemy.util.concurrency import await_
 
 from asgi_db.drivers.base import AnyDriver
 from asgi_db.drivers.outages import REMEDIES
@@ -27,6 +26,7 @@ from asgi_db.drivers.sandbox import SandboxControl, SandboxRules, SandboxStandIn
 from asgi_db.drivers.statements import WRITING_WITH, Grammar
 from asgi_db.logs import logger
 from asgi_db.modes import Mode
+from asgi_db.sqlalchemy_versions import await_, has_begun
 from asgi_db.tasks import in_background, running_loop
 
 
@@ -374,7 +374,7 @@ class Asyncpg(PostgreSQL):
         # SQLAlchemy's adapter sends BEGIN before its first statement, and has no public method that
         # does so; `test_driver_connection.py` breaks when this changes.
         connection: Any = pooled.dbapi_connection
-        if not isinstance(pooled.driver_connection, StandIn) and connection._transaction is None:
+        if not isinstance(pooled.driver_connection, StandIn) and not has_begun(connection):
             await_(connection._start_transaction())
 
     def has_written(self, pooled: PoolProxiedConnection) -> bool:
