@@ -69,6 +69,7 @@ class DBSessionMiddleware:
         _refuse_another_database(app, key, self.database)
         self.server_timing = server_timing
         self.session_key = session_key(key)
+        self.session_class = self.database.session_class  # without a step in between
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
