@@ -2,49 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, cast
 from weakref import WeakValueDictionary
 
 import anyio
-from sqlalchemy import URL, Connection, MetaData
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import URL, MetaData
 from sqlalchemy.ext.asyncio import AsyncEngine
 from typing_extensions import TypeVar
 
-from asgi_db.drivers import driver_of, driver_of_url
-from asgi_db.engine.variants import isolation_options, refuse_autocommit, variant
+from asgi_db.drivers import driver_of_url
+from asgi_db.engine.variants import isolation_options, refuse_autocommit
+from asgi_db.environment import database_url_from_env, engine_options_from_env
 from asgi_db.errors import ConfigurationError, UnavailableError
 from asgi_db.logs import logger
 from asgi_db.modes import Mode, Transactional, as_mode, is_number, plain, transactional
-from asgi_db.pool.abandoned import connection_of
+from asgi_db.pool.definitions import define
 from asgi_db.pool.engines import Engines, EngineSettings
 from asgi_db.pool.life import EngineLife
 from asgi_db.pool.ping import ping, reach
 from asgi_db.profiles import PoolName, PoolProfile, pool_profile
-from asgi_db.settings import (
-    Secret,
-    create_database_url,
-    database_url_from_env,
-    engine_options_from_env,
-    parse_database_url,
-)
+from asgi_db.settings import Secret, create_database_url, parse_database_url
 from asgi_db.statistics import DatabaseStats, PoolStats, Statistics, name_of, total
 from asgi_db.tasks import running_loop
-from asgi_db.unit.origin import Origin
+from asgi_db.unit.block import Block
 from asgi_db.unit.session import DBSession
 from asgi_db.unit.session_class import choose_session
 
 if TYPE_CHECKING:
     from asgi_db.testing import Sandbox
-
-_DEFINING = transactional(isolation="READ COMMITTED")
-"""The mode for DDL, which has to see what another process has created while this one waited."""
 
 SessionT_co = TypeVar("SessionT_co", bound=DBSession, default=DBSession, covariant=True)
 
@@ -237,26 +227,11 @@ class Database(Generic[SessionT_co]):
 
         Several processes may do so at once: one creates the tables, and the others wait.
         """
-        await self._define(metadata.create_all)
+        await define(self.engine, metadata.create_all)
 
     async def drop_tables(self, metadata: MetaData) -> None:
         """Drop the tables which exist."""
-        await self._define(metadata.drop_all)
-
-    async def _define(self, change: Callable[[Connection], None]) -> None:
-        """Change the definitions of tables while no other process does so."""
-        engine = AsyncEngine(variant(self.engine.sync_engine, _DEFINING))
-        driver = driver_of(engine.dialect)
-        async with connection_of(engine) as connection, connection.begin():
-            if driver.lock_definitions is not None:
-                await connection.exec_driver_sql(driver.lock_definitions)
-            try:
-                await connection.run_sync(change)
-            finally:
-                if driver.unlock_definitions is not None:
-                    # On a connection that was closed the lock has ended by itself.
-                    with contextlib.suppress(SQLAlchemyError):
-                        await connection.exec_driver_sql(driver.unlock_definitions)
+        await define(self.engine, metadata.drop_all)
 
     # -- statistics ----------------------------------------------------------------------------
 
@@ -315,22 +290,8 @@ class Database(Generic[SessionT_co]):
                 " into a loop of your own."
             )
         kind = "transaction" if mode.commits else "session"
-        block = Block(self, mode, f"`async with database.{kind}()`")
-        session = self.session_class(block)
-        unit = session.unit_of_work
-        try:
+        async with Block(self, mode, f"`async with database.{kind}()`").session() as session:
             yield session
-        except BaseException:
-            await unit.end(success=False)
-            raise
-        else:
-            await unit.end(success=True)
-        finally:
-            try:
-                await unit.run_late_hooks()
-            finally:
-                block.is_over = True
-                unit.close()
 
     @asynccontextmanager
     async def transaction(self, mode: Transactional = transactional) -> AsyncGenerator[SessionT_co]:
@@ -385,31 +346,6 @@ def configured_database() -> Database:
     if database is None:
         database = _configured[key] = Database()
     return database
-
-
-class Block(Origin):
-    """An `async with` block that has a session."""
-
-    def __init__(self, database: Database, mode: Mode, name: str) -> None:
-        if (loop := running_loop()) is None:
-            raise ConfigurationError.without_asyncio()
-        self.loop = loop
-        self._database = database
-        self._mode = mode
-        self._name = name
-
-    @property
-    def session_options(self) -> Mapping[str, Any]:
-        return self._database.session_options
-
-    def life(self) -> EngineLife:
-        return self._database.life_on(self.loop)
-
-    def default_mode(self) -> Mode:
-        return self._mode
-
-    def describe(self) -> str:
-        return self._name
 
 
 def _cause(error: Exception) -> str:

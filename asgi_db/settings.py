@@ -1,4 +1,4 @@
-"""Settings: database URLs and environment variables.
+"""Database URLs.
 
 Everything here is decided before a connection exists, and every mistake is a `ConfigurationError`.
 Its message never repeats a value that could hold a password: a URL with an unescaped character puts
@@ -52,31 +52,10 @@ _accepted: set[str] = set()
 """Drivers that were registered besides those above, for any database."""
 _MYSQL = ("mysql", "mariadb")
 _MEMORY = ":memory:"
-_TYPES = ", ".join(f'"{name}"' for name in _DRIVERS)
+TYPES = ", ".join(f'"{name}"' for name in _DRIVERS)
 _SCHEMES = ", ".join(f"{name}://" for name in _DRIVERS)
 _URL_PATTERN = "postgresql://user:password@host:5432/database"
 _ESCAPES = "with @ : / ? # % in user and password written as %40 %3A %2F %3F %23 %25"
-
-_ENVIRONMENT = {
-    "type": "DATABASE_TYPE",
-    "user": "DATABASE_USER",
-    "password": "DATABASE_PASSWORD",
-    "host": "DATABASE_HOST",
-    "port": "DATABASE_PORT",
-    "database": "DATABASE_SCHEMA",
-    "charset": "DATABASE_CHARSET",
-}
-_SWITCHES: Mapping[str, bool | Literal["debug"]] = {
-    "true": True,
-    "1": True,
-    "yes": True,
-    "on": True,
-    "false": False,
-    "0": False,
-    "no": False,
-    "off": False,
-    "debug": "debug",
-}
 
 
 def create_database_url(
@@ -116,7 +95,7 @@ def create_database_url(
         )
     ]
     user, password, host, database = texts
-    return _Parts(type, user, password, host, port, database, charset, {}, unittest).url()
+    return UrlParts(type, user, password, host, port, database, charset, {}, unittest).url()
 
 
 def _text(name: str, value: object) -> str | None:
@@ -130,7 +109,7 @@ def _text(name: str, value: object) -> str | None:
 
 
 @dataclass(frozen=True, repr=False)
-class _Parts:
+class UrlParts:
     """The parts of a URL.
 
     A message calls them by `names`, which are environment variables, or else as parameters.
@@ -147,8 +126,13 @@ class _Parts:
     unittest: bool = False
 
     def url(self) -> URL:
+        """Build the URL.
+
+        Raises:
+            ConfigurationError: a part is missing, does not fit the type or is out of range.
+        """
         if self.type not in _DRIVERS:
-            raise self._error("type", f"must be one of {_TYPES}")
+            raise self._error("type", f"must be one of {TYPES}")
         return self._sqlite_url() if self.type == "sqlite" else self._server_url()
 
     def _sqlite_url(self) -> URL:
@@ -190,6 +174,11 @@ class _Parts:
         return name
 
     def check_length(self, name: str) -> None:
+        """Refuse a name of a database that the server would not take, or would shorten.
+
+        Raises:
+            ConfigurationError: it is too long.
+        """
         # PostgreSQL truncates a longer name without an error: "<63 bytes>_test" would be the real
         # database, and not one for tests.
         size, limit = (
@@ -256,10 +245,15 @@ def parse_database_url(url: str | URL | Secret) -> URL:
         ConfigurationError: the URL cannot be parsed, its database, driver or character set is not
             supported, or the driver is not installed.
     """
-    return _parse(url, "The database URL")
+    return read_url(url, "The database URL")
 
 
-def _parse(url: str | URL | Secret, label: str) -> URL:
+def read_url(url: str | URL | Secret, label: str) -> URL:
+    """Read a database URL as `parse_database_url` does.
+
+    Args:
+        label: what a message calls it.
+    """
     parsed = _hide_credentials(_read(url, label))
     backend, _, driver = parsed.drivername.partition("+")
     if driver in _accepted:
@@ -369,68 +363,10 @@ def with_database_for_tests(url: URL, worker: str | None) -> URL:
     stem = stem if stem.endswith("_test") else f"{stem}_test"
     name = f"{stem}_{worker}{suffix}" if worker else f"{stem}{suffix}"
     if backend != "sqlite":
-        _Parts(
+        UrlParts(
             backend, None, None, None, None, name, "", {"database": "The database for tests"}
         ).check_length(name)
     return url.set(database=name)
-
-
-def database_url_from_env(environ: Mapping[str, str]) -> URL | None:
-    """Read the database URL from environment variables; None if none of them is set.
-
-    `DATABASE_URL` wins. Without it the URL is built from `DATABASE_TYPE`, `DATABASE_USER`,
-    `DATABASE_PASSWORD`, `DATABASE_HOST`, `DATABASE_PORT`, `DATABASE_SCHEMA` (the name of the
-    database) and `DATABASE_CHARSET`. An empty variable counts as not set.
-
-    Raises:
-        ConfigurationError: a variable is wrong or missing; the message names it.
-    """
-    if url := environ.get("DATABASE_URL", "").strip():
-        return _parse(url, "DATABASE_URL")
-    given = {part: environ[name] for part, name in _ENVIRONMENT.items() if environ.get(name)}
-    if not given:
-        return None
-    if "type" not in given:
-        raise ConfigurationError(
-            f"DATABASE_TYPE is missing beside {_ENVIRONMENT[next(iter(given))]}: "
-            f"set it to one of {_TYPES}."
-        )
-    built = _Parts(
-        given["type"].strip().lower(),
-        given.get("user"),
-        given.get("password"),
-        given.get("host"),
-        _env_port(given.get("port")),
-        given.get("database"),
-        given.get("charset", "utf8mb4"),
-        _ENVIRONMENT,
-    ).url()
-    return _parse(built, "DATABASE_TYPE")
-
-
-def _env_port(port: str | None) -> int | None:
-    if port is None:
-        return None
-    # What is not a number becomes 0, which is reported as out of range.
-    return int(port) if re.fullmatch(r"[0-9]{1,5}", port.strip()) else 0
-
-
-def engine_options_from_env(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Read `DATABASE_ECHO` and `DATABASE_POOL_ECHO` as the engine options `echo` and `echo_pool`.
-
-    Both take true, false, 1, 0, yes, no, on, off or debug, in upper or lower case. The result has
-    only the options whose variables are set.
-
-    Raises:
-        ConfigurationError: a variable has another value; the message names it.
-    """
-    options: dict[str, Any] = {}
-    for name, option in (("DATABASE_ECHO", "echo"), ("DATABASE_POOL_ECHO", "echo_pool")):
-        if value := environ.get(name, "").strip().lower():
-            if value not in _SWITCHES:
-                raise ConfigurationError(f"{name} must be one of {', '.join(_SWITCHES)}.")
-            options[option] = _SWITCHES[value]
-    return options
 
 
 def uuid4_str() -> str:

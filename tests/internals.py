@@ -22,7 +22,6 @@ from asgi_db.dashboard.recorder import (
 )
 from asgi_db.dashboard.routes import MOST_ROWS
 from asgi_db.dashboard.view import View
-from asgi_db.database import Block
 from asgi_db.drivers import driver_of, driver_of_url, register
 from asgi_db.drivers.base import AnyDriver
 from asgi_db.drivers.connecting import background_is_over
@@ -31,6 +30,7 @@ from asgi_db.drivers.sqlite import Aiosqlite
 from asgi_db.drivers.statements import Effect
 from asgi_db.engine.unit import begin_unit
 from asgi_db.engine.variants import variant_options
+from asgi_db.environment import database_url_from_env, engine_options_from_env
 from asgi_db.histograms import BOUNDS, BUCKETS, Histogram, no_counts
 from asgi_db.logs import logger
 from asgi_db.modes import ModeDefault, ReadOnly, Transactional, should_commit
@@ -38,12 +38,7 @@ from asgi_db.pool.fair import FairPool, FairQueue
 from asgi_db.pool.life import MOST_VARIANTS, EngineLife
 from asgi_db.profiles import POOL_PROFILES, PoolName, pool_profile
 from asgi_db.sampling import Sampler
-from asgi_db.settings import (
-    DatabaseType,
-    database_url_from_env,
-    engine_options_from_env,
-    parse_database_url,
-)
+from asgi_db.settings import DatabaseType, parse_database_url
 from asgi_db.statistics import (
     WITHOUT_SESSION,
     Outcome,
@@ -54,7 +49,8 @@ from asgi_db.statistics import (
 )
 from asgi_db.tasks import run_to_completion
 from asgi_db.trace import without_literals
-from asgi_db.unit.standing import TRANSITIONS, State
+from asgi_db.unit.block import Block
+from asgi_db.unit.state import TRANSITIONS, State
 from asgi_db.unit.sync_session import OPERATIONS
 from asgi_db.unit.transaction import STAGES, Stage, Transaction
 from asgi_db.unit.unit_of_work import UnitOfWork

@@ -17,7 +17,7 @@ from asgi_db.errors import (
     unavailable_in,
 )
 from asgi_db.logs import logger
-from asgi_db.modes import Mode, should_commit
+from asgi_db.modes import should_commit
 from asgi_db.statistics import Tally
 from asgi_db.types import Message
 from asgi_db.unit.session import DBSession
@@ -261,23 +261,13 @@ class Exchange(Call):
         self._response = STARTED
         self._commit_error = None
         if self._site.server_timing and self._statements:
-            message = self._with_server_timing(message)
+            message = _with_server_timing(message, self._site.key, self._statements, self._busy)
         if unit.unanswered is None and self._late is None:
             await self._send(message)
             return
         if unit.unanswered is not None and unit.unanswered.was_cancelled and status >= 400:
             self._log_unanswered()
         await self._send_answer(unit, message)
-
-    def _with_server_timing(self, message: Message) -> Message:
-        """Add the header `Server-Timing`.
-
-        Source: https://www.w3.org/TR/server-timing/
-        """
-        statements = f"{self._statements} statement{'s' if self._statements > 1 else ''}"
-        timing = f'{self._site.key};dur={self._busy * 1000:.1f};desc="{statements}"'
-        headers = [*message.get("headers", ()), (b"server-timing", timing.encode())]
-        return {**message, "headers": headers}
 
     async def _end_before_response(
         self, unit: UnitOfWork, status: int, error: BaseException | None
@@ -295,7 +285,8 @@ class Exchange(Call):
                 success = should_commit(mode, status, error)
             if not success:
                 self._note_conflict(error)
-                self._warn_of_exception(unit, mode, status, error)
+                if error is not None and mode.commits:
+                    _warn_of_exception(unit, status, error)
             await self._end_before_answer(unit, success=success, answer=f"the response {status}")
             if self.needs_retry and unit.conflict is not None:
                 raise unit.conflict
@@ -337,18 +328,6 @@ class Exchange(Call):
         has_committed = unit is not None and unit.unanswered is not None
         return found if isinstance(found, OutcomeUnknownError) or not has_committed else None
 
-    def _warn_of_exception(
-        self, unit: UnitOfWork, mode: Mode, status: int, error: BaseException | None
-    ) -> None:
-        if error is not None and status < 400 and mode.commits and unit.has_uncommitted_work:
-            logger.warning(
-                "%s: rolled back although the response is %d, because it was made while a %s was"
-                " being handled. Raise a redirect, or answer after the `except` block.",
-                self.describe(),
-                status,
-                type(error).__name__,
-            )
-
     async def _refuse(self, error: UnavailableError) -> None:
         await self._end(success=False)
         self._response = REPLACED
@@ -357,3 +336,25 @@ class Exchange(Call):
         await refuse(self._send, error)
         # Another task of the handler may have begun a unit meanwhile.
         await self._end(success=False)
+
+
+def _warn_of_exception(unit: UnitOfWork, status: int, error: BaseException) -> None:
+    if status < 400 and unit.has_uncommitted_work:
+        logger.warning(
+            "%s: rolled back although the response is %d, because it was made while a %s was being"
+            " handled. Raise a redirect, or answer after the `except` block.",
+            unit.describe(),
+            status,
+            type(error).__name__,
+        )
+
+
+def _with_server_timing(message: Message, key: str, statements: int, busy: float) -> Message:
+    """Add the header `Server-Timing`.
+
+    Source: https://www.w3.org/TR/server-timing/
+    """
+    description = f"{statements} statement{'s' if statements > 1 else ''}"
+    timing = f'{key};dur={busy * 1000:.1f};desc="{description}"'
+    headers = [*message.get("headers", ()), (b"server-timing", timing.encode())]
+    return {**message, "headers": headers}

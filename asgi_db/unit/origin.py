@@ -102,6 +102,19 @@ class Origin(Protocol):
         """Return whether a task waits for others that do so too, instead of getting an error."""
         return False
 
+    def next_turn(self) -> asyncio.Future[None]:
+        """Return what a task waits for until the operation of another task has ended."""
+        turn: asyncio.Future[None] = self.loop.create_future()
+        self.waiting = (*self.waiting, turn)
+        return turn
+
+    def end_turn(self) -> None:
+        """Let the tasks that wait see for themselves which of them is next."""
+        waiting, self.waiting = self.waiting, ()
+        for turn in waiting:
+            if not turn.done():
+                turn.set_result(None)
+
     # -- what a unit reports -------------------------------------------------------------------
 
     def deadline_began(self, at: float) -> None:

@@ -1,41 +1,22 @@
 """Where a unit of work stands: its state, its mode, its transaction and its time.
 
-A session lives through many units, one after the other:
-
-    IDLE ──first statement──▶ ACTIVE ──COMMIT or ROLLBACK──▶ ENDING ──▶ IDLE ──…──▶ CLOSED
-
-`IDLE` holds nothing. `ACTIVE` may hold a connection; its first statement fixes the mode. `ENDING`
-is a COMMIT, including one by hand, or the ROLLBACK at the end of a unit: it runs to its end in a
-task of its own, even if the request is cancelled. `CLOSED` is final: the request is over, and the
-session refuses to work.
-
 Nothing here is awaited; `UnitOfWork` does the I/O.
 """
 
 from __future__ import annotations
 
 import asyncio
-import enum
 import time
 
-from sqlalchemy.exc import DBAPIError, PendingRollbackError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, SessionTransactionOrigin
 
-from asgi_db.drivers import driver_of
-from asgi_db.drivers.connecting import raise_if_connect_failed
-from asgi_db.drivers.describing import conflict_error
 from asgi_db.drivers.statements import Effect
 from asgi_db.errors import (
     ConcurrentUseError,
-    DatabaseBusyError,
     DatabaseConflictError,
-    DatabaseDownError,
     DatabaseTimeoutError,
-    FailedTransactionError,
     ModeConflictError,
     SessionExpiredError,
-    UnavailableError,
 )
 from asgi_db.logs import logger
 from asgi_db.modes import Mode
@@ -45,33 +26,8 @@ from asgi_db.unit.hooks import Hooks
 from asgi_db.unit.loaded import LoadedValues
 from asgi_db.unit.operation import MAY_BE_LATE, Operation
 from asgi_db.unit.origin import Origin
+from asgi_db.unit.state import TRANSITIONS, LeftOver, State
 from asgi_db.unit.transaction import OUTCOMES, Stage, Transaction
-
-
-class State(enum.Enum):
-    """Where a unit of work stands; see the top of this file."""
-
-    IDLE = enum.auto()
-    ACTIVE = enum.auto()
-    ENDING = enum.auto()
-    CLOSED = enum.auto()
-
-
-TRANSITIONS: dict[State, tuple[State, ...]] = {
-    State.IDLE: (State.ACTIVE, State.ENDING, State.CLOSED),
-    State.ACTIVE: (State.IDLE, State.ENDING),
-    State.ENDING: (State.IDLE,),
-    State.CLOSED: (),
-}
-
-
-class LeftOver(enum.Enum):
-    """Work of a session that belongs to no transaction."""
-
-    KEPT = enum.auto()
-    """Changed objects that `release` kept, and that the next transaction will flush."""
-    DISCARDED = enum.auto()
-    """Work that will not be committed, because the handler closed the session."""
 
 
 class Standing:
@@ -115,12 +71,7 @@ class Standing:
     loaded: LoadedValues | None = None
 
     def __init__(self, session: EndableSession, origin: Origin) -> None:
-        """Prepare a unit; nothing is opened before the first statement.
-
-        Args:
-            session: the session.
-            origin: the request or block that the session is for.
-        """
+        """Prepare a unit; nothing is opened before the first statement."""
         self.session = session
         self.origin = origin
         self.life = origin.life()
@@ -251,71 +202,19 @@ class Standing:
         running = "commit" if self.operation is None else self.operation.name
         return ConcurrentUseError(name, running, self.describe())
 
-    def translated(self, error: BaseException) -> Exception | None:
-        """Return the library's own error for that of an operation, where there is one.
-
-        It is `DatabaseDownError` if the connection was closed while it was being set up,
-        `DatabaseBusyError` if none became free, `DatabaseConflictError` if the database refused to
-        begin a transaction beside another one, and `FailedTransactionError` after a flush that
-        failed, which ends the transaction for SQLAlchemy.
-        """
-        if isinstance(error, PendingRollbackError):
-            return self._failed_transaction(error)
-        try:
-            raise_if_connect_failed(error)
-        except DatabaseDownError as down:
-            return down
-        if (conflict := self.conflict_in(error)) is not None:
-            return conflict
-        if not isinstance(error, PoolTimeoutError) or isinstance(error, DatabaseBusyError):
-            return None
-        self.tally.timeouts += 1
-        self.tally.add_wait(time.monotonic() - self.tally.asked)
-        return DatabaseBusyError(self.describe(), self.life.holders())
-
-    def _failed_transaction(self, error: PendingRollbackError) -> Exception | None:
-        failure = self.transaction.failure
-        if isinstance(error, FailedTransactionError) or failure is None:
-            return None
-        failed = FailedTransactionError(statement_failed=True)
-        failed.__cause__ = failure
-        return failed
-
-    def conflict_in(self, error: BaseException) -> DatabaseConflictError | None:
-        """Return the error for a conflict at BEGIN, when the unit had no connection yet."""
-        if not isinstance(error, DBAPIError) or isinstance(error, UnavailableError):
-            return None
-        if error.orig is None or not driver_of(self.life.engine.dialect).is_conflict(error.orig):
-            return None
-        conflict = self.conflict
-        if conflict is None or conflict.orig is not error.orig:
-            self.conflict = conflict = conflict_error(error, self.describe())
-            self.tally.conflicts += 1
-        return conflict
-
     def end_operation(self, operation: Operation) -> None:
         """Note that the operation has ended."""
         self.tally.busy += time.monotonic() - operation.began
         self.operation = None
-        if waiting := self.origin.waiting:
-            self.origin.waiting = ()
-            for turn in waiting:
-                if not turn.done():
-                    turn.set_result(None)
-
-    def terminate_streams(self) -> None:
-        """Close the connections of server-side cursors which are read after their time is over.
-
-        Fetching is not an operation of the session, so the deadline cannot cancel it.
-        """
-        if self.operation is None and self.overdue_stream() is not None:
-            for connection in self.transaction.connections:
-                connection.invalidate()
+        if self.origin.waiting:
+            self.origin.end_turn()
 
     def overdue_stream(self) -> DatabaseTimeoutError | None:
         """Return the error for reading a server-side cursor after the end of `timeout=`."""
-        is_late = self.transaction.streams and self.transaction.is_open and self.is_overdue
-        return self.overdue() if is_late else None
+        transaction, deadline = self.transaction, self.deadline
+        if transaction.streams and transaction.is_open and deadline is not None:
+            return self.overdue() if deadline.is_over else None
+        return None
 
     # -- how it stands -------------------------------------------------------------------------
 
@@ -329,11 +228,6 @@ class Standing:
             or self.is_rollback_only
             or (self.hooks is not None and self.hooks.are_waiting)
         )
-
-    @property
-    def is_overdue(self) -> bool:
-        """Whether the time of the mode's `timeout=` is over."""
-        return self.deadline is not None and self.deadline.is_over
 
     @property
     def is_used_by_another_task(self) -> bool:

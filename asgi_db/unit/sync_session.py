@@ -33,8 +33,9 @@ from asgi_db.unit.operation import (
     MAY_BE_LATE,
     Operation,
 )
-from asgi_db.unit.standing import LeftOver, State
+from asgi_db.unit.state import LeftOver, State
 from asgi_db.unit.transaction import Stage, Transaction
+from asgi_db.unit.translating import conflict_in, translated
 from asgi_db.unit.unit_of_work import UnitOfWork
 
 
@@ -183,7 +184,7 @@ class UnitSession(Session):
     def _note_error(self, error: BaseException) -> None:
         unit = self.unit_of_work
         if self.in_transaction():  # Otherwise the error has ended the transaction.
-            error = unit.conflict_in(error) or error
+            error = conflict_in(error, unit) or error
             in_savepoint = self.in_nested_transaction()
             unit.transaction.note_error(error, in_savepoint=in_savepoint)
             if not self.is_active and not in_savepoint:  # A flush has failed, whatever the reason.
@@ -217,7 +218,7 @@ class UnitSession(Session):
             DatabaseDownError: the connection was closed while it was being set up.
         """
         unit = self.unit_of_work
-        if error is not None and (own := unit.translated(error)) is not None:
+        if error is not None and (own := translated(error, unit)) is not None:
             raise own from own.__cause__ or error
         if deadline is not None:
             if unit.state is State.IDLE:
@@ -258,10 +259,20 @@ def inside_the_unit(name: str, operation: Callable[..., Any]) -> Callable[..., A
             unit = self.unit_of_work
             unit.transaction.streams += (result,)
             if unit.deadline is not None:
-                unit.deadline.when_over(unit.terminate_streams)
+                unit.deadline.when_over(functools.partial(_terminate_streams, unit))
         return result
 
     return guarded
+
+
+def _terminate_streams(unit: UnitOfWork) -> None:
+    """Close the connections of server-side cursors which are read after their time is over.
+
+    Fetching is not an operation of the session, so the deadline cannot cancel it.
+    """
+    if unit.operation is None and unit.overdue_stream() is not None:
+        for connection in unit.transaction.connections:
+            connection.invalidate()
 
 
 # Every public method of `Session` that may talk to the database; a test compares this list with

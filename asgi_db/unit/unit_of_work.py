@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
@@ -28,14 +27,16 @@ from asgi_db.errors import (
     UncommittedWorkError,
 )
 from asgi_db.logs import logger
-from asgi_db.modes import Mode
 from asgi_db.tasks import acting_for, cancelled_once, current_task, finish
 from asgi_db.unit.ending import Ending, has_changes
 from asgi_db.unit.hooks import Hook, HookOutcome, Hooks
 from asgi_db.unit.loaded import read_again
+from asgi_db.unit.lost_work import log_failed_commit, loses_work, warn_of_lost_work
 from asgi_db.unit.operation import WAITING, Operation
-from asgi_db.unit.standing import LeftOver, Standing, State
+from asgi_db.unit.standing import Standing
+from asgi_db.unit.state import LeftOver, State
 from asgi_db.unit.transaction import STAGES, Stage
+from asgi_db.unit.translating import translated
 
 
 class UnitOfWork(Standing):
@@ -65,9 +66,7 @@ class UnitOfWork(Standing):
             # A COMMIT by hand runs in a task of its own.
             if self.state is not State.ENDING and (other is None or not origin.takes_turns(other)):
                 return
-            turn = task.get_loop().create_future()
-            origin.waiting = (*origin.waiting, turn)
-            await turn
+            await origin.next_turn()
 
     async def end(self, *, success: bool, answer: str = "") -> None:
         """End the unit: COMMIT if it succeeded and its mode commits, otherwise ROLLBACK.
@@ -144,13 +143,13 @@ class UnitOfWork(Standing):
         if self.left_over is LeftOver.DISCARDED and commits:
             problem = problem or UncommittedWorkError(self.describe(), is_lost=True)
         warns = success and problem is None and not commits
-        is_lost = warns and self._loses_work()
+        is_lost = warns and loses_work(self)
         session = self.sync_session
         has_transaction = session is not None and session.in_transaction()
         if has_transaction or straggler is not None or self.left_over is LeftOver.KEPT:
             try:
                 if success and problem is None and commits:
-                    log_failure = functools.partial(self._log_failed_commit, answer)
+                    log_failure = functools.partial(log_failed_commit, self, answer)
                     commit = self._ending().commit(self.session.commit_in_unit, log_failure)
                     await self._end_by("commit", commit)
                 else:
@@ -163,7 +162,7 @@ class UnitOfWork(Standing):
             self.become_idle()
         self.left_over = None
         if mode is not None and (is_lost or (warns and self.transaction.effect.writes)):
-            self._warn_of_lost_work(mode)
+            warn_of_lost_work(self, mode)
         if success and problem is not None:
             logger.error("Not committed: %s", brief(problem))
             raise problem
@@ -173,38 +172,8 @@ class UnitOfWork(Standing):
         if self.left_over is LeftOver.KEPT and session is not None:
             if not session.in_transaction():  # in which what was kept is flushed, or expired
                 Session.begin(session)
-        return Ending(self.session, self.transaction, self.deadline, self.describe, self.translated)
-
-    def _loses_work(self) -> bool:
-        """Return whether a ROLLBACK undoes anything that is known of.
-
-        An attribute that was set to the value that it had is no change.
-        """
-        session, transaction = self.sync_session, self.transaction
-        return (
-            self.left_over is LeftOver.DISCARDED
-            or (transaction.effect.writes and transaction.is_open)
-            or session is not None
-            and (
-                bool(session.new or session.deleted)
-                or any(session.is_modified(changed) for changed in session.dirty)
-            )
-        )
-
-    def _warn_of_lost_work(self, mode: Mode) -> None:
-        remedy = "put @transactional on the route"
-        logger.warning(
-            "%s: uncommitted work was rolled back at the end of the %s unit: %s.",
-            self.describe(),
-            mode.name,
-            remedy if mode.read_only else f"commit it with `await session.commit()`, or {remedy}",
-        )
-
-    def _log_failed_commit(self, answer: str, error: BaseException) -> None:
-        unsent = f", and {answer} was not sent" if answer else ""
-        is_retried = self.mode.retries > 0 and self.conflict is not None
-        level = logging.WARNING if is_retried else logging.ERROR
-        logger.log(level, "%s: COMMIT failed%s: %s", self.describe(), unsent, brief(error))
+        translate = functools.partial(translated, unit=self)
+        return Ending(self.session, self.transaction, self.deadline, self.describe, translate)
 
     async def commit(self, commit: Callable[[], Awaitable[None]]) -> None:
         """Commit by hand; a cancellation does not interrupt it.
@@ -219,7 +188,7 @@ class UnitOfWork(Standing):
         def log_failure(error: BaseException) -> None:
             # A cancelled caller does not get the error, so it is logged.
             if caller is not None and caller.cancelling():
-                self._log_failed_commit("", error)
+                log_failed_commit(self, "", error)
 
         if self.operation is not None:
             await self.wait_for_turn()
@@ -334,11 +303,15 @@ class UnitOfWork(Standing):
         Raises:
             SessionExpiredError: the request is over.
         """
+        self._own("set_rollback_only")
+        self.is_rollback_only = True
+
+    def _own(self, name: str) -> None:
+        """Make this task the owner, unless another one is in the middle of the unit."""
         if self.state is State.CLOSED:
-            raise SessionExpiredError("set_rollback_only", self.describe())
+            raise SessionExpiredError(name, self.describe())
         if not self.in_use:
             self.owner = current_task()
-        self.is_rollback_only = True
 
     # -- hooks ---------------------------------------------------------------------------------
 
@@ -348,10 +321,7 @@ class UnitOfWork(Standing):
         Raises:
             SessionExpiredError: the request is over.
         """
-        if self.state is State.CLOSED:
-            raise SessionExpiredError(f"on_{hook.outcome}", self.describe())
-        if not self.in_use:
-            self.owner = current_task()
+        self._own(f"on_{hook.outcome}")
         if self.hooks is None:
             self.hooks = Hooks()
         self.hooks.add(hook)
