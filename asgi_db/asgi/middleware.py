@@ -71,6 +71,7 @@ class DBSessionMiddleware:
         self.server_timing = server_timing
         self.session_key = session_key(key)
         self.gates = Gates()
+        self.session_class = self.database.session_class  # without a step in between
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""

@@ -40,13 +40,10 @@ from asgi_db.unit.translating import conflict_in, translated
 from asgi_db.unit.unit_of_work import UnitOfWork
 
 
-class UnitSession(Session):
-    """The synchronous half of `DBSession`."""
+class EngineChoice(Session):
+    """Chooses the engine, or the variant of it, on which a transaction begins as the mode says."""
 
-    def __init__(self, *args: Any, unit_of_work: UnitOfWork, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.unit_of_work = unit_of_work
-        unit_of_work.sync_session = self
+    unit_of_work: UnitOfWork
 
     def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
         """Choose the engine for the mode; SQLAlchemy calls this before it takes a connection.
@@ -68,6 +65,15 @@ class UnitSession(Session):
             if tally.began is None:
                 tally.began = now
         return unit.life.bind_for(bind, mode)
+
+
+class UnitSession(Session):
+    """A session every operation of which is part of a unit of work."""
+
+    def __init__(self, *args: Any, unit_of_work: UnitOfWork, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.unit_of_work = unit_of_work
+        unit_of_work.sync_session = self
 
     def connection(self, *args: Any, **kwargs: Any) -> Connection:
         """Hand out the connection, on which the driver's own may be used too."""
@@ -232,10 +238,15 @@ def _outside_the_loop(name: str, owner: str) -> MissingGreenlet:
     )
 
 
-def _inside_the_unit(name: str) -> Callable[..., Any]:
-    operation = getattr(UnitSession, name)
+def inside_the_unit(name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of `Session` as an operation of the unit of work.
 
-    @functools.wraps(getattr(Session, name))
+    Args:
+        name: its name.
+        operation: the method itself.
+    """
+
+    @functools.wraps(operation)
     def guarded(self: UnitSession, *args: Any, **kwargs: Any) -> Any:
         if not self.enter(name):
             return operation(self, *args, **kwargs)
@@ -294,7 +305,12 @@ OPERATIONS = (
     *NEW_OPERATIONS,
 )
 for _name in OPERATIONS:
-    setattr(UnitSession, _name, _inside_the_unit(_name))
+    _guarded = inside_the_unit(_name, getattr(UnitSession, _name))
+    setattr(UnitSession, _name, functools.update_wrapper(_guarded, getattr(Session, _name)))
+
+
+class PlainUnitSession(UnitSession, EngineChoice):
+    """The synchronous half of a `DBSession`, if the user has no class for it."""
 
 
 # -- SQLAlchemy's events of the transaction ----------------------------------------------------
