@@ -17,11 +17,12 @@ from typing import Any
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import MissingGreenlet
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
-from sqlalchemy.util.concurrency import await_, in_greenlet
+from sqlalchemy.util.concurrency import in_greenlet
 
 from asgi_db.drivers.connecting import abandon_connect
 from asgi_db.engine.unit import begin_now, begin_unit
 from asgi_db.errors import DatabaseTimeoutError, FailedTransactionError, ReadOnlyError
+from asgi_db.sqlalchemy_versions import NEW_OPERATIONS, await_
 from asgi_db.tasks import current_task
 from asgi_db.unit.deadline import Deadline
 from asgi_db.unit.ending import give_back, has_changes, terminate
@@ -53,7 +54,11 @@ class EngineChoice(Session):
         unit = self.unit_of_work
         if unit.operation is None:
             return bind if unit.fixed_mode is None else unit.life.bind_for(bind, unit.fixed_mode)
-        mode = unit.fixed_mode or unit.begin()
+        mode = unit.fixed_mode
+        if mode is None:
+            if unit.origin.before_unit is not None and in_greenlet():
+                await_(unit.origin.before_unit())
+            mode = unit.begin()
         tally = unit.tally
         if not unit.transaction.connections or not unit.transaction.is_open:
             tally.asked = now = time.monotonic()
@@ -146,7 +151,7 @@ class UnitSession(Session):
             if error is not None and self._is_half_ended():
                 self._discard_transaction()
             elif self._should_give_back(error):
-                give_back(self)
+                give_back(self, unit.transaction.connections)
         finally:
             operation, deadline = unit.operation, unit.deadline
             if operation is not None and operation.task is asyncio.current_task():
@@ -170,12 +175,10 @@ class UnitSession(Session):
         unit = self.unit_of_work
         if unit.has_uncommitted_work:
             unit.left_over = LeftOver.DISCARDED
-        connections = () if in_greenlet() else unit.transaction.connections
-        for connection in connections:
-            if not connection.closed:
-                connection.invalidate()
-        give_back(self)
-        terminate(connections)
+        connections = unit.transaction.connections
+        give_back(self, connections)
+        if not in_greenlet():
+            terminate(connections)
         if unit.transaction.stage is Stage.OPEN:
             unit.transaction.end()
         if unit.state is State.ACTIVE:
@@ -287,20 +290,19 @@ OPERATIONS = (
     "commit",
     "connection",
     "delete",
-    "delete_all",
     "execute",
     "flush",
     "get",
     "get_one",
     "invalidate",
     "merge",
-    "merge_all",
     "prepare",
     "refresh",
     "reset",
     "rollback",
     "scalar",
     "scalars",
+    *NEW_OPERATIONS,
 )
 for _name in OPERATIONS:
     _guarded = inside_the_unit(_name, getattr(UnitSession, _name))
