@@ -11,7 +11,6 @@ from tests.ecosystem.heroes import Base
 from tests.ecosystem.page import GROUPS, Section, file_of, release
 from tests.servers import assert_disconnected, run
 
-
 _OTHERS = {each: Section(each).libraries for each in GROUPS if each != release()}
 collect_ignore = [str(file_of(name)) for libraries in _OTHERS.values() for name in libraries]
 

@@ -2,12 +2,12 @@
 the container's own.
 """
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from dishka import Provider, Scope, from_context, make_async_container, provide
-from dishka.integrations.fastapi import FromDishka, FastapiProvider, inject, setup_dishka
+from dishka.integrations.fastapi import FastapiProvider, FromDishka, inject, setup_dishka
 from dishka.integrations.litestar import FromDishka as FromDishkaInLitestar
 from dishka.integrations.litestar import LitestarProvider
 from dishka.integrations.litestar import inject as inject_in_litestar

@@ -2,10 +2,11 @@
 itself, in the mode `plain`.
 """
 
+from typing import Any
+
 from fastapi import FastAPI
 from fastcrud import FastCRUD, crud_router
 from pydantic import BaseModel
-from typing import Any
 
 from asgi_db import Database, DBSessionMiddleware
 from asgi_db_fastapi import CurrentSessionReadOnly, CurrentSessionTransaction, get_db

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import pytest
 from fastapi import Depends, FastAPI, Request
-from sqlalchemy import ForeignKey
 from sqlmodel import Field, SQLModel, select
 from sqlmodel.ext.asyncio.session import AsyncSession
 
@@ -62,14 +61,20 @@ def application(database: Database) -> FastAPI:
 def own(database: Database) -> Database:
     return Database(
         database.url,
-        session_options={"class_": AsyncSession, "sync_session_class": AsyncSession.sync_session_class},
+        session_options={
+            "class_": AsyncSession,
+            "sync_session_class": AsyncSession.sync_session_class,
+        },
     )
 
 
 async def test_models_are_written_and_read(own: Database) -> None:
     async with serving(application(own), own) as client:
         answer = await client.post("/heroes", json={"name": "ada"})
-        assert (answer.status_code, answer.json()) == (201, {"name": "ada", "team_id": None, "id": 1})
+        assert (answer.status_code, answer.json()) == (
+            201,
+            {"name": "ada", "team_id": None, "id": 1},
+        )
         assert heroes(str(own.url)) == ["ada"]
         assert [hero["name"] for hero in (await client.get("/heroes")).json()] == ["ada"]
 
