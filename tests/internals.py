@@ -35,10 +35,11 @@ from asgi_db.histograms import BOUNDS, BUCKETS, Histogram, no_counts
 from asgi_db.logs import logger
 from asgi_db.modes import ModeDefault, ReadOnly, Transactional, should_commit
 from asgi_db.pool.fair import FairPool, FairQueue
-from asgi_db.pool.life import EngineLife
+from asgi_db.pool.life import MOST_VARIANTS, EngineLife
 from asgi_db.profiles import POOL_PROFILES, PoolName, pool_profile
 from asgi_db.sampling import Sampler
 from asgi_db.settings import DatabaseType, parse_database_url
+from asgi_db.sqlalchemy_versions import NEW_OPERATIONS, has_begun
 from asgi_db.statistics import (
     WITHOUT_SESSION,
     Outcome,
@@ -57,6 +58,8 @@ from asgi_db.unit.unit_of_work import UnitOfWork
 
 __all__ = [
     "MOST_ROWS",
+    "NEW_OPERATIONS",
+    "MOST_VARIANTS",
     "Markup",
     "View",
     "duration",
@@ -115,6 +118,7 @@ __all__ = [
     "engine_options_from_env",
     "cli",
     "file_system",
+    "has_begun",
     "logger",
     "no_counts",
     "parse_database_url",

@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from sqlalchemy import select
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from starlette.testclient import TestClient
 
 import asgi_db
@@ -777,6 +778,44 @@ def test_a_mutation_with_an_error_in_its_answer_stores_nothing(
     assert "rolled back" not in done.stderr
     assert len(numbers := sql(database_url, "SELECT number FROM orders ORDER BY id")) == 5
     assert {("A1",), ("A2",), ("T",), ("B1",)} < set(numbers)
+
+
+# -- session classes ---------------------------------------------------------------------------
+
+
+@covers("how-to/session-class.md")
+def test_a_session_class_of_ones_own_serves_requests_and_blocks(
+    load: Load, sqlite_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    modules = load(TUTORIAL, "how-to/session-class.md")
+    create_tables(sqlite_url, modules["tables"].Base)
+    warehouse, routing = modules["warehouse"], modules["routing"]
+    with serve(warehouse.app) as client:
+        assert client.post("/orders?number=1&item=tea").status_code == 201
+        assert client.get("/items").json() == ["tea"]
+
+    class Archived(DeclarativeBase):
+        pass
+
+    class Archive(Archived):
+        __tablename__ = "archived_orders"
+        id: Mapped[int] = mapped_column(primary_key=True)
+
+    async def use_both() -> None:
+        async with warehouse.database:
+            await warehouse.print_items()
+        async with Database(engine=routing.archive) as archive, routing.database as database:
+            await archive.create_tables(Archived.metadata)
+            async with database.transaction() as session:
+                session.add(Archive())
+            async with database.session(read_only) as session:
+                assert len((await session.scalars(select(Archive))).all()) == 1
+                order = modules["tables"].Order
+                assert (await session.scalars(select(order.item))).all() == ["tea"]
+        await routing.archive.dispose()
+
+    run(use_both())
+    assert capsys.readouterr().out == "['tea']\n"
 
 
 # -- the pool ----------------------------------------------------------------------------------

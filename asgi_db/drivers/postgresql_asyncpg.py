@@ -11,12 +11,12 @@ from typing import Any
 from sqlalchemy import URL
 from sqlalchemy.engine.interfaces import DBAPIConnection, ExecutionContext
 from sqlalchemy.pool import PoolProxiedConnection
-from sqlalchemy.util.concurrency import await_
 
 from asgi_db.drivers.asyncpg_options import translate_url
 from asgi_db.drivers.postgresql import PostgreSQLSandbox, SupportedPostgreSQL
 from asgi_db.drivers.protocol import StandIn
 from asgi_db.drivers.sandbox import SandboxControl, SandboxRules, SandboxStandIn
+from asgi_db.sqlalchemy_versions import await_, has_begun
 from asgi_db.tasks import in_background, running_loop
 
 
@@ -119,7 +119,7 @@ class Asyncpg(SupportedPostgreSQL):
         # SQLAlchemy's adapter sends BEGIN before its first statement, and has no public method that
         # does so; `test_driver_connection.py` breaks when this changes.
         connection: Any = pooled.dbapi_connection
-        if not isinstance(pooled.driver_connection, StandIn) and connection._transaction is None:
+        if not isinstance(pooled.driver_connection, StandIn) and not has_begun(connection):
             await_(connection._start_transaction())
 
     def enter_autocommit(self, connection: DBAPIConnection) -> None:

@@ -16,12 +16,12 @@ from typing import Any, Literal, TypeVar, cast
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
 from sqlalchemy.pool.base import _ConnectionRecord  # pyright: ignore[reportPrivateUsage]
-from sqlalchemy.util import await_
 from sqlalchemy.util.queue import Empty, Full, QueueCommon
 
 from asgi_db.drivers.connecting import check_loop
 from asgi_db.drivers.outages import ServerFullError
 from asgi_db.logs import logger
+from asgi_db.sqlalchemy_versions import await_
 
 T = TypeVar("T")
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from sqlalchemy.util import await_
-
+from asgi_db.sqlalchemy_versions import await_
 from asgi_db.tasks import current_task
 from asgi_db.testing.transaction import Statement
 

@@ -20,10 +20,10 @@ from functools import partial
 from typing import Any
 
 from sqlalchemy.pool import ConnectionPoolEntry
-from sqlalchemy.util import await_
 
 from asgi_db.drivers.protocol import StandIn
 from asgi_db.engine.unit import UNIT_INFO
+from asgi_db.sqlalchemy_versions import await_
 from asgi_db.tasks import current_task
 from asgi_db.testing.cursor import StandInCursor
 from asgi_db.testing.shared import SharedConnection, in_thread

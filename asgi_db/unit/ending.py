@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any
 
 import anyio
@@ -49,15 +49,20 @@ def has_changes(session: Session | None) -> bool:
     return session is not None and bool(session.new or session.dirty or session.deleted)
 
 
-def give_back(session: Session) -> None:
-    """Roll back and return the connection, but keep the loaded objects usable.
+def give_back(session: Session, connections: Iterable[Connection]) -> None:
+    """Roll back and return the connections, but keep the loaded objects usable.
 
     `Session.rollback()` would expire every object, and `Session.close()` would detach them all.
-    Outside SQLAlchemy's greenlets nothing can be sent, so there the connection is invalidated.
+    Outside SQLAlchemy's greenlets nothing can be sent, so there the connections are invalidated.
+
+    Args:
+        session: the session.
+        connections: those of its transaction.
     """
-    if not in_greenlet() and (transaction := session.get_transaction()) is not None:
-        for connection in transaction.connections:
-            connection.invalidate()
+    if not in_greenlet():
+        for connection in connections:
+            if not connection.closed:
+                connection.invalidate()
     while (
         transaction := session.get_nested_transaction() or session.get_transaction()
     ) is not None:
@@ -65,12 +70,19 @@ def give_back(session: Session) -> None:
         transaction.close()
 
 
+class EndableSession(AsyncSession):
+    """A session as the end of its unit uses it: these two do not ask the unit of work again."""
+
+    commit_in_unit = AsyncSession.commit
+    rollback_in_unit = AsyncSession.rollback
+
+
 class Ending:
     """The end of one transaction of a session."""
 
     def __init__(
         self,
-        session: AsyncSession,
+        session: EndableSession,
         transaction: Transaction,
         deadline: Deadline | None,
         describe: Callable[[], str],
@@ -125,7 +137,7 @@ class Ending:
             own = self._overdue(error) or self._translate(error)
             transaction.fail()
             log_failure(own or error)
-            await self._close_by(AsyncSession.rollback(self._session), self._session.close)
+            await self._close_by(self._session.rollback_in_unit(), self._session.close)
             if own is not None:
                 raise own from own.__cause__ or error
             raise
@@ -181,9 +193,9 @@ class Ending:
             await self._session.run_sync(self._note_unseen_writes)
         has_work = transaction.effect.writes or has_changes(self._session.sync_session)
         if has_work or transaction.failure is not None:
-            await AsyncSession.rollback(self._session)
+            await self._session.rollback_in_unit()
         else:
-            await self._session.run_sync(give_back)
+            await self._session.run_sync(give_back, self._transaction.connections)
 
     def _refuse_unseen_failure(self, _: Session) -> None:
         """Refuse the COMMIT of a transaction that the database has aborted unseen.
@@ -206,12 +218,12 @@ class Ending:
 
     async def _give_back_after_streams(self) -> None:
         await self._close_streams()
-        await self._session.run_sync(give_back)
+        await self._session.run_sync(give_back, self._transaction.connections)
 
     async def _keep_objects(self) -> None:
         """End a transaction without writes after its connection was closed; keep the objects."""
         with contextlib.suppress(SQLAlchemyError):
-            await self._session.run_sync(give_back)
+            await self._session.run_sync(give_back, self._transaction.connections)
 
     async def _close_streams_in_time(self) -> None:
         try:

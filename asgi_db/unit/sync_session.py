@@ -17,11 +17,12 @@ from typing import Any
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import MissingGreenlet
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
-from sqlalchemy.util.concurrency import await_, in_greenlet
+from sqlalchemy.util.concurrency import in_greenlet
 
 from asgi_db.drivers.connecting import abandon_connect
 from asgi_db.engine.unit import begin_now, begin_unit
 from asgi_db.errors import DatabaseTimeoutError, FailedTransactionError, ReadOnlyError
+from asgi_db.sqlalchemy_versions import NEW_OPERATIONS, await_
 from asgi_db.tasks import current_task
 from asgi_db.unit.deadline import Deadline
 from asgi_db.unit.ending import give_back, has_changes, terminate
@@ -39,13 +40,10 @@ from asgi_db.unit.translating import conflict_in, translated
 from asgi_db.unit.unit_of_work import UnitOfWork
 
 
-class UnitSession(Session):
-    """The synchronous half of `DBSession`."""
+class EngineChoice(Session):
+    """Chooses the engine, or the variant of it, on which a transaction begins as the mode says."""
 
-    def __init__(self, *args: Any, unit_of_work: UnitOfWork, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.unit_of_work = unit_of_work
-        unit_of_work.sync_session = self
+    unit_of_work: UnitOfWork
 
     def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
         """Choose the engine for the mode; SQLAlchemy calls this before it takes a connection.
@@ -56,13 +54,26 @@ class UnitSession(Session):
         unit = self.unit_of_work
         if unit.operation is None:
             return bind if unit.fixed_mode is None else unit.life.bind_for(bind, unit.fixed_mode)
-        mode = unit.fixed_mode or unit.begin()
+        mode = unit.fixed_mode
+        if mode is None:
+            if unit.origin.before_unit is not None and in_greenlet():
+                await_(unit.origin.before_unit())
+            mode = unit.begin()
         tally = unit.tally
         if not unit.transaction.connections or not unit.transaction.is_open:
             tally.asked = now = time.monotonic()
             if tally.began is None:
                 tally.began = now
         return unit.life.bind_for(bind, mode)
+
+
+class UnitSession(Session):
+    """A session every operation of which is part of a unit of work."""
+
+    def __init__(self, *args: Any, unit_of_work: UnitOfWork, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.unit_of_work = unit_of_work
+        unit_of_work.sync_session = self
 
     def connection(self, *args: Any, **kwargs: Any) -> Connection:
         """Hand out the connection, on which the driver's own may be used too."""
@@ -140,7 +151,7 @@ class UnitSession(Session):
             if error is not None and self._is_half_ended():
                 self._discard_transaction()
             elif self._should_give_back(error):
-                give_back(self)
+                give_back(self, unit.transaction.connections)
         finally:
             operation, deadline = unit.operation, unit.deadline
             if operation is not None and operation.task is asyncio.current_task():
@@ -164,12 +175,10 @@ class UnitSession(Session):
         unit = self.unit_of_work
         if unit.has_uncommitted_work:
             unit.left_over = LeftOver.DISCARDED
-        connections = () if in_greenlet() else unit.transaction.connections
-        for connection in connections:
-            if not connection.closed:
-                connection.invalidate()
-        give_back(self)
-        terminate(connections)
+        connections = unit.transaction.connections
+        give_back(self, connections)
+        if not in_greenlet():
+            terminate(connections)
         if unit.transaction.stage is Stage.OPEN:
             unit.transaction.end()
         if unit.state is State.ACTIVE:
@@ -229,10 +238,15 @@ def _outside_the_loop(name: str, owner: str) -> MissingGreenlet:
     )
 
 
-def _inside_the_unit(name: str) -> Callable[..., Any]:
-    operation = getattr(UnitSession, name)
+def inside_the_unit(name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of `Session` as an operation of the unit of work.
 
-    @functools.wraps(getattr(Session, name))
+    Args:
+        name: its name.
+        operation: the method itself.
+    """
+
+    @functools.wraps(operation)
     def guarded(self: UnitSession, *args: Any, **kwargs: Any) -> Any:
         if not self.enter(name):
             return operation(self, *args, **kwargs)
@@ -276,23 +290,27 @@ OPERATIONS = (
     "commit",
     "connection",
     "delete",
-    "delete_all",
     "execute",
     "flush",
     "get",
     "get_one",
     "invalidate",
     "merge",
-    "merge_all",
     "prepare",
     "refresh",
     "reset",
     "rollback",
     "scalar",
     "scalars",
+    *NEW_OPERATIONS,
 )
 for _name in OPERATIONS:
-    setattr(UnitSession, _name, _inside_the_unit(_name))
+    _guarded = inside_the_unit(_name, getattr(UnitSession, _name))
+    setattr(UnitSession, _name, functools.update_wrapper(_guarded, getattr(Session, _name)))
+
+
+class PlainUnitSession(UnitSession, EngineChoice):
+    """The synchronous half of a `DBSession`, if the user has no class for it."""
 
 
 # -- SQLAlchemy's events of the transaction ----------------------------------------------------

@@ -15,7 +15,6 @@ from typing import Any
 from weakref import ref
 
 from sqlalchemy import Connection
-from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from asgi_db.drivers.describing import brief
@@ -152,8 +151,8 @@ class UnitOfWork(Standing):
                 if success and problem is None and commits:
                     caller = asyncio.current_task()
                     log_failure = functools.partial(log_failed_commit, self, answer, caller)
-                    commit = functools.partial(AsyncSession.commit, self.session)
-                    await self._end_by("commit", self._ending().commit(commit, log_failure))
+                    commit = self._ending().commit(self.session.commit_in_unit, log_failure)
+                    await self._end_by("commit", commit)
                 else:
                     rollback = self._ending().roll_back_unit(straggler, looks_for_writes=warns)
                     await self._end_by("rollback", rollback)

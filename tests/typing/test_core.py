@@ -98,6 +98,29 @@ async def test_a_database_and_its_sessions() -> None:
         await database.drop_tables(Base.metadata)
 
 
+class ShopSession(DBSession, AsyncSession):
+    """A session with a method of one's own."""
+
+    async def authors(self) -> Sequence[str]:
+        return (await self.scalars(select(Author.name))).all()
+
+
+async def test_a_database_with_a_session_class() -> None:
+    shop: Database[ShopSession] = Database("sqlite://", session_options={"class_": ShopSession})
+    async with shop as database:
+        assert_type(database, Database[ShopSession])
+        taken: Database = database
+        assert taken is shop
+        await database.create_tables(Base.metadata)
+        async with database.transaction() as session:
+            assert_type(session, ShopSession)
+            assert_type(await session.authors(), Sequence[str])
+            await session.release()
+        async with database.session() as session:
+            assert_type(session, ShopSession)
+    assert Database[ShopSession]("sqlite://").url.drivername == "sqlite+aiosqlite"
+
+
 def test_urls_and_keys() -> None:
     assert_type(create_database_url("postgresql", user="app", database="shop"), URL)
     assert_type(uuid4_str(), str)
