@@ -5,36 +5,33 @@ class: `await session.exec(select(Hero))`.
 from typing import Annotated, Any
 
 import pytest
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI
 from sqlmodel import Field, SQLModel, select
 from sqlmodel.ext.asyncio.session import AsyncSession
 
-from asgi_db import Database, DBSessionMiddleware, read_only, transactional
+from asgi_db import Database, DBSessionMiddleware, read_only
+from asgi_db_fastapi import get_db_read_only, get_db_transaction
 from tests.ecosystem.heroes import NO_SUCH_TEAM, heroes, serving
 
 
-class SquadBase(SQLModel):
+class HeroBase(SQLModel):
     name: str = Field(max_length=50, unique=True)
     team_id: int | None = None
 
 
-class Hero(SquadBase, table=True):
+class Hero(HeroBase, table=True):
     __tablename__ = "hero"
     __table_args__ = {"extend_existing": True}
 
     id: int | None = Field(default=None, primary_key=True)
 
 
-class HeroOut(SquadBase):
+class HeroOut(HeroBase):
     id: int
 
 
-def get_session(request: Request) -> AsyncSession:
-    session: AsyncSession = request.state.db
-    return session
-
-
-Session = Annotated[AsyncSession, Depends(get_session)]
+Reading = Annotated[AsyncSession, Depends(get_db_read_only)]
+Writing = Annotated[AsyncSession, Depends(get_db_transaction)]
 
 
 def application(database: Database) -> FastAPI:
@@ -42,16 +39,14 @@ def application(database: Database) -> FastAPI:
     app.add_middleware(DBSessionMiddleware, database=database)
 
     @app.post("/heroes", status_code=201)
-    @transactional
-    async def create(hero: SquadBase, session: Session) -> HeroOut:
+    async def create(hero: HeroBase, session: Writing) -> HeroOut:
         stored = Hero.model_validate(hero)
         session.add(stored)
         await session.flush()
         return HeroOut.model_validate(stored, from_attributes=True)
 
     @app.get("/heroes", response_model=list[HeroOut])
-    @read_only
-    async def read(session: Session) -> Any:
+    async def read(session: Reading) -> Any:
         return (await session.exec(select(Hero).order_by(Hero.name))).all()
 
     return app
