@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import AsyncGenerator, Mapping
@@ -12,7 +13,7 @@ from weakref import WeakValueDictionary
 
 import anyio
 from sqlalchemy import URL, MetaData
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from typing_extensions import TypeVar
 
 from asgi_db.drivers import driver_of_url
@@ -30,6 +31,7 @@ from asgi_db.settings import Secret, create_database_url, parse_database_url
 from asgi_db.statistics import DatabaseStats, PoolStats, Statistics, name_of, total
 from asgi_db.tasks import running_loop
 from asgi_db.unit.block import Block
+from asgi_db.unit.maker import SessionMaker
 from asgi_db.unit.session import DBSession
 from asgi_db.unit.session_class import choose_session
 
@@ -102,8 +104,8 @@ class Database(Generic[SessionT_co]):
         if engine is None:
             driver_of_url(self.url).translate(self.url)  # An option that cannot work is refused.
         defaults = {"autoflush": False, "expire_on_commit": False}
-        dialect = type(engine.dialect) if engine is not None else self.url.get_dialect()
-        choice = choose_session({**defaults, **(session_options or {})}, dialect)
+        self._dialect = type(engine.dialect) if engine is not None else self.url.get_dialect()
+        choice = choose_session({**defaults, **(session_options or {})}, self._dialect)
         self.session_class = cast(type[SessionT_co], choice.class_)
         self.session_options = choice.options
         self.statistics = Statistics()  # `asgi_db.opentelemetry` observes them
@@ -313,6 +315,17 @@ class Database(Generic[SessionT_co]):
             )
         async with self.session(mode) as session:
             yield session
+
+    @functools.cached_property
+    def sessionmaker(self) -> async_sessionmaker[SessionT_co]:
+        """What libraries take where they ask for an `async_sessionmaker`.
+
+            admin = Admin(app, session_maker=database.sessionmaker)
+
+        Its sessions roll back at their end what was not committed, and those of its `begin()`
+        commit. It may be used before there is an event loop; its options concern it alone.
+        """
+        return SessionMaker(self, self._dialect)
 
     def sandbox(self) -> Sandbox:
         """Begin a sandbox, for a test: nothing that is written in its block stays.

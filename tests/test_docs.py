@@ -526,6 +526,23 @@ def test_a_panel_has_the_engine_of_the_database(load: Load, database_url: str, n
     run(assert_disconnected(database_url))
 
 
+@covers(LIBRARIES)
+def test_a_class_that_takes_a_sessionmaker_writes_through_it(load: Load, sqlite_url: str) -> None:
+    modules = load(TUTORIAL, LIBRARIES)
+    create_tables(sqlite_url, modules["tables"].Base)
+    orders, order = modules["orders"], modules["tables"].Order
+
+    async def create() -> None:
+        async with orders.database:
+            await orders.orders.create(kept := order(number="1", item="tea"))
+            await orders.orders.create(deleted := order(number="2", item="coffee"))
+            await orders.orders.delete(deleted)
+            assert kept.item == "tea"
+
+    run(create())
+    assert items(sqlite_url) == ["tea"]
+
+
 async def same_engine(panel: Any, database: Database) -> bool:
     return bool(panel.engine is database.engine)
 

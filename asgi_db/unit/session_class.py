@@ -165,11 +165,11 @@ def _joined(class_: type[AsyncSession], sync_class: type[Session]) -> type[DBSes
         "sync_session_class": sync_class,
     }
     bases = (class_,) if issubclass(class_, DBSession) else (DBSession, class_)
-    joined: type[DBSession] = _class_like("class_", class_, bases, namespace)
+    joined: type[DBSession] = class_like("class_", class_, bases, namespace)
     return joined
 
 
-def _class_like(
+def class_like(
     option: str, like: type[Any], bases: tuple[type[Any], ...], namespace: Mapping[str, Any]
 ) -> Any:
     """Make a class that is shown under the name of another one.
@@ -269,7 +269,7 @@ def _joined_sync(class_: type[Session]) -> type[UnitSession]:
         if getattr(class_, name) is not getattr(Session, name)
     }
     bases = (EngineChoice, class_, UnitSession)
-    joined: type[UnitSession] = _class_like("sync_session_class", class_, bases, overridden)
+    joined: type[UnitSession] = class_like("sync_session_class", class_, bases, overridden)
     event.listen(joined, "after_begin", _refuse_what_is_no_operation)
     return joined
 

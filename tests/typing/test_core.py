@@ -7,7 +7,7 @@ from typing import Any, assert_type
 
 import pytest
 from sqlalchemy import URL, select
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 from asgi_db import (
     Database,
@@ -118,6 +118,12 @@ async def test_a_database_with_a_session_class() -> None:
             await session.release()
         async with database.session() as session:
             assert_type(session, ShopSession)
+        assert_type(database.sessionmaker, async_sessionmaker[ShopSession])
+        async with database.sessionmaker() as session:
+            assert_type(session, ShopSession)
+        async with database.sessionmaker.begin() as session:
+            assert_type(session, ShopSession)
+            session.on_commit(lambda: None)
     assert Database[ShopSession]("sqlite://").url.drivername == "sqlite+aiosqlite"
 
 
