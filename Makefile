@@ -13,6 +13,8 @@ VENV := .build/py$(VERSION)
 BIN := $(VENV)/bin
 PEERS := .build/peers-py$(VERSION)
 BESIDE := .build/beside-py$(VERSION)
+ECOSYSTEM := .build/ecosystem-py$(VERSION)
+ECOSYSTEM_2_0 := .build/ecosystem-sqlalchemy-2-0-py$(VERSION)
 SOURCES := pyproject.toml LICENSE README.md $(shell find asgi_db adapters -name __pycache__ -prune -o -print)
 HOST ?= 127.0.0.1
 PORT ?= 8000
@@ -33,7 +35,7 @@ ON_EVERY_PYTHON = tests/contract tests/typing $(patsubst %,tests/test_%.py,unit_
 	failed_clean_up loops_without_dispose \
 	garbage leaks lifespan composition websockets fair_pool public_api settings)
 
-.PHONY: help demo serve test test-pythons python-suite suite load chaos bench count pictures check docs format coverage build servers clean
+.PHONY: help demo serve test test-pythons python-suite suite ecosystem load chaos bench count pictures check docs format coverage build servers clean
 .NOTPARALLEL:
 
 help:
@@ -42,6 +44,8 @@ help:
 	@echo "make test          check, then the whole suite with coverage, on the built wheel"
 	@echo "make test-pythons  what depends on Python, on the other supported versions found here"
 	@echo "make suite         the suite alone; ARGS='-k name' goes to pytest, WORKERS=1 runs one test at a time"
+	@echo "make ecosystem     a small application for each library of docs/works-with.md;"
+	@echo "                   ARGS='--write-page' writes the versions and the date into the page"
 	@echo "make load          four busy processes beside the tests, which end after half an hour;"
 	@echo "                   ARGS='--processes 8 --seconds 60' for more, or less"
 	@echo "make chaos         the long runs with real faults, here and with other libraries, as one table;"
@@ -74,6 +78,11 @@ python-suite: $(VENV)/installed servers
 
 suite: $(VENV)/installed $(BESIDE)/installed servers
 	$(PYTEST) pytest $(PARALLEL) $(ARGS)
+
+ecosystem: $(ECOSYSTEM)/installed $(ECOSYSTEM_2_0)/installed
+	@$(PYTHON) -m scripts.prepare ecosystem
+	ASGI_DB_TEST_INSTALLED=1 $(ECOSYSTEM)/bin/python -P -m pytest $(PARALLEL) tests/ecosystem $(ARGS)
+	ASGI_DB_TEST_INSTALLED=1 $(ECOSYSTEM_2_0)/bin/python -P -m pytest $(PARALLEL) tests/ecosystem $(ARGS)
 
 load:
 	@$(PYTHON) -m scripts.load $(ARGS)
@@ -157,6 +166,19 @@ $(VENV)/installed: dist/built $(VENV)/tools
 
 $(BESIDE)/installed: pyproject.toml $(VENV)/tools
 	$(BIN)/python -m pip install --quiet --upgrade --target $(BESIDE) --group beside
+	@touch $@
+
+# The wheel in the same call, so that nothing is installed in a version that its drivers refuse.
+$(ECOSYSTEM)/installed: dist/built pyproject.toml
+	@test -e $(ECOSYSTEM)/bin/python || $(PYTHON) -m scripts.prepare venv $(ECOSYSTEM)
+	$(ECOSYSTEM)/bin/python -m pip install --quiet --group ecosystem "$$(echo dist/*.whl)[all]"
+	$(ECOSYSTEM)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
+	@touch $@
+
+$(ECOSYSTEM_2_0)/installed: dist/built pyproject.toml
+	@test -e $(ECOSYSTEM_2_0)/bin/python || $(PYTHON) -m scripts.prepare venv $(ECOSYSTEM_2_0)
+	$(ECOSYSTEM_2_0)/bin/python -m pip install --quiet --group ecosystem-sqlalchemy-2-0 "$$(echo dist/*.whl)[fastapi,mysql,postgresql]"
+	$(ECOSYSTEM_2_0)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
 	@touch $@
 
 $(PEERS)/installed: pyproject.toml

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, cast
 from weakref import WeakValueDictionary
 
 import anyio
 from sqlalchemy import URL, MetaData
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
+from typing_extensions import TypeVar
 
 from asgi_db.drivers import driver_of_url
 from asgi_db.engine.variants import isolation_options, refuse_autocommit
@@ -29,22 +31,29 @@ from asgi_db.settings import Secret, create_database_url, parse_database_url
 from asgi_db.statistics import DatabaseStats, PoolStats, Statistics, name_of, total
 from asgi_db.tasks import running_loop
 from asgi_db.unit.block import Block
-from asgi_db.unit.session import DBSession, check_session_options
+from asgi_db.unit.maker import SessionMaker
+from asgi_db.unit.session import DBSession
+from asgi_db.unit.session_class import choose_session
 
 if TYPE_CHECKING:
     from asgi_db.testing import Sandbox
+
+SessionT_co = TypeVar("SessionT_co", bound=DBSession, default=DBSession, covariant=True)
 
 DEFAULT_FILE = "app.db"
 """The SQLite file that is used if no database is configured."""
 
 
-class Database:
+class Database(Generic[SessionT_co]):
     """Owns the engines and opens the sessions; the one object that a user makes.
 
         database = Database("postgresql+asyncpg://app@localhost/shop")
 
     The engine is made in the event loop that uses it: by `async with database`, by the
     middleware at the application's startup, or else at first use.
+
+    With a session class of your own, `Database[HeroSession]` tells the type checker which one its
+    sessions have.
     """
 
     def __init__(
@@ -69,8 +78,9 @@ class Database:
                 of its `async_creator`, if it has one, are not translated.
             pool: the pool profile, "low", "medium" or "high", or a `PoolProfile` of your own.
             engine_options: for SQLAlchemy's `create_async_engine`; they override the profile.
-            session_options: for SQLAlchemy's `AsyncSession`, over `autoflush=False` and
-                `expire_on_commit=False`.
+            session_options: what SQLAlchemy's `async_sessionmaker` takes, over `autoflush=False`
+                and `expire_on_commit=False`; with `class_` and `sync_session_class` for sessions
+                of a class of your own.
             pooler: "transaction" behind PgBouncer in transaction pooling: asyncpg then keeps no
                 prepared statements.
             wait_for: how long to wait at startup for a database that does not answer yet, in
@@ -94,9 +104,10 @@ class Database:
         if engine is None:
             driver_of_url(self.url).translate(self.url)  # An option that cannot work is refused.
         defaults = {"autoflush": False, "expire_on_commit": False}
-        self.session_options: dict[str, Any] = {**defaults, **(session_options or {})}
-        dialect = type(engine.dialect) if engine is not None else self.url.get_dialect()
-        check_session_options(self.session_options, dialect)
+        self._dialect = type(engine.dialect) if engine is not None else self.url.get_dialect()
+        choice = choose_session({**defaults, **(session_options or {})}, self._dialect)
+        self.session_class = cast(type[SessionT_co], choice.class_)
+        self.session_options = choice.options
         self.statistics = Statistics()  # `asgi_db.opentelemetry` observes them
         self._wait_for = wait_for
         profile = pool if isinstance(pool, PoolProfile) else pool_profile(pool)
@@ -260,7 +271,7 @@ class Database:
     # -- sessions outside requests -------------------------------------------------------------
 
     @asynccontextmanager
-    async def session(self, mode: Mode = plain) -> AsyncGenerator[DBSession]:
+    async def session(self, mode: Mode = plain) -> AsyncGenerator[SessionT_co]:
         """Open a session for a script, a job or a test.
 
             async with database.session() as session:
@@ -285,7 +296,7 @@ class Database:
             yield session
 
     @asynccontextmanager
-    async def transaction(self, mode: Transactional = transactional) -> AsyncGenerator[DBSession]:
+    async def transaction(self, mode: Transactional = transactional) -> AsyncGenerator[SessionT_co]:
         """Open a session which commits at the end of the block, or rolls back if it raises.
 
             async with database.transaction() as session:
@@ -304,6 +315,17 @@ class Database:
             )
         async with self.session(mode) as session:
             yield session
+
+    @functools.cached_property
+    def sessionmaker(self) -> async_sessionmaker[SessionT_co]:
+        """What libraries take where they ask for an `async_sessionmaker`.
+
+            admin = Admin(app, session_maker=database.sessionmaker)
+
+        Its sessions roll back at their end what was not committed, and those of its `begin()`
+        commit. It may be used before there is an event loop; its options concern it alone.
+        """
+        return SessionMaker(self, self._dialect)
 
     def sandbox(self) -> Sandbox:
         """Begin a sandbox, for a test: nothing that is written in its block stays.
@@ -350,7 +372,7 @@ def as_database(value: object) -> Database:
         ConfigurationError: it is something else than a `Database`.
     """
     if isinstance(value, Database):
-        return value
+        return value  # pyright: ignore[reportUnknownVariableType]
     if value is not None:
         what = value.__name__ if isinstance(value, type) else f"a {type(value).__name__}"
         raise ConfigurationError(

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import sys
 import traceback
-from collections.abc import Hashable
+from collections.abc import Generator, Hashable
 from typing import Any
 
 
@@ -30,6 +30,25 @@ class SafeLogger(logging.LoggerAdapter[logging.Logger]):
 
 logger = SafeLogger(logging.getLogger("asgi_db"))
 """The logger of every module of the library; its name is "asgi_db"."""
+
+
+@contextlib.contextmanager
+def about_a_raised_error() -> Generator[None]:
+    """Keep Sentry, if the application uses it, from counting an error twice.
+
+    It makes an event of each line at ERROR, and another one of the error that a caller gets. What
+    is logged in this block stays in Sentry as a breadcrumb of that one.
+    """
+    new_scope = getattr(sys.modules.get("sentry_sdk"), "new_scope", None)  # since Sentry's 2.0
+    with contextlib.ExitStack() as stack:
+        if new_scope is not None:
+            with contextlib.suppress(Exception):
+                stack.enter_context(new_scope()).add_event_processor(_drop)
+        yield
+
+
+def _drop(_event: object, _hint: object) -> None:
+    """Answer Sentry that an event is not to be sent."""
 
 
 class ErrorsOnce:

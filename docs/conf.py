@@ -1,4 +1,4 @@
-"""The site: Markdown pages, the README, and the reference from the docstrings."""
+"""The site: Markdown pages, and the reference from the docstrings."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from sphinx.errors import ExtensionError
 from sphinx.util.logging import getLogger
 
 ROOT = Path(__file__).parents[1]
-WHEEL = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]
-PACKAGES = [Path(folder).name for folder in WHEEL["wheel"]["packages"]]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+WHEEL = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
+PACKAGES = [Path(folder).name for folder in WHEEL["packages"]]
+URLS = PYPROJECT["project"]["urls"]
 
 project = "asgi-db"
 html_title = "asgi-db"
@@ -28,8 +30,15 @@ html_copy_source = False
 html_show_copyright = False
 html_static_path = ["static"]
 html_css_files = ["site.css"]
+html_theme_options = {
+    "source_repository": URLS["Source"],
+    "source_branch": "main",
+    "source_directory": "docs/",
+    "top_of_page_buttons": ["view", "edit"],
+}
 extensions = [
     "myst_parser",
+    "sphinx_copybutton",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinxcontrib.mermaid",
@@ -60,14 +69,16 @@ LINK = re.compile(
 def link_inside_the_site(text: str) -> str:
     """Let links between the files of the repository lead to the pages which show them.
 
-    What the site does not show, such as a folder of examples, keeps its name only.
+    What the site does not show, such as a folder of examples, is linked in the repository.
     """
-    shown = {"README.md": "/overview.md", "CHANGELOG.md": "/changelog.md"}
+    shown = {"CHANGELOG.md": "/changelog.md"}
 
     def link(match: re.Match[str]) -> str:
         name, target, anchor = match[1], match[2], match[3] or ""
         page = shown.get(target) or target.removeprefix("docs")
-        return f"[{name}]({page}{anchor})" if page.startswith("/") else name
+        if page.startswith("/"):
+            return f"[{name}]({page}{anchor})"
+        return f"[{name}]({URLS['Source']}/tree/main/{target}{anchor})"
 
     return LINK.sub(link, text)
 

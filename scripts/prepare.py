@@ -10,11 +10,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from tests.programs import CHROMIUM, SERVERS, VALGRIND, WRK, Program
+from tests.programs import CHROMIUM, ECOSYSTEM, SERVERS, VALGRIND, WRK, Program
 
 # Run as root. A fresh machine has no package lists; another `make` may hold the lock. Only the
-# programs are wanted: PostgreSQL is to make no cluster, and so no service; PgBouncer's service is
-# neither to be started (`policy-rc.d` forbids it) nor to be there after the next boot.
+# programs are wanted: PostgreSQL is to make no cluster, and so no service; the services of
+# PgBouncer and Redis are neither to be started (`policy-rc.d` forbids it) nor to be there after the
+# next boot.
 INSTALL = """
 set -e
 export DEBIAN_FRONTEND=noninteractive
@@ -27,7 +28,7 @@ case " $* " in *" postgresql "*)
     mkdir -p "$(dirname "$no_cluster")"
     echo "create_main_cluster = false" >"$no_cluster"
 esac
-case " $* " in *" pgbouncer "*)
+case " $* " in *" pgbouncer "*|*" redis-server "*)
     if [ ! -e $policy ]; then
         remove="$remove $policy"
         printf '#!/bin/sh\\nexit 101\\n' >$policy
@@ -36,9 +37,11 @@ case " $* " in *" pgbouncer "*)
 esac
 apt-get update -qq || true
 apt-get install -qq --yes --no-install-recommends -o DPkg::Lock::Timeout=300 "$@"
-case " $* " in *" pgbouncer "*)
-    update-rc.d pgbouncer disable
-esac
+for service in pgbouncer redis-server; do
+    case " $* " in *" $service "*)
+        update-rc.d $service disable
+    esac
+done
 """
 
 
@@ -48,12 +51,15 @@ def main(arguments: list[str]) -> None:
             make_environment(directory)
         case ["servers"]:
             install_missing([*SERVERS, CHROMIUM])
+        case ["ecosystem"]:
+            install_missing(ECOSYSTEM)
         case ["load"]:
             install_missing([WRK])
         case ["count"]:
             install_missing([VALGRIND])
         case _:
-            sys.exit("usage: python -m scripts.prepare (venv DIRECTORY | servers | load | count)")
+            commands = "venv DIRECTORY | servers | ecosystem | load | count"
+            sys.exit(f"usage: python -m scripts.prepare ({commands})")
 
 
 def make_environment(directory: str) -> None:

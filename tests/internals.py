@@ -35,7 +35,7 @@ from asgi_db.histograms import BOUNDS, BUCKETS, Histogram, no_counts
 from asgi_db.logs import logger
 from asgi_db.modes import ModeDefault, ReadOnly, Transactional, should_commit
 from asgi_db.pool.fair import FairPool, FairQueue
-from asgi_db.pool.life import EngineLife
+from asgi_db.pool.life import MOST_VARIANTS, EngineLife
 from asgi_db.profiles import POOL_PROFILES, PoolName, pool_profile
 from asgi_db.sampling import Sampler
 from asgi_db.settings import DatabaseType, parse_database_url
@@ -59,6 +59,7 @@ from asgi_db.unit.unit_of_work import UnitOfWork
 __all__ = [
     "MOST_ROWS",
     "NEW_OPERATIONS",
+    "MOST_VARIANTS",
     "Markup",
     "View",
     "duration",

@@ -21,6 +21,7 @@ Limit = Literal[
     "give_up",
     "hooks",
     "longest_delay",
+    "longest_turn",
     "ping",
     "sandbox_close",
     "sandbox_wait",
@@ -42,6 +43,7 @@ _CONSTANTS: dict[Limit, tuple[str, ...]] = {
     "give_up": ("asgi_db.pool.abandoned.GIVE_UP_AFTER",),
     "hooks": ("asgi_db.unit.hooks.HOOKS_TIMEOUT",),
     "longest_delay": ("asgi_db.asgi.retry.LONGEST_DELAY",),
+    "longest_turn": ("asgi_db.asgi.turns.LONGEST_TURN",),
     "ping": ("asgi_db.pool.ping.PING_TIMEOUT",),
     "sandbox_close": ("asgi_db.testing.shared.CLOSE_TIMEOUT",),
     "sandbox_wait": ("asgi_db.testing.shared.WAIT_TIMEOUT",),
@@ -64,6 +66,7 @@ class Limits(TypedDict, total=False):
     give_up: float
     hooks: float
     longest_delay: float
+    longest_turn: float
     ping: float
     sandbox_close: float
     sandbox_wait: float

@@ -103,6 +103,9 @@ MARIADB = Server(
 )
 PGBOUNCER = Program(name="PgBouncer", programs=["pgbouncer"], packages=["pgbouncer"])
 SERVERS = [POSTGRESQL, MARIADB, PGBOUNCER]
+REDIS = Program(name="Redis", programs=["redis-server"], packages=["redis-server"])
+ECOSYSTEM = [POSTGRESQL, REDIS]
+"""What `make ecosystem` needs."""
 WRK = Program(name="wrk", programs=["wrk"], packages=["wrk"])
 """The load of `make bench`; no test needs it."""
 CHROMIUM = Browser(

@@ -581,7 +581,7 @@ def running(
 ) -> Generator[DatabaseServer, None, None]:
     """Starts a server on a free port, waits until it answers, and stops it at the end."""
     for _ in range(3):  # another process may take the port first
-        port = _free_port()
+        port = free_port()
         process = _Process(command(port), url(port), folder, signals)
         try:
             if process.start():
@@ -646,7 +646,7 @@ def _programs(server: Server, *names: str) -> list[str]:
     return [find(name) or name for name in names]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port which clients do not get for themselves, so that it is free for a restart too."""
     while True:
         port = random.randrange(15000, 32000)

@@ -5,19 +5,7 @@ from pathlib import Path
 
 PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SQL_BLOCK = re.compile(r"^```sql\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 FILE_NAME = re.compile(r"# (\S+\.py)\n")
-
-
-def blocks_by_heading(page: str) -> dict[str, str]:
-    """The Python blocks of a page by the heading above them, on the lines where they stand."""
-    blocks = dict[str, str]()
-    for block in PYTHON_BLOCK.finditer(page):
-        without_code = PYTHON_BLOCK.sub("", page[: block.start()])
-        heading = HEADING.findall(without_code)[-1]
-        assert heading not in blocks, f"give the second block below {heading!r} a heading"
-        blocks[heading] = "\n" * page.count("\n", 0, block.start(1)) + block[1]
-    return blocks
 
 
 def files_of(page: Path) -> dict[str, str]:

@@ -98,9 +98,12 @@ class Socket:
 
 
 @asynccontextmanager
-async def websocket(app: ASGIApp, path: str = "/") -> AsyncGenerator[Socket, None]:
+async def websocket(
+    app: ASGIApp, path: str = "/", *subprotocols: str
+) -> AsyncGenerator[Socket, None]:
     """A WebSocket which the application has accepted; the client closes it with the block."""
-    socket = Socket(app, scope_of("websocket", "ws", path, "2.3") | {"subprotocols": []})
+    scope = scope_of("websocket", "ws", path, "2.3")
+    socket = Socket(app, scope | {"subprotocols": list(subprotocols)})
     socket.send({"type": "websocket.connect"})
     answer = await socket.receive()
     assert answer is not None and answer["type"] == "websocket.accept", (answer, socket.error)

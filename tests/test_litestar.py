@@ -42,6 +42,7 @@ from asgi_db import (
 )
 from asgi_db.types import ASGIApp, Receive, Scope, Send
 from asgi_db_litestar import DatabasePlugin
+from tests import deferred_annotations
 from tests.contract.client import Exchange, call
 from tests.internals import session_key
 from tests.pools import checked_out, one_connection
@@ -138,6 +139,40 @@ async def test_the_providers_work_in_websocket_handlers(database: Database) -> N
     async with websocket(app_with(database, handler)) as socket:
         assert await socket.ask("ada") == "stored"
         assert await authors(str(database.url)) == ["ada"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/ours", "/sqlalchemys", "/engine", "/provided", "/renamed", "/controller"],
+)
+async def test_annotations_for_type_checkers_alone_are_understood(
+    database: Database, path: str
+) -> None:
+    app = app_with(database, *deferred_annotations.HANDLERS)
+    answer = await call(app, path, method="GET")
+    assert (answer.status, answer.body) == (200, b"1")
+    assert checked_out(database) == 0
+
+
+async def test_annotations_for_type_checkers_alone_are_understood_at_a_socket(
+    database: Database,
+) -> None:
+    app = app_with(database, *deferred_annotations.HANDLERS)
+    async with websocket(app, "/socket") as socket:
+        assert await socket.ask("ada") == "1"
+
+
+async def test_a_name_of_the_apps_own_signature_namespace_wins(database: Database) -> None:
+    async def provide_text() -> str:
+        return "of the app"
+
+    app = app_with(
+        database,
+        deferred_annotations.as_text,
+        dependencies={"db_session": Provide(provide_text)},
+        signature_namespace={"DBSession": str},
+    )
+    assert (await call(app, "/text", method="GET")).body == b"of the app"
 
 
 async def test_another_key_names_the_state_and_the_providers(database: Database) -> None:

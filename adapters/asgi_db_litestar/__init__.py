@@ -16,7 +16,7 @@ from litestar.middleware import DefineMiddleware
 from litestar.plugins import InitPlugin
 from litestar.types import Scope
 from litestar.utils.scope.state import CONNECTION_STATE_KEY, ScopeState
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from asgi_db import (
     Database,
@@ -40,7 +40,8 @@ class DatabasePlugin(InitPlugin):
 
     Handlers take `db_session`, `db_session_transaction` or `db_session_read_only`, and
     `db_engine`; `request.state.db` works too. With another `key=` they begin with that
-    instead of `db`.
+    instead of `db`. Modules of handlers may import `AsyncSession`, `AsyncEngine` and `DBSession`
+    for type checkers alone (`if TYPE_CHECKING:`).
     """
 
     def __init__(
@@ -89,6 +90,12 @@ class DatabasePlugin(InitPlugin):
             f"{key}_session_read_only": Provide(provide_read_only),
             f"{key}_engine": Provide(provide_engine),
             **app_config.dependencies,
+        }
+        app_config.signature_namespace = {
+            "AsyncEngine": AsyncEngine,
+            "AsyncSession": AsyncSession,
+            "DBSession": DBSession,
+            **app_config.signature_namespace,
         }
         app_config.middleware.insert(
             0,

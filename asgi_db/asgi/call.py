@@ -66,6 +66,7 @@ class Site(Protocol):
     key: str
     session_key: str
     server_timing: bool
+    session_class: type[DBSession]
 
 
 class Call(Origin):
@@ -80,7 +81,8 @@ class Call(Origin):
     _may_stream_from_another_task = False
 
     def __init__(self, site: Site, scope: Scope, receive: Receive, send: Send) -> None:
-        self._session = session = DBSession(self)
+        session_class = site.session_class
+        self._session = session = session_class(self)
         scope[site.session_key] = scope.setdefault("state", {})[site.key] = session
         self._site = site
         self._default_mode = site.mode

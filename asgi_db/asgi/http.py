@@ -108,11 +108,13 @@ class Exchange(Call):
         self.attempt = attempts.number
         self.ends_at = attempts.ends_at
         self._attempts = attempts
+        if attempts.number > 1:
+            self.before_unit = attempts.wait_for_turn
         attempts.keep_body_if(lambda: (self.route_mode() or self.default_mode()).retries > 0)
 
     def leave(self) -> None:
         """Drop the reference to the attempts, which would otherwise be part of a cycle."""
-        self._attempts = None
+        self._attempts = self.before_unit = None
 
     def deadline_began(self, at: float) -> None:
         """Apply the `timeout=` of the first unit to all attempts together."""
@@ -258,6 +260,8 @@ class Exchange(Call):
             return
         if unit.in_use or unit.conflict is not None:
             await self._end_before_response(unit, status, error)
+            if self._attempts is not None:
+                self._attempts.end_turn()
         self._response = STARTED
         self._commit_error = None
         if self._site.server_timing and self._statements:

@@ -17,6 +17,7 @@ from asgi_db.asgi.frameworks import surrounded
 from asgi_db.asgi.http import Exchange
 from asgi_db.asgi.lifespan import serve_lifespan
 from asgi_db.asgi.retry import Attempts
+from asgi_db.asgi.turns import Gates
 from asgi_db.asgi.websocket import Socket
 from asgi_db.database import Database, as_database
 from asgi_db.errors import ConfigurationError
@@ -69,6 +70,8 @@ class DBSessionMiddleware:
         _refuse_another_database(app, key, self.database)
         self.server_timing = server_timing
         self.session_key = session_key(key)
+        self.gates = Gates()
+        self.session_class = self.database.session_class  # without a step in between
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
@@ -103,19 +106,22 @@ class DBSessionMiddleware:
 
     async def _run_attempts(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application until an attempt needs no retry."""
-        attempts = Attempts(scope, receive)
-        while True:
-            exchange = Exchange(self, scope, attempts.receive, send)
-            exchange.join(attempts)
-            try:
-                await exchange.run()
-            finally:
-                exchange.close()
-                exchange.leave()
-            if not exchange.needs_retry:
-                return
-            scope = await attempts.next()
-            self.database.statistics.retried(exchange.route())
+        attempts = Attempts(scope, receive, self.gates)
+        try:
+            while True:
+                exchange = Exchange(self, scope, attempts.receive, send)
+                exchange.join(attempts)
+                try:
+                    await exchange.run()
+                finally:
+                    exchange.close()
+                    exchange.leave()
+                if not exchange.needs_retry:
+                    return
+                scope = await attempts.next(exchange.route())
+                self.database.statistics.retried(exchange.route())
+        finally:
+            attempts.end_turn()
 
     async def _pass_through(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

@@ -3,6 +3,8 @@
 A server that cannot let two transactions both succeed rolls one of them back, and expects it to be
 tried again. This module does so for `transactional(retries=…)` as long as nothing has been sent:
 each attempt gets the original scope and body, and a session of its own.
+
+The first statement of a further attempt waits for the other requests that have lost; see `Gates`.
 """
 
 from __future__ import annotations
@@ -12,13 +14,15 @@ import random
 from collections.abc import Callable
 
 from asgi_db.asgi.frameworks import copy_scope
+from asgi_db.asgi.turns import Gates, Turn
 from asgi_db.types import Message, Receive, Scope
 
 BODY_LIMIT = 1024 * 1024
 """The most bytes of a body that are kept; a request with a longer body is not run again."""
 
 FIRST_DELAY = 0.01
-"""The longest delay before the second attempt, in seconds; it doubles with each attempt."""
+"""The longest delay before the third attempt, in seconds, or as long as the second one took if that
+is longer; it doubles with each attempt."""
 
 LONGEST_DELAY = 1.0
 """The longest delay before any attempt, in seconds."""
@@ -33,7 +37,7 @@ class Attempts:
             has none, or no statement has run yet.
     """
 
-    def __init__(self, scope: Scope, receive: Receive) -> None:
+    def __init__(self, scope: Scope, receive: Receive, gates: Gates) -> None:
         self.number = 1
         self.ends_at: float | None = None
         self._scope = copy_scope(scope)
@@ -44,6 +48,10 @@ class Attempts:
         self._is_wanted: Callable[[], bool] = lambda: True
         # This is decided when the first piece of the body arrives.
         self._keeps_body: bool | None = None
+        self._gates = gates
+        self._route = ""
+        self._turn: Turn | None = None
+        self._began = _now()
 
     def keep_body_if(self, wanted: Callable[[], bool]) -> None:
         """Keep the body only if this says so; it is asked when the body arrives.
@@ -88,14 +96,42 @@ class Attempts:
 
     @property
     def _longest_delay(self) -> float:
-        return min(FIRST_DELAY * 2.0 ** (self.number - 1), LONGEST_DELAY)
+        if self.number == 1:
+            return 0.0
+        took = _now() - self._began
+        return min(max(FIRST_DELAY, took) * 2.0 ** (self.number - 2), LONGEST_DELAY)
 
-    async def next(self) -> Scope:
-        """Wait for a random moment, and return the scope of the next attempt."""
+    async def next(self, route: str) -> Scope:
+        """Return the scope of the next attempt.
+
+        From the third one on it comes after a delay left to chance: what makes a request lose
+        although it has its turn may be a request of another process, which has lost as well.
+
+        Args:
+            route: the name of the route.
+        """
         await asyncio.sleep(random.uniform(0, self._longest_delay))
+        self._route = route
+        if self._turn is not None:
+            if self._turn.is_over:
+                self._turn = None
+            else:
+                self._turn.extend()
+        self._began = _now()
         self.number += 1
         self._position = 0
         return copy_scope(self._scope)
+
+    async def wait_for_turn(self) -> None:
+        """Wait for the other requests of the route that have lost."""
+        if self._turn is None:
+            self._turn = await self._gates.turn(self._route, self.ends_at)
+            self._began = _now()
+
+    def end_turn(self) -> None:
+        """Let the next request have its turn."""
+        if self._turn is not None:
+            self._turn.end()
 
 
 def _now() -> float:

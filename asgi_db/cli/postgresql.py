@@ -6,7 +6,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from asgi_db.cli.report import Plan, Report
-from asgi_db.drivers.postgresql import asyncpg
+from asgi_db.drivers import driver_of
 
 _CHECK_INTERVAL = "client_connection_check_interval"
 _SHOWN = (
@@ -53,7 +53,7 @@ async def check(report: Report, plan: Plan, connection: AsyncConnection) -> None
     report.settings.update({name: shown[name] for name in _SHOWN if name in shown})
 
     driver = (await connection.get_raw_connection()).driver_connection
-    if about.pid != asyncpg.id_at_server(driver):
+    if about.pid != driver_of(connection.dialect).id_at_server(driver):
         report.facts["pooler"] = "yes"
         _warn_of_pooler(report, values)
     else:

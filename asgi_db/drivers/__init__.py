@@ -11,7 +11,8 @@ from sqlalchemy.engine import Dialect
 
 from asgi_db.drivers.base import AnyDriver
 from asgi_db.drivers.mysql import MySQL, asyncmy
-from asgi_db.drivers.postgresql import PostgreSQL, asyncpg
+from asgi_db.drivers.postgresql import PostgreSQL
+from asgi_db.drivers.postgresql_asyncpg import asyncpg
 from asgi_db.drivers.protocol import Driver
 from asgi_db.drivers.sqlite import SQLite, aiosqlite
 from asgi_db.settings import accept_driver

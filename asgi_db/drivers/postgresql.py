@@ -1,36 +1,31 @@
-"""PostgreSQL, with asyncpg."""
+"""PostgreSQL, with any driver."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import functools
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from importlib import import_module
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import URL, Engine, event, text
+from sqlalchemy import Engine, event, text
 from sqlalchemy.engine import Dialect
-from sqlalchemy.engine.interfaces import DBAPIConnection, ExecutionContext
+from sqlalchemy.engine.interfaces import ExecutionContext
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from asgi_db.drivers.base import AnyDriver
 from asgi_db.drivers.outages import REMEDIES
-from asgi_db.drivers.postgresql_options import translate_url
 from asgi_db.drivers.protocol import Abandoned, StandIn
-from asgi_db.drivers.sandbox import SandboxControl, SandboxRules, SandboxStandIn
+from asgi_db.drivers.sandbox import SandboxRules
 from asgi_db.drivers.statements import WRITING_WITH, Grammar
 from asgi_db.logs import logger
 from asgi_db.modes import Mode
-from asgi_db.sqlalchemy_versions import await_, has_begun
-from asgi_db.tasks import in_background, running_loop
 
 
-def _sqlstate(error: BaseException) -> str | None:
+def sqlstate(error: BaseException) -> str | None:
+    """Return the code of an error of the server, if it is one."""
     return getattr(error, "sqlstate", None)
 
 
@@ -84,39 +79,37 @@ class PostgreSQL(AnyDriver):
         return hasattr(error, "sqlstate")
 
     def is_conflict(self, error: BaseException) -> bool:
-        return _sqlstate(error) in _CONFLICTS or _has_invalid_plan(error)
+        return sqlstate(error) in _CONFLICTS or self.has_invalid_plan(error)
+
+    def has_invalid_plan(self, error: BaseException) -> bool:
+        """Say whether DDL has changed what a prepared statement returns; it was not executed."""
+        return False
 
     def is_outage(self, error: BaseException) -> bool:
-        return _sqlstate(error) in _OUTAGES
+        return sqlstate(error) in _OUTAGES
 
     def is_full(self, error: BaseException) -> bool:
-        return _sqlstate(error) == _TOO_MANY
+        return sqlstate(error) == _TOO_MANY
 
     def time_limit(self, error: BaseException) -> str | None:
-        if _sqlstate(error) != _QUERY_CANCELED:
+        if sqlstate(error) != _QUERY_CANCELED:
             return None
         return "statement_timeout, unless somebody has cancelled it"
 
     def remedy(self, error: BaseException) -> str | None:
-        kind = _WRONG_SETTINGS.get(_sqlstate(error) or "")
+        kind = _WRONG_SETTINGS.get(sqlstate(error) or "")
         return super().remedy(error) if kind is None else REMEDIES[kind]
 
     def code(self, error: BaseException) -> str | None:
-        return _sqlstate(error)
+        return sqlstate(error)
 
     def advice(self, error: BaseException) -> str | None:
-        state = _sqlstate(error)
+        state = sqlstate(error)
         if state in _NO_STATEMENT or (state == "08P01" and "prepared stat" in str(error)):
             return (
                 "If there is a PgBouncer in between, in transaction pooling, say so:"
                 ' Database(..., pooler="transaction").'
             )
-        return None
-
-    def id_at_server(self, connection: Any) -> int | None:
-        # These errors mean that the connection is closed already.
-        with contextlib.suppress(AttributeError, TypeError):
-            return int(connection.get_server_pid())
         return None
 
     async def end_statements(
@@ -134,16 +127,6 @@ _CONFLICTS = frozenset({"40001", "40P01", "55P03"})
 
 _TOO_MANY = "53300"
 _QUERY_CANCELED = "57014"
-
-
-def _has_invalid_plan(error: BaseException) -> bool:
-    """Whether DDL has changed what a prepared statement returns; it was not executed.
-
-    asyncpg and SQLAlchemy call their classes so; the tests of plans in `test_server_limits.py`
-    break when this changes.
-    """
-    return type(error).__name__ == "InvalidCachedStatementError"
-
 
 _OUTAGES = frozenset(
     {"08000", "08001", "08003", "08004", "08006", "57P01", "57P02", "57P03", "53300"}
@@ -173,116 +156,14 @@ _TERMINATE = """
 """
 
 
-class AsyncpgSandbox(SandboxRules):
-    """PostgreSQL checks deferred constraints at COMMIT, not at the end of a savepoint."""
+class SupportedPostgreSQL(PostgreSQL):
+    """PostgreSQL with a driver with which asgi-db itself connects."""
 
-    def control(self, stand_in: SandboxStandIn) -> SandboxControl:
-        return _SandboxControl(stand_in)
-
-    def begin_nothing(self) -> None:
-        self.connection.adapted.autocommit = True
-
-    def is_in_transaction(self) -> bool:
-        return bool(self.connection.driver.is_in_transaction())
-
-    async def interrupt(self, running: asyncio.Future[Any], *, only_reads: bool) -> None:
-        running.cancel()  # asyncpg then sends a cancel request.
-
-    async def begun(self, control: Any) -> None:
-        if control.readonly:
-            # This applies until the savepoint ends.
-            await self.connection.fetch("SET TRANSACTION READ ONLY")
-
-    def local_settings(self, sql: str, parameters: Any) -> Sequence[str]:
-        if found := _SET_LOCAL.match(sql):
-            return ["timezone" if found[1].upper().startswith("TIME") else found[1]]
-        if "set_config" not in sql:
-            return ()
-        return [name or str(parameters[int(n) - 1]) for name, n in _SET_CONFIG.findall(sql)]
-
-    async def read_setting(self, name: str) -> str:
-        rows = await self.connection.fetch("SELECT current_setting($1, true)", (name,))
-        return rows[0][0] or ""
-
-    async def check_deferred(self) -> None:
-        ((has_any, deferred),) = await self.connection.fetch(_DEFERRABLE)
-        if has_any:
-            await self.connection.fetch("SET CONSTRAINTS ALL IMMEDIATE")
-        if deferred:
-            await self.connection.fetch(f"SET CONSTRAINTS {deferred} DEFERRED")
-
-    def is_rolled_back(self, error: Exception) -> bool:
-        return _sqlstate(error) == _FAILED_TRANSACTION
-
-    async def committed(self, settings: Mapping[str, str]) -> None:
-        for name, value in settings.items():
-            await self.connection.fetch("SELECT set_config($1, $2, true)", (name, value))
-
-
-class _SandboxControl:
-    """The attributes through which SQLAlchemy's asyncpg dialect begins transactions."""
-
-    def __init__(self, stand_in: SandboxStandIn) -> None:
-        self._stand_in = stand_in
-        self.isolation_level: str | None = None
-        self.readonly = False
-        self.deferrable = False
-
-    @property
-    def is_autocommit(self) -> bool:
-        return self.isolation_level == "autocommit"
-
-    @property
-    def autocommit(self) -> bool:
-        return self.is_autocommit
-
-    @autocommit.setter
-    def autocommit(self, value: bool) -> None:
-        self.isolation_level = "autocommit" if value else None
-
-    def set_isolation_level(self, level: str) -> None:
-        self._stand_in.rollback()
-        # In a sandbox no level other than autocommit has an effect.
-        self.isolation_level = level
-
-
-_FAILED_TRANSACTION = "25P02"
-_DEFERRABLE = """
-    SELECT count(*) > 0, string_agg(DISTINCT format('%I.%I', nspname, conname), ', ')
-    FILTER (WHERE condeferred) FROM pg_constraint JOIN pg_namespace n ON n.oid = connamespace
-    WHERE condeferrable
-"""
-_SET_LOCAL = re.compile(r"\s*SET\s+LOCAL\s+(TIME\s+ZONE|[\w.]+)", re.IGNORECASE)
-_SET_CONFIG = re.compile(
-    r"\bset_config\s*\(\s*(?:'([^']+)'|\$(\d+))[^,]*,[^,]*,\s*(?!false)", re.IGNORECASE
-)
-
-
-class Asyncpg(PostgreSQL):
-    """PostgreSQL with asyncpg."""
-
-    name = "asyncpg"
     is_supported = True
-    sandbox: type[SandboxRules] | None = AsyncpgSandbox
 
     def __init__(self) -> None:
-        # The server's answer to a connection that was idle for too long comes too late: asyncpg
-        # has no statement then to which it could belong.
+        # Neither driver has the server's limits at hand when it finds a connection closed.
         self._idle_limits: WeakKeyDictionary[Any, tuple[str | None, ...]] = WeakKeyDictionary()
-
-    def options(self, url: URL, *, pooler: bool) -> dict[str, Any]:
-        if not pooler:
-            return {}
-        return {
-            "connect_args": {
-                "statement_cache_size": 0,
-                "prepared_statement_cache_size": 0,
-                "connection_class": patient_connection_class(),
-            }
-        }
-
-    def translate(self, url: URL) -> tuple[URL, dict[str, Any]]:
-        return translate_url(url)
 
     def prepare(self, engine: Engine, *, pooler: bool, durable: bool) -> None:
         if not pooler:
@@ -295,7 +176,34 @@ class Asyncpg(PostgreSQL):
         Otherwise PostgreSQL has discarded the transaction, which counts as a conflict.
         """
         for name in ("do_execute", "do_executemany", "do_execute_no_params"):
-            setattr(dialect, name, functools.partial(_execute, getattr(dialect, name)))
+            setattr(dialect, name, functools.partial(self._execute, getattr(dialect, name)))
+
+    def _execute(self, execute: Callable[..., None], cursor: Any, *arguments: Any) -> None:
+        """Execute a statement; send it again if its plan was invalid and nothing is lost by it."""
+        context: ExecutionContext = arguments[-1]
+        connection: Any = context.root_connection.connection.driver_connection
+        # It is None if it was detached from the pool. A driver begins a transaction with its first
+        # statement.
+        comes_first = not (
+            connection is None
+            or isinstance(connection, StandIn)
+            or self.is_in_transaction(connection)
+        )
+        try:
+            execute(cursor, *arguments)
+        except Exception as error:
+            if not (comes_first and self.has_invalid_plan(error)):
+                raise
+            self.forget_plans(context, error)
+            execute(cursor, *arguments)
+
+    def forget_plans(self, context: ExecutionContext, error: Exception) -> None:
+        """Forget the plans of a connection, and roll back, so that its statement can be repeated.
+
+        Args:
+            error: what says that one of them is invalid.
+        """
+        raise NotImplementedError
 
     def idle_limit(self, connection: Any, *, in_transaction: bool) -> str | None:
         in_transaction_limit, limit = self._idle_limits.get(connection, ("", ""))
@@ -310,7 +218,7 @@ class Asyncpg(PostgreSQL):
         regularly checks whether the client is still connected (PostgreSQL 14 and later; a value
         that the user has set is kept).
 
-        In transaction pooling asyncpg's prepared statements fail, or return the rows of other
+        In transaction pooling a driver's prepared statements fail, or return the rows of other
         clients' statements. PgBouncer is recognized by the invented process number it reports.
         """
         warned = False
@@ -318,7 +226,7 @@ class Asyncpg(PostgreSQL):
         def connect(connection: Any, _: ConnectionPoolEntry) -> None:
             nonlocal warned
             driver_connection = engine.dialect.get_driver_connection(connection)
-            connection.autocommit = True
+            self.enter_autocommit(connection)
             cursor = connection.cursor()
             try:
                 cursor.execute(_WATCH_CLIENT)
@@ -330,7 +238,7 @@ class Asyncpg(PostgreSQL):
                 return  # On some systems the server cannot check its clients.
             finally:
                 cursor.close()
-                connection.autocommit = False
+                self.leave_autocommit(connection)
             if id != self.id_at_server(driver_connection) and not warned:
                 warned = True
                 logger.warning(
@@ -341,41 +249,11 @@ class Asyncpg(PostgreSQL):
 
         event.listen(engine, "connect", connect)
 
-    @property
-    def connect_errors(self) -> tuple[type[Exception], ...]:
-        # SQLAlchemy does not wrap the errors of asyncpg while it connects.
-        driver = import_module("asyncpg")
-        return OSError, driver.PostgresError, driver.InterfaceError
-
-    def connect(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
-        connecting: Awaitable[Any] = import_module("asyncpg").connect(*args, **kwargs)
-        return connecting
-
-    def is_closed(self, connection: Any) -> bool:
-        return bool(connection.is_closed())
-
-    def _terminate(self, connection: Any) -> None:
-        connection.terminate()
-
-    def leave_to_parent(self, connection: Any) -> None:
-        # A garbage collected asyncpg connection would remove itself from the event loop, which the
-        # parent still uses. There is no public API to prevent this; the test of forked processes
-        # in `test_shutdown.py` breaks when this changes.
-        connection._aborted = True
-
     def begin_options(self, mode: Mode, *, is_prepared: bool) -> dict[str, Any]:
         if mode.autocommit:
             # `enter_autocommit` is free, whereas a variant of the engine has a cost.
             return {}
         return super().begin_options(mode, is_prepared=is_prepared)
-
-    def begin_now(self, pooled: PoolProxiedConnection) -> None:
-        super().begin_now(pooled)
-        # SQLAlchemy's adapter sends BEGIN before its first statement, and has no public method that
-        # does so; `test_driver_connection.py` breaks when this changes.
-        connection: Any = pooled.dbapi_connection
-        if not isinstance(pooled.driver_connection, StandIn) and not has_begun(connection):
-            await_(connection._start_transaction())
 
     def has_written(self, pooled: PoolProxiedConnection) -> bool:
         # A transaction gets its number with its first write.
@@ -387,12 +265,6 @@ class Asyncpg(PostgreSQL):
             cursor.close()
         return row is not None and row[0] is not None
 
-    def enter_autocommit(self, connection: DBAPIConnection) -> None:
-        connection.autocommit = True
-
-    def leave_autocommit(self, connection: DBAPIConnection) -> None:
-        connection.autocommit = False
-
 
 _WATCH_CLIENT = """
     SELECT CASE WHEN current_setting('client_connection_check_interval', true) = '0'
@@ -402,67 +274,60 @@ _WATCH_CLIENT = """
 """
 
 
-def _execute(execute: Callable[..., None], cursor: Any, *arguments: Any) -> None:
-    """Execute a statement; send it again if its plan was invalid and nothing is lost by it."""
-    context: ExecutionContext = arguments[-1]
-    pooled = context.root_connection.connection
-    connection: Any = pooled.driver_connection  # None, if it was detached from the pool
-    # asyncpg begins a transaction with its first statement.
-    comes_first = not (
-        connection is None or isinstance(connection, StandIn) or connection.is_in_transaction()
-    )
-    try:
-        execute(cursor, *arguments)
-    except Exception as error:
-        if not (comes_first and _has_invalid_plan(error)):
-            raise
-        context.handle_dbapi_exception(error)  # SQLAlchemy's dialect then forgets all plans.
-        pooled.rollback()
-        context.pre_exec()
-        execute(cursor, *arguments)
+class PostgreSQLSandbox(SandboxRules):
+    """PostgreSQL checks deferred constraints at COMMIT, not at the end of a savepoint.
 
-
-PATIENCE = 2.0
-"""Seconds that a cancel request may take to pass through a pooler."""
-
-
-def patient_connection_class() -> type[Any]:
-    """Make the class of asyncpg's connections behind a pooler.
-
-    There the server's own connection numbers are unknown, so it is left to asyncpg to send the
-    cancel request for an abandoned statement, and `terminate` gives it the time to do so.
+    Attributes:
+        parameters: how the driver writes two parameters of a statement.
+        parameter: the same as a pattern, whose group tells which parameter it is.
     """
-    from asyncpg import Connection
 
-    class PatientConnection(Connection):
-        """Closes in the background, so that the cancel request can be sent."""
+    parameters: ClassVar[tuple[str, str]]
+    parameter: ClassVar[str]
 
-        __slots__ = ("_closing",)
+    def value_of(self, parameter: str, parameters: Any) -> str:
+        """Return the value of a parameter that the pattern has found."""
+        raise NotImplementedError
 
-        def terminate(self) -> None:
-            if running_loop() is None:
-                super().terminate()
-            else:
-                self._close_once()
+    async def begun(self, control: Any) -> None:
+        if control.readonly:
+            # This applies until the savepoint ends.
+            await self.connection.fetch("SET TRANSACTION READ ONLY")
 
-        async def close(self, *, timeout: float | None = None) -> None:  # noqa: ASYNC109
-            await asyncio.wait((self._close_once(),))
+    def local_settings(self, sql: str, parameters: Any) -> Sequence[str]:
+        if found := _SET_LOCAL.match(sql):
+            return ["timezone" if found[1].upper().startswith("TIME") else found[1]]
+        if "set_config" not in sql:
+            return ()
+        calls = re.findall(_SET_CONFIG.format(self.parameter), sql, re.IGNORECASE)
+        return [name or self.value_of(parameter, parameters) for name, parameter in calls]
 
-        def _close_once(self) -> asyncio.Future[None]:
-            # A second `close` would interrupt the cancel request of the first one, which makes
-            # PgBouncer 1.18 crash (its issue 801).
-            if not hasattr(self, "_closing"):
-                self._closing = in_background(self._close_in_time())
-            return self._closing
+    async def read_setting(self, name: str) -> str:
+        question = f"SELECT current_setting({self.parameters[0]}, true)"
+        rows = await self.connection.fetch(question, (name,))
+        return rows[0][0] or ""
 
-        async def _close_in_time(self) -> None:
-            try:
-                await super().close(timeout=PATIENCE)
-            except Exception:
-                # Whatever the error is, the connection has to be closed.
-                super().terminate()
+    async def check_deferred(self) -> None:
+        ((has_any, deferred),) = await self.connection.fetch(_DEFERRABLE)
+        if has_any:
+            await self.connection.fetch("SET CONSTRAINTS ALL IMMEDIATE")
+        if deferred:
+            await self.connection.fetch(f"SET CONSTRAINTS {deferred} DEFERRED")
 
-    return PatientConnection
+    def is_rolled_back(self, error: Exception) -> bool:
+        return sqlstate(error) == _FAILED_TRANSACTION
+
+    async def committed(self, settings: Mapping[str, str]) -> None:
+        statement = "SELECT set_config({}, {}, true)".format(*self.parameters)
+        for name, value in settings.items():
+            await self.connection.fetch(statement, (name, value))
 
 
-asyncpg = Asyncpg()
+_FAILED_TRANSACTION = "25P02"
+_DEFERRABLE = """
+    SELECT count(*) > 0, string_agg(DISTINCT format('%I.%I', nspname, conname), ', ')
+    FILTER (WHERE condeferred) FROM pg_constraint JOIN pg_namespace n ON n.oid = connamespace
+    WHERE condeferrable
+"""
+_SET_LOCAL = re.compile(r"\s*SET\s+LOCAL\s+(TIME\s+ZONE|[\w.]+)", re.IGNORECASE)
+_SET_CONFIG = r"\bset_config\s*\(\s*(?:'([^']+)'|{})[^,]*,[^,]*,\s*(?!false)"

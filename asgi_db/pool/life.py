@@ -22,6 +22,10 @@ from asgi_db.statistics import Statistics
 DISPOSE_TIMEOUT = 10.0
 """Seconds that `dispose` waits for connections that are in use, before it terminates them."""
 
+MOST_VARIANTS = 200
+"""Variants that are kept. A session whose `get_bind` makes an engine with options of its own for
+each statement, such as a `schema_translate_map`, would otherwise fill the memory with them."""
+
 
 class OtherEngines:
     """The user's own engines to which the sessions of a database are bound beside its own."""
@@ -118,6 +122,8 @@ class EngineLife:
         found = self._variants.get(key)
         if found is None:
             with self._lock:
+                if len(self._variants) >= MOST_VARIANTS:
+                    self._variants.clear()
                 found = self._variants[key] = variant(bind, mode)
                 if self.statistics.is_tracing:
                     time_statements(found)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol
+
+from typing_extensions import TypeVar
 
 from asgi_db.errors import ConfigurationError
 from asgi_db.modes import Mode
@@ -14,21 +16,28 @@ from asgi_db.tasks import running_loop
 from asgi_db.unit.origin import Origin
 from asgi_db.unit.session import DBSession
 
+SessionT_co = TypeVar("SessionT_co", bound=DBSession, default=DBSession, covariant=True)
 
-class Opener(Protocol):
+
+class Opener(Protocol[SessionT_co]):
     """The database as a block sees it."""
 
     session_options: dict[str, Any]
+
+    @property
+    def session_class(self) -> type[SessionT_co]:
+        """The class of its sessions."""
+        ...
 
     def life_on(self, loop: asyncio.AbstractEventLoop) -> EngineLife:
         """Return the engine of an event loop."""
         ...
 
 
-class Block(Origin):
+class Block(Origin, Generic[SessionT_co]):
     """An `async with` block that has a session."""
 
-    def __init__(self, database: Opener, mode: Mode, name: str) -> None:
+    def __init__(self, database: Opener[SessionT_co], mode: Mode, name: str) -> None:
         if (loop := running_loop()) is None:
             raise ConfigurationError.without_asyncio()
         self.loop = loop
@@ -50,9 +59,9 @@ class Block(Origin):
         return self._name
 
     @asynccontextmanager
-    async def session(self) -> AsyncGenerator[DBSession]:
+    async def session(self) -> AsyncGenerator[SessionT_co]:
         """Open the session of the block, and end its unit of work with the block."""
-        session = DBSession(self)
+        session = self._database.session_class(self)
         unit = session.unit_of_work
         try:
             yield session

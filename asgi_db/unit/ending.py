@@ -70,12 +70,19 @@ def give_back(session: Session, connections: Iterable[Connection]) -> None:
         transaction.close()
 
 
+class EndableSession(AsyncSession):
+    """A session as the end of its unit uses it: these two do not ask the unit of work again."""
+
+    commit_in_unit = AsyncSession.commit
+    rollback_in_unit = AsyncSession.rollback
+
+
 class Ending:
     """The end of one transaction of a session."""
 
     def __init__(
         self,
-        session: AsyncSession,
+        session: EndableSession,
         transaction: Transaction,
         deadline: Deadline | None,
         describe: Callable[[], str],
@@ -130,7 +137,7 @@ class Ending:
             own = self._overdue(error) or self._translate(error)
             transaction.fail()
             log_failure(own or error)
-            await self._close_by(AsyncSession.rollback(self._session), self._session.close)
+            await self._close_by(self._session.rollback_in_unit(), self._session.close)
             if own is not None:
                 raise own from own.__cause__ or error
             raise
@@ -186,7 +193,7 @@ class Ending:
             await self._session.run_sync(self._note_unseen_writes)
         has_work = transaction.effect.writes or has_changes(self._session.sync_session)
         if has_work or transaction.failure is not None:
-            await AsyncSession.rollback(self._session)
+            await self._session.rollback_in_unit()
         else:
             await self._session.run_sync(give_back, self._transaction.connections)
 

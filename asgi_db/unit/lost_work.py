@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
+from typing import Any
 
 from asgi_db.drivers.describing import brief
-from asgi_db.logs import logger
+from asgi_db.logs import about_a_raised_error, logger
 from asgi_db.modes import Mode
 from asgi_db.unit.standing import Standing
 from asgi_db.unit.state import LeftOver
@@ -39,14 +42,19 @@ def warn_of_lost_work(unit: Standing, mode: Mode) -> None:
     )
 
 
-def log_failed_commit(unit: Standing, answer: str, error: BaseException) -> None:
+def log_failed_commit(
+    unit: Standing, answer: str, caller: asyncio.Task[Any] | None, error: BaseException
+) -> None:
     """Log a COMMIT that failed.
 
     Args:
         answer: the response that waited for it; empty if none did.
+        caller: the task that gets the error, unless it has been cancelled.
         error: why it failed.
     """
     unsent = f", and {answer} was not sent" if answer else ""
     is_retried = unit.mode.retries > 0 and unit.conflict is not None
     level = logging.WARNING if is_retried else logging.ERROR
-    logger.log(level, "%s: COMMIT failed%s: %s", unit.describe(), unsent, brief(error))
+    is_raised = caller is not None and not caller.cancelling()
+    with about_a_raised_error() if is_raised else contextlib.nullcontext():
+        logger.log(level, "%s: COMMIT failed%s: %s", unit.describe(), unsent, brief(error))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
 from asgi_db.errors import ConfigurationError, ModeConflictError
@@ -18,6 +18,8 @@ class Origin(Protocol):
     Attributes:
         attempt: the number of this attempt at the request, from 1.
         asked: the mode that the handler's dependencies ask for, if any.
+        before_unit: awaited before a unit has its first connection; None if there is nothing to
+            wait for.
         ends_at: when the mode's `timeout=` ends, by the event loop's clock, if the time began in
             an earlier attempt.
         loop: the event loop in which the session is used.
@@ -30,6 +32,7 @@ class Origin(Protocol):
 
     attempt: int = 1
     asked: Mode | None = None
+    before_unit: Callable[[], Awaitable[None]] | None = None
     ends_at: float | None = None
     is_over: bool = False
     loop: asyncio.AbstractEventLoop

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.engine import Dialect
-from sqlalchemy.engine.default import DefaultDialect
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import (
     AsyncConnection,
     AsyncEngine,
@@ -18,11 +15,11 @@ from sqlalchemy.ext.asyncio import (
     AsyncSessionTransaction,
 )
 
-from asgi_db.engine.variants import refuse_autocommit
 from asgi_db.errors import ConfigurationError, FailedTransactionError
+from asgi_db.unit.ending import EndableSession
 from asgi_db.unit.hooks import Hook, HookFunction, When
 from asgi_db.unit.origin import Origin
-from asgi_db.unit.sync_session import UnitSession
+from asgi_db.unit.sync_session import PlainUnitSession, UnitSession
 from asgi_db.unit.unit_of_work import UnitOfWork
 
 _BINDS = (AsyncEngine, AsyncConnection, Engine, Connection)
@@ -102,10 +99,10 @@ class _Transaction(AsyncSessionTransaction):
                     unit.transaction.failure = failure
 
 
-class DBSession(AsyncSession):
+class DBSession(EndableSession):
     """SQLAlchemy's `AsyncSession`, inside the unit of work of a request or a block."""
 
-    sync_session_class = UnitSession
+    sync_session_class: type[Any] = PlainUnitSession
 
     unit: UnitOfWork | None = None
     """The unit of work of the session; None before its first use."""
@@ -135,7 +132,8 @@ class DBSession(AsyncSession):
             if name.startswith("__") or "sync_session" in self.__dict__:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
             unit = self.unit_of_work
-            super().__init__(unit.life.engine, unit_of_work=unit, **self.origin.session_options)
+            options = self.origin.session_options
+            super().__init__(bind=unit.life.engine, unit_of_work=unit, **options)
             return getattr(self, name)
 
     @property
@@ -163,7 +161,7 @@ class DBSession(AsyncSession):
             SQLAlchemyError: the commit failed, and the transaction is rolled back.
             OutcomeUnknownError: COMMIT was sent, but its answer did not arrive, or not in time.
         """
-        await self.unit_of_work.commit(super().commit)
+        await self.unit_of_work.commit(self.commit_in_unit)
 
     @property
     def attempt(self) -> int:
@@ -172,7 +170,7 @@ class DBSession(AsyncSession):
 
     async def rollback(self) -> None:
         """Roll the transaction back, and run the hooks that wait for the rollback."""
-        await super().rollback()
+        await self.rollback_in_unit()
         await self.unit_of_work.run_hooks()
 
     def set_rollback_only(self) -> None:
@@ -250,48 +248,3 @@ class DBSession(AsyncSession):
             UncommittedWorkError: the transaction holds writes; commit or roll back first.
         """
         await self.unit_of_work.release()
-
-
-_OURS = {
-    "bind": "engine= of Database",
-    "class_": "DBSession, or a class of your own around it",
-    "sync_session_class": "the events of SQLAlchemy, or methods outside the session",
-    "unit_of_work": "nothing",
-}
-"""The options that a `DBSession` sets itself, and what to use instead."""
-
-
-def check_session_options(options: Mapping[str, Any], dialect: type[Dialect]) -> None:
-    """Refuse options with which no session could be made, or could not work.
-
-    Args:
-        options: the arguments for the constructor of SQLAlchemy's session.
-        dialect: the one of the database.
-
-    Raises:
-        ConfigurationError: an option cannot work; the message names it, and the remedy.
-    """
-    for name, instead in _OURS.items():
-        if name in options:
-            raise ConfigurationError(
-                f"session_options= has {name}, which asgi-db sets itself: leave it out, and use"
-                f" {instead}."
-            )
-    refuse_autocommit("session_options=", options)
-    problem = ""
-    try:
-        AsyncSession(**options)
-    except (TypeError, ValueError, AttributeError, SQLAlchemyError) as error:
-        problem = str(error).partition("\n")[0].rstrip(".")
-    if problem:
-        raise ConfigurationError(f"session_options= cannot work: {problem}. Correct it.")
-    binds: Mapping[Any, AsyncEngine | AsyncConnection] = options.get("binds") or {}
-    dialects = {dialect, *(bind.dialect.__class__ for bind in binds.values())}
-    if options.get("twophase") and not all(map(_has_two_phases, dialects)):
-        raise ConfigurationError(
-            "session_options= has twophase, and the database has no two-phase commit: leave it out."
-        )
-
-
-def _has_two_phases(dialect: type[Dialect]) -> bool:
-    return dialect.do_begin_twophase is not DefaultDialect.do_begin_twophase

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import time
 
-from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransactionOrigin
 
 from asgi_db.drivers.statements import Effect
@@ -22,10 +21,7 @@ from asgi_db.errors import (
 from asgi_db.logs import logger
 from asgi_db.modes import Mode
 from asgi_db.unit.deadline import Deadline
-from asgi_db.unit.ending import (
-    CLEANUP_TIMEOUT,
-    has_changes,
-)
+from asgi_db.unit.ending import CLEANUP_TIMEOUT, EndableSession, has_changes
 from asgi_db.unit.hooks import Hooks
 from asgi_db.unit.loaded import LoadedValues
 from asgi_db.unit.operation import MAY_BE_LATE, Operation
@@ -74,7 +70,7 @@ class Standing:
     is_rollback_only = False
     loaded: LoadedValues | None = None
 
-    def __init__(self, session: AsyncSession, origin: Origin) -> None:
+    def __init__(self, session: EndableSession, origin: Origin) -> None:
         """Prepare a unit; nothing is opened before the first statement."""
         self.session = session
         self.origin = origin

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
-from sqlalchemy.exc import MissingGreenlet
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 from sqlalchemy.util.concurrency import in_greenlet
 
@@ -36,17 +35,14 @@ from asgi_db.unit.operation import (
 )
 from asgi_db.unit.state import LeftOver, State
 from asgi_db.unit.transaction import Stage, Transaction
-from asgi_db.unit.translating import conflict_in, translated
+from asgi_db.unit.translating import conflict_in, outside_the_loop, translated
 from asgi_db.unit.unit_of_work import UnitOfWork
 
 
-class UnitSession(Session):
-    """The synchronous half of `DBSession`."""
+class EngineChoice(Session):
+    """Chooses the engine, or the variant of it, on which a transaction begins as the mode says."""
 
-    def __init__(self, *args: Any, unit_of_work: UnitOfWork, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.unit_of_work = unit_of_work
-        unit_of_work.sync_session = self
+    unit_of_work: UnitOfWork
 
     def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
         """Choose the engine for the mode; SQLAlchemy calls this before it takes a connection.
@@ -57,13 +53,26 @@ class UnitSession(Session):
         unit = self.unit_of_work
         if unit.operation is None:
             return bind if unit.fixed_mode is None else unit.life.bind_for(bind, unit.fixed_mode)
-        mode = unit.fixed_mode or unit.begin()
+        mode = unit.fixed_mode
+        if mode is None:
+            if unit.origin.before_unit is not None and in_greenlet():
+                await_(unit.origin.before_unit())
+            mode = unit.begin()
         tally = unit.tally
         if not unit.transaction.connections or not unit.transaction.is_open:
             tally.asked = now = time.monotonic()
             if tally.began is None:
                 tally.began = now
         return unit.life.bind_for(bind, mode)
+
+
+class UnitSession(Session):
+    """A session every operation of which is part of a unit of work."""
+
+    def __init__(self, *args: Any, unit_of_work: UnitOfWork, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.unit_of_work = unit_of_work
+        unit_of_work.sync_session = self
 
     def connection(self, *args: Any, **kwargs: Any) -> Connection:
         """Hand out the connection, on which the driver's own may be used too."""
@@ -97,7 +106,7 @@ class UnitSession(Session):
         try:
             task = asyncio.current_task()
         except RuntimeError:
-            raise _outside_the_loop(name, unit.describe()) from None
+            raise outside_the_loop(name, unit.describe()) from None
         operation = unit.operation
         if asyncio.get_running_loop() is not unit.loop:
             unit.check_free(name)
@@ -220,18 +229,15 @@ class UnitSession(Session):
                 raise DatabaseTimeoutError(unit.describe(), deadline.timeout) from error
 
 
-def _outside_the_loop(name: str, owner: str) -> MissingGreenlet:
-    return MissingGreenlet(
-        f"{owner}: session.{name}() was called in a thread, where nothing can be awaited, perhaps"
-        " by a lazy load in a synchronous endpoint (`def`). Make the endpoint `async def`, and"
-        " await there what is to be loaded; or load it with the object: `selectinload(...)`."
-    )
+def inside_the_unit(name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of `Session` as an operation of the unit of work.
 
+    Args:
+        name: its name.
+        operation: the method itself.
+    """
 
-def _inside_the_unit(name: str) -> Callable[..., Any]:
-    operation = getattr(UnitSession, name)
-
-    @functools.wraps(getattr(Session, name))
+    @functools.wraps(operation)
     def guarded(self: UnitSession, *args: Any, **kwargs: Any) -> Any:
         if not self.enter(name):
             return operation(self, *args, **kwargs)
@@ -290,7 +296,12 @@ OPERATIONS = (
     *NEW_OPERATIONS,
 )
 for _name in OPERATIONS:
-    setattr(UnitSession, _name, _inside_the_unit(_name))
+    _guarded = inside_the_unit(_name, getattr(UnitSession, _name))
+    setattr(UnitSession, _name, functools.update_wrapper(_guarded, getattr(Session, _name)))
+
+
+class PlainUnitSession(UnitSession, EngineChoice):
+    """The synchronous half of a `DBSession`, if the user has no class for it."""
 
 
 # -- SQLAlchemy's events of the transaction ----------------------------------------------------

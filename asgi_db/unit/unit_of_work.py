@@ -15,7 +15,6 @@ from typing import Any
 from weakref import ref
 
 from sqlalchemy import Connection
-from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from asgi_db.drivers.describing import brief
@@ -27,7 +26,7 @@ from asgi_db.errors import (
     SessionExpiredError,
     UncommittedWorkError,
 )
-from asgi_db.logs import logger
+from asgi_db.logs import about_a_raised_error, logger
 from asgi_db.tasks import acting_for, cancelled_once, current_task, finish
 from asgi_db.unit.ending import Ending, has_changes
 from asgi_db.unit.hooks import Hook, HookOutcome, Hooks
@@ -150,9 +149,10 @@ class UnitOfWork(Standing):
         if has_transaction or straggler is not None or self.left_over is LeftOver.KEPT:
             try:
                 if success and problem is None and commits:
-                    log_failure = functools.partial(log_failed_commit, self, answer)
-                    commit = functools.partial(AsyncSession.commit, self.session)
-                    await self._end_by("commit", self._ending().commit(commit, log_failure))
+                    caller = asyncio.current_task()
+                    log_failure = functools.partial(log_failed_commit, self, answer, caller)
+                    commit = self._ending().commit(self.session.commit_in_unit, log_failure)
+                    await self._end_by("commit", commit)
                 else:
                     rollback = self._ending().roll_back_unit(straggler, looks_for_writes=warns)
                     await self._end_by("rollback", rollback)
@@ -165,7 +165,8 @@ class UnitOfWork(Standing):
         if mode is not None and (is_lost or (warns and self.transaction.effect.writes)):
             warn_of_lost_work(self, mode)
         if success and problem is not None:
-            logger.error("Not committed: %s", brief(problem))
+            with about_a_raised_error():
+                logger.error("Not committed: %s", brief(problem))
             raise problem
 
     def _ending(self) -> Ending:
@@ -189,7 +190,7 @@ class UnitOfWork(Standing):
         def log_failure(error: BaseException) -> None:
             # A cancelled caller does not get the error, so it is logged.
             if caller is not None and caller.cancelling():
-                log_failed_commit(self, "", error)
+                log_failed_commit(self, "", caller, error)
 
         if self.operation is not None:
             await self.wait_for_turn()

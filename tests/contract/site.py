@@ -75,13 +75,17 @@ class Site:
 
     @classmethod
     @asynccontextmanager
-    async def on(cls, framework: Framework, url: str) -> AsyncGenerator["Site"]:
+    async def on(
+        cls, framework: Framework, url: str, session_options: Mapping[str, Any] | None = None
+    ) -> AsyncGenerator["Site"]:
         """Open a site on empty tables."""
         async with outside(url) as connection:
             for statement in _tables(url):
                 await connection.execute(statement)
         options = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 5}
-        async with Database(url, engine_options=options) as database:
+        async with Database(
+            url, engine_options=options, session_options=session_options
+        ) as database:
             async with cls.around(database):
                 yield cls(framework, url, database)
 

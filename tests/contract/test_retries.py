@@ -213,7 +213,7 @@ async def test_increments_of_one_counter_side_by_side_all_succeed(
         options = {"pool_size": 10, "max_overflow": 0, "pool_timeout": 30}
         async with Database(url, engine_options=options) as database:
             many = Site(framework, url, database)
-            app = many.app(count, transactional(isolation="SERIALIZABLE", retries=50))
+            app = many.app(count, transactional(isolation="SERIALIZABLE", retries=20))
 
             async def client() -> list[int]:
                 return [(await call(app)).status for _ in range(TIMES)]

@@ -7,7 +7,7 @@ from typing import Any, assert_type
 
 import pytest
 from sqlalchemy import URL, select
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 from asgi_db import (
     Database,
@@ -96,6 +96,35 @@ async def test_a_database_and_its_sessions() -> None:
             session.add(Author(name=uuid4_str()))
         database.transaction(read_only)  # type: ignore[arg-type]
         await database.drop_tables(Base.metadata)
+
+
+class ShopSession(DBSession, AsyncSession):
+    """A session with a method of one's own."""
+
+    async def authors(self) -> Sequence[str]:
+        return (await self.scalars(select(Author.name))).all()
+
+
+async def test_a_database_with_a_session_class() -> None:
+    shop: Database[ShopSession] = Database("sqlite://", session_options={"class_": ShopSession})
+    async with shop as database:
+        assert_type(database, Database[ShopSession])
+        taken: Database = database
+        assert taken is shop
+        await database.create_tables(Base.metadata)
+        async with database.transaction() as session:
+            assert_type(session, ShopSession)
+            assert_type(await session.authors(), Sequence[str])
+            await session.release()
+        async with database.session() as session:
+            assert_type(session, ShopSession)
+        assert_type(database.sessionmaker, async_sessionmaker[ShopSession])
+        async with database.sessionmaker() as session:
+            assert_type(session, ShopSession)
+        async with database.sessionmaker.begin() as session:
+            assert_type(session, ShopSession)
+            session.on_commit(lambda: None)
+    assert Database[ShopSession]("sqlite://").url.drivername == "sqlite+aiosqlite"
 
 
 def test_urls_and_keys() -> None:

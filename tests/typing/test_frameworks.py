@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from typing import Annotated, Any, TypedDict, assert_type
+from typing import Annotated, Any, TypeAlias, TypedDict, assert_type
 
 from fastapi import Depends, FastAPI
 from litestar import Controller, Litestar, get, post
 from litestar import Request as LitestarRequest
 from litestar.di import NamedDependency
 from litestar.middleware import DefineMiddleware
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -134,3 +135,50 @@ async def test_litestar() -> None:
         )
         DBSessionMiddleware(plain_app, database)
         Config(app)
+
+
+# -- a session class of one's own --------------------------------------------------------------
+
+
+class ShopSession(DBSession, AsyncSession):
+    """A session with a method of one's own: for SQLModel, with its AsyncSession beside ours."""
+
+    async def one(self) -> int:
+        return int(await self.scalar(text("SELECT 1")) or 0)
+
+
+CurrentShopSession: TypeAlias = Annotated[ShopSession, Depends(get_db_transaction)]
+
+
+async def test_fastapi_with_a_session_class() -> None:
+    options = {"class_": ShopSession}
+    shop: Database[ShopSession] = Database(DATABASE, session_options=options)
+    async with shop as database:
+        app = FastAPI()
+        app.add_middleware(DBSessionMiddleware, database=database)
+
+        @app.get("/")
+        async def endpoint(session: CurrentShopSession, request: Request) -> int:
+            assert_type(session, ShopSession)
+            of_state: ShopSession = request.state.db
+            assert of_state is session
+            await session.release()
+            return await session.one()
+
+        assert (await call(app, method="GET")).body == b"1"
+
+
+async def test_litestar_with_a_session_class() -> None:
+    @get("/")
+    async def handler(
+        request: LitestarRequest[Any, Any, Any], db_session: NamedDependency[ShopSession]
+    ) -> int:
+        assert_type(db_session, ShopSession)
+        of_state: ShopSession = request.state.db
+        return await of_state.one()
+
+    options = {"class_": ShopSession}
+    shop: Database[ShopSession] = Database(DATABASE, session_options=options)
+    async with shop as database:
+        app = Litestar([handler], plugins=[DatabasePlugin(database)], openapi_config=None)
+        assert (await call(app, method="GET")).body == b"1"

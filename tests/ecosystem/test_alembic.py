@@ -1,0 +1,11 @@
+"""The `env.py` of [the page about migrations](how-to/alembic.md) migrates the application's own
+`Database`, forth and back.
+"""
+
+from tests.test_alembic import (  # noqa: F401
+    folder_of_the_page,
+    new_folder,
+    project,
+    test_a_database_of_create_tables_is_taken_over,
+    test_migrations_are_written_applied_and_taken_back,
+)
