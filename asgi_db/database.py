@@ -81,7 +81,7 @@ class Database(Generic[SessionT_co]):
             session_options: what SQLAlchemy's `async_sessionmaker` takes, over `autoflush=False`
                 and `expire_on_commit=False`; with `class_` and `sync_session_class` for sessions
                 of a class of your own.
-            pooler: "transaction" behind PgBouncer in transaction pooling: asyncpg then keeps no
+            pooler: "transaction" behind PgBouncer in transaction pooling: the driver then keeps no
                 prepared statements.
             wait_for: how long to wait at startup for a database that does not answer yet, in
                 seconds.

@@ -16,7 +16,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from ipaddress import IPv6Address
 from os import PathLike
-from typing import Any, Literal, Protocol, TypeAlias, cast, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, cast, get_args, runtime_checkable
 
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
@@ -33,18 +33,20 @@ class Secret(Protocol):
         ...
 
 
-DatabaseType: TypeAlias = Literal["postgresql", "mysql", "mariadb", "sqlite"]
-"""The databases that asgi-db works with."""
+DatabaseType: TypeAlias = Literal["postgresql", "postgresql+psycopg", "mysql", "mariadb", "sqlite"]
+"""The databases that asgi-db works with; PostgreSQL by itself is used with asyncpg."""
 
 
-_DRIVERS: Mapping[str, str] = {
-    "postgresql": "asyncpg",
-    "mysql": "asyncmy",
-    "mariadb": "asyncmy",
-    "sqlite": "aiosqlite",
+_DRIVERS: Mapping[str, tuple[str, ...]] = {
+    "postgresql": ("asyncpg", "psycopg"),
+    "mysql": ("asyncmy",),
+    "mariadb": ("asyncmy",),
+    "sqlite": ("aiosqlite",),
 }
+"""The drivers for each database; the first is that of a URL which names none."""
 _INSTALL = {
     "asyncpg": "asgi-db[postgresql]",
+    "psycopg": "asgi-db[psycopg]",
     "asyncmy": "asgi-db[mysql]",
     "aiosqlite": "aiosqlite",
 }
@@ -52,7 +54,8 @@ _accepted: set[str] = set()
 """Drivers that were registered besides those above, for any database."""
 _MYSQL = ("mysql", "mariadb")
 _MEMORY = ":memory:"
-TYPES = ", ".join(f'"{name}"' for name in _DRIVERS)
+_TYPES: tuple[DatabaseType, ...] = get_args(DatabaseType)
+TYPES = ", ".join(f'"{name}"' for name in _TYPES)
 _SCHEMES = ", ".join(f"{name}://" for name in _DRIVERS)
 _URL_PATTERN = "postgresql://user:password@host:5432/database"
 _ESCAPES = "with @ : / ? # % in user and password written as %40 %3A %2F %3F %23 %25"
@@ -131,7 +134,7 @@ class UrlParts:
         Raises:
             ConfigurationError: a part is missing, does not fit the type or is out of range.
         """
-        if self.type not in _DRIVERS:
+        if self.type not in _TYPES:
             raise self._error("type", f"must be one of {TYPES}")
         return self._sqlite_url() if self.type == "sqlite" else self._server_url()
 
@@ -156,8 +159,9 @@ class UrlParts:
             raise self._error("host", f"must be a host name or an IP address alone, {remedy}")
         if self.port is not None and not _is_port(self.port):
             raise self._error("port", "must be a whole number from 1 to 65535")
+        backend, _, driver = self.type.partition("+")
         return URL.create(
-            f"{self.type}+{_DRIVERS[self.type]}",
+            f"{backend}+{driver or _DRIVERS[backend][0]}",
             username=self.user or None,
             password=self.password,
             host=self.host or "localhost",
@@ -229,7 +233,7 @@ def _is_charset(name: object) -> bool:
 
 def accept_driver(name: str) -> None:
     """Let URLs name this driver too, as in `sqlite+name://`; such URLs are used as they are."""
-    if name not in _DRIVERS.values():
+    if name not in _INSTALL:
         _accepted.add(name)
 
 
@@ -264,23 +268,25 @@ def read_url(url: str | URL | Secret, label: str) -> URL:
             f'{label} names the unknown database "{backend}": write one of {_SCHEMES}.'
         )
     supported = _DRIVERS[backend]
-    if driver not in ("", supported):
+    if driver not in ("", *supported):
+        schemes = ", ".join(f"{backend}+{name}://" for name in supported)
         raise ConfigurationError(
             f'{label} names the driver "{driver}", which asgi-db does not support: write '
-            f"{backend}+{supported}:// or just {backend}://."
+            f"{schemes} or just {backend}://."
         )
+    driver = driver or supported[0]
     _check_place(parsed, backend, label)
-    if find_spec(supported) is None:
+    if find_spec(driver) is None:
         raise ConfigurationError(
-            f"{label} needs the driver {supported}, which is not installed: "
-            f"run `pip install {_INSTALL[supported]}`."
+            f"{label} needs the driver {driver}, which is not installed: "
+            f"run `pip install {_INSTALL[driver]}`."
         )
     if backend in _MYSQL and not _is_charset(parsed.query.get("charset", "utf8mb4")):
         raise ConfigurationError(
             f"{label} has in charset= the name of no character set that the driver knows: write"
             " charset=utf8mb4, or leave it out."
         )
-    return _with_defaults(parsed.set(drivername=f"{backend}+{supported}"), backend)
+    return _with_defaults(parsed.set(drivername=f"{backend}+{driver}"), backend)
 
 
 def _read(url: object, label: str) -> URL:

@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import os
+import re
 import threading
 import time
 from collections.abc import Generator, Iterator
@@ -93,19 +94,60 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what a sweep over the ways of cancelling would only repeat on another database.
 
-    A test that is marked `sweep` runs in every way on PostgreSQL, and on the others when a task is
-    cancelled; with `--whole-sweeps` everywhere.
+    A test that is marked `sweep` runs in every way on PostgreSQL with asyncpg, and on the others
+    when a task is cancelled; with `--whole-sweeps` everywhere.
     """
-    if not config.getoption("--whole-sweeps"):
-        config.hook.pytest_deselected(items=[item for item in items if _repeats(item)])
-        items[:] = [item for item in items if not _repeats(item)]
+    whole = config.getoption("--whole-sweeps")
+    out = [item for item in items if _is_same_with_psycopg(item) or (_repeats(item) and not whole)]
+    config.hook.pytest_deselected(items=out)
+    left_out = set(out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run what depends on the driver of PostgreSQL with psycopg too."""
+    path = metafunc.definition.path
+    if path.parent.name == "contract" or path.stem in WITH_PSYCOPG:
+        metafunc.parametrize(
+            "postgresql_driver", ["asyncpg", "psycopg"], indirect=True, scope="session"
+        )
+
+
+WITH_PSYCOPG = frozenset(
+    f"test_{name}"
+    for name in (
+        "abandoned_queries cancellation cancellation_storm engine event_loops failed_clean_up"
+        " garbage leaks loops_without_dispose outage pgbouncer random_walks retries"
+        " sandbox server_faults shutdown streams_and_release unit_of_work wrong_settings"
+    ).split()
+)
+"""The files beside the contract whose tests depend on the driver."""
+
+
+def _is_same_with_psycopg(item: pytest.Item) -> bool:
+    """Whether a test has nothing to do with the driver of PostgreSQL.
+
+    No driver knows of a framework, so that the contract on one of them is enough.
+    """
+    if not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
+        return False
+    chosen = dict(item.callspec.params)
+    if chosen.pop("postgresql_driver", "asyncpg") == "asyncpg":
+        return False
+    if item.get_closest_marker("asyncpg") is not None:
+        return True
+    framework = getattr(chosen.get("framework"), "name", "asgi")
+    if framework != "asgi" or re.search("fastapi|litestar|starlette", item.path.stem):
+        return True
+    used = set(item.fixturenames) - {"postgresql_driver"}
+    return "postgresql" not in re.findall(r"[a-z]+", f"{[*chosen.values()]} {used}")
 
 
 def _repeats(item: pytest.Item) -> bool:
     if item.get_closest_marker("sweep") is None or not isinstance(item, pytest.Function):
         return False
     chosen = set(map(str, item.callspec.params.values()))
-    return bool(chosen & {"mysql", "sqlite"}) and "task" not in chosen
+    return bool(chosen & {"mysql", "psycopg", "sqlite"}) and "task" not in chosen
 
 
 @pytest.hookimpl(wrapper=True)
@@ -127,6 +169,15 @@ def pytest_collection() -> Generator[None, object, object]:
 def anyio_backend() -> str:
     """SQLAlchemy runs on asyncio alone; `@every_loop` adds the other loops."""
     return "asyncio"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def postgresql_driver(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The driver with which PostgreSQL is used; see `pytest_generate_tests`."""
+    driver: str = getattr(request, "param", "asyncpg")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(servers.DRIVERS, "postgresql", f"postgresql+{driver}")
+        yield driver
 
 
 @pytest.fixture(scope="session")
@@ -158,7 +209,9 @@ def mysql_url(mysql_server: servers.DatabaseServer) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def module_postgresql_url(postgresql_server: servers.DatabaseServer) -> Iterator[str]:
+def module_postgresql_url(
+    postgresql_server: servers.DatabaseServer, postgresql_driver: str
+) -> Iterator[str]:
     """One database for this module, to save time: each test makes its tables anew."""
     with postgresql_server.fresh_database() as url:
         yield url

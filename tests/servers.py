@@ -40,11 +40,12 @@ T = TypeVar("T")
 Row = tuple[Any, ...]
 HowToStop: TypeAlias = Literal["fast", "immediate"]
 
-_DRIVERS = {
+DRIVERS = {
     "postgresql": "postgresql+asyncpg",
     "mysql": "mysql+asyncmy",
     "mariadb": "mysql+asyncmy",
 }
+"""The driver in the URLs of the databases; the fixture `postgresql_driver` changes PostgreSQL's."""
 
 # Started beside each server: it ends the server and removes its folder if the test session dies.
 _KEEPER = """
@@ -417,7 +418,7 @@ class DatabaseServer:
         """The URL of a new database, dropped at the end even if clients are still connected."""
         url = run(self._create())
         try:
-            yield url
+            yield _with_driver(url)
         finally:
             run(self._drop(url))
 
@@ -430,7 +431,7 @@ class DatabaseServer:
         """
         url = self._emptied.pop() if self._emptied else run(self._create())
         try:
-            yield url
+            yield _with_driver(url)
         finally:
             if run(self._is_emptied(url)):
                 self._emptied.append(url)
@@ -662,7 +663,7 @@ def _unique_user() -> str:
 
 def _with_driver(url: str) -> str:
     parsed = make_url(url)
-    return _plain(parsed.set(drivername=_DRIVERS[parsed.get_backend_name()]))
+    return _plain(parsed.set(drivername=DRIVERS[parsed.get_backend_name()]))
 
 
 def _plain(url: URL) -> str:

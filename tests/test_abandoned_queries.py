@@ -11,9 +11,11 @@ import sqlite3
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from types import SimpleNamespace
 from typing import Any
 
 import asyncpg
+import psycopg
 import pytest
 from sqlalchemy import insert, text
 from sqlalchemy.engine import make_url
@@ -35,6 +37,7 @@ from tests.cancelling import (
     tables_on,
     turns,
 )
+from tests.drivers import is_psycopg
 from tests.limits import set_limits
 from tests.relay import Fate, Relay, once
 from tests.servers import (
@@ -412,8 +415,20 @@ async def test_a_newer_connection_with_its_number_is_spared(postgresql_url: str)
         def get_server_pid(self) -> int:
             return int(numbers[0]) if numbers else super().get_server_pid()
 
+    class ImpostorOfPsycopg(psycopg.AsyncConnection[Any]):
+        """The same for psycopg."""
+
+        @property
+        def info(self) -> Any:
+            return SimpleNamespace(backend_pid=numbers[0]) if numbers else super().info
+
+    async def connect() -> Any:
+        url = make_url(postgresql_url).set(drivername="postgresql")
+        return await ImpostorOfPsycopg.connect(url.render_as_string(hide_password=False))
+
     numbers: list[int] = []
-    options = {**POOL, "connect_args": {"connection_class": Impostor}}
+    own = {"connect_args": {"connection_class": Impostor}}
+    options = {**POOL, **({"async_creator": connect} if is_psycopg(postgresql_url) else own)}
     async with Database(postgresql_url, engine_options=options) as database:
         await database.create_tables(Base.metadata)
         site = Site(postgresql_url, database)

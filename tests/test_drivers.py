@@ -251,8 +251,8 @@ async def test_an_engine_with_an_unknown_driver_is_used_as_sqlalchemy_makes_it(
 @pytest.mark.parametrize(
     ("url", "mode", "expected"),
     [
-        ("postgresql+psycopg://", read_only, {"isolation_level": "AUTOCOMMIT"}),
-        ("postgresql+psycopg://", READING, {"postgresql_readonly": True}),
+        ("postgresql+pg8000://", read_only, {"isolation_level": "AUTOCOMMIT"}),
+        ("postgresql+pg8000://", READING, {"postgresql_readonly": True}),
         ("mysql+aiomysql://", read_only, {"isolation_level": "AUTOCOMMIT"}),
         ("mysql+aiomysql://", READING, {BEGIN_OPTION: Beginning(("SET TRANSACTION READ ONLY",))}),
         ("oracle+oracledb://", read_only, {"isolation_level": "AUTOCOMMIT"}),

@@ -406,6 +406,7 @@ def assert_names_the_setting(error: BaseException, cause: type[Exception]) -> No
     assert seen is not None, f"{cause.__name__} is not where {error!r} came from"
 
 
+@pytest.mark.asyncpg
 @each_mode
 async def test_without_the_setting_a_statement_that_is_elsewhere_is_an_error_that_names_it(
     port: int, url: str, mode: Mode
@@ -420,6 +421,7 @@ async def test_without_the_setting_a_statement_that_is_elsewhere_is_an_error_tha
         assert_names_the_setting(caught.value, asyncpg.InvalidSQLStatementNameError)
 
 
+@pytest.mark.asyncpg
 @pytest.mark.parametrize("first", [True, False], ids=["the first connection", "a later statement"])
 async def test_without_the_setting_a_name_that_is_taken_is_an_error_that_names_it(
     port: int, url: str, first: bool
@@ -436,6 +438,7 @@ async def test_without_the_setting_a_name_that_is_taken_is_an_error_that_names_i
         assert_names_the_setting(caught.value, asyncpg.DuplicatePreparedStatementError)
 
 
+@pytest.mark.asyncpg
 async def test_without_the_setting_a_statement_of_somebody_else_is_an_error_that_names_it(
     port: int, url: str
 ) -> None:

@@ -289,7 +289,8 @@ async def test_a_creator_of_ones_own_is_replaced_while_the_sandbox_lasts(
         connects += 1
         arguments = parameters.get_dialect()().create_connect_args(parameters)
         driver = import_module(parameters.get_driver_name())
-        return await driver.connect(*arguments[0], **arguments[1])
+        connecting = getattr(driver, "AsyncConnection", driver).connect  # psycopg has both kinds
+        return await connecting(*arguments[0], **arguments[1])
 
     engine = create_async_engine(parameters, async_creator=connect) if is_given else None
     if engine is not None:

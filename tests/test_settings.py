@@ -45,6 +45,7 @@ def connect_arguments(url: URL) -> dict[str, Any]:
     ("type", "expected"),
     [
         ("postgresql", "postgresql+asyncpg://app:pw@db:5433/shop"),
+        ("postgresql+psycopg", "postgresql+psycopg://app:pw@db:5433/shop"),
         ("mysql", "mysql+asyncmy://app:pw@db:5433/shop?charset=utf8mb4"),
         ("mariadb", "mariadb+asyncmy://app:pw@db:5433/shop?charset=utf8mb4"),
     ],
@@ -149,7 +150,10 @@ def test_the_charset_is_ignored_where_it_has_no_meaning(type: DatabaseType) -> N
 @pytest.mark.parametrize(
     ("message", "arguments"),
     [
-        ('^`type` must be one of "postgresql", "mysql", "mariadb", "sqlite"', {"type": "oracle"}),
+        (
+            '^`type` must be one of "postgresql", "postgresql.psycopg", "mysql", "mariadb"',
+            {"type": "oracle"},
+        ),
         ("^`port` must be a whole number from 1 to 65535", {"port": 0}),
         ("^`port` must be a whole number from 1 to 65535", {"port": 65536}),
         ("^`port` must be a whole number from 1 to 65535", {"port": True}),
@@ -239,7 +243,7 @@ def test_a_url_gets_the_asynchronous_driver_and_a_full_character_set(
         ('names the unknown database "oracle": write one of postgresql://, ', "oracle://db/shop"),
         ('names the unknown database "asyncpg"', "asyncpg://db/shop"),
         (
-            r'names the driver "psycopg2", .*: write postgresql\+asyncpg:// or just postgresql://',
+            r'names the driver "psycopg2", .*: write postgresql\+asyncpg://, .* or just postgresql://',
             "postgresql+psycopg2://db/shop",
         ),
         (r'names the driver "psycopg2", .*postgresql\+asyncpg://', "postgres+psycopg2://db/shop"),

@@ -15,6 +15,7 @@ from asgi_db import ConfigurationError, Database
 from tests.internals import cli, driver_of_url
 
 POSTGRESQL = "postgresql://app@db/shop"
+PSYCOPG = "postgresql+psycopg://app@db/shop"
 MYSQL = "mysql://app@db/shop"
 SQLITE = "sqlite:///shop.db"
 CA = certifi.where()
@@ -52,6 +53,36 @@ def arguments_of(url: str) -> dict[str, Any]:
         (f"{POSTGRESQL}?sslnegotiation=direct&sslmode=allow", {"ssl": "allow", "direct_tls": True}),
         (f"{POSTGRESQL}?client_encoding=utf8&gssencmode=prefer&sslsni=1", {}),
         ("postgresql:///shop?host=/run/pg", {}),
+        (
+            f"{PSYCOPG}?connect_timeout=3&sslmode=require",
+            {"connect_timeout": 3, "sslmode": "require"},
+        ),
+        (f"{PSYCOPG}?channel_binding=require", {"channel_binding": "require"}),
+        (
+            f"{PSYCOPG}?target_session_attrs=prefer-standby&load_balance_hosts=random",
+            {"target_session_attrs": "prefer-standby", "load_balance_hosts": "random"},
+        ),
+        (
+            f"{PSYCOPG}?options=-c%20geqo%3Doff&application_name=shop",
+            {"options": "-c geqo=off", "application_name": "shop"},
+        ),
+        (
+            f"{PSYCOPG}?client_encoding=latin1&krbsrvname=pg",
+            {"client_encoding": "latin1", "krbsrvname": "pg"},
+        ),
+        (
+            f"{PSYCOPG}?sslmode=verify-full&sslrootcert={CA}",
+            {"sslmode": "verify-full", "sslrootcert": CA},
+        ),
+        (
+            f"{PSYCOPG}?sslmode=verify-full&sslrootcert=system",
+            {"sslmode": "verify-full", "sslrootcert": "system"},
+        ),
+        (f"{PSYCOPG}?keepalives=1&keepalives_idle=30", {"keepalives": "1", "keepalives_idle": 30}),
+        (f"{PSYCOPG}?prepare_threshold=0", {"prepare_threshold": 0}),
+        (f"{PSYCOPG}?prepare_threshold=None", {"prepare_threshold": None}),
+        ("postgresql+psycopg:///shop?host=/run/pg", {}),
+        ("postgresql+psycopg://app@/shop?host=a:5432&host=b:5433", {}),
         (f"{MYSQL}?connect_timeout=3", {"connect_timeout": 3}),
         (f"{MYSQL}?connect-timeout=3&ssl-mode=DISABLED", {"connect_timeout": 3}),
         (f"{MYSQL}?program_name=a&local_infile=true", {"program_name": "a", "local_infile": True}),
@@ -104,6 +135,20 @@ def test_encryption_verifies_as_much_as_the_database_means_by_it(
         (f"{POSTGRESQL}?keepalives_idle=30", "keepalives_idle=.*leave it out"),
         (f"{POSTGRESQL}?pgbouncer=true", r'pgbouncer=.*pooler="transaction"'),
         (f"{POSTGRESQL}?nonsense=1", "nonsense=.*no option of asyncpg or libpq: leave it out"),
+        (f"{PSYCOPG}?sslmode=no-verify", "sslmode=.* one of .*require"),
+        (f"{PSYCOPG}?channel_binding=maybe", "channel_binding=.* one of .*require"),
+        (f"{PSYCOPG}?target_session_attrs=master", "target_session_attrs=.*read-write"),
+        (f"{PSYCOPG}?connect_timeout=soon", "connect_timeout=.*number"),
+        (f"{PSYCOPG}?sslrootcert={CA}", "sslrootcert=.*sslmode=require or more"),
+        (f"{PSYCOPG}?sslmode=verify-full&sslrootcert=/no/such.pem", "sslrootcert=.*path"),
+        (f"{PSYCOPG}?prepare_threshold=never", "prepare_threshold=.*number"),
+        (f"{PSYCOPG}?ssl=require", "ssl=.*write sslmode="),
+        (f"{PSYCOPG}?timeout=3", "timeout=.*connect_timeout="),
+        (f"{PSYCOPG}?command_timeout=3", "command_timeout=.*statement_timeout"),
+        (f"{PSYCOPG}?statement_cache_size=0", "statement_cache_size=.*prepare_threshold="),
+        (f"{PSYCOPG}?pgbouncer=true", r'pgbouncer=.*pooler="transaction"'),
+        (f"{PSYCOPG}?dbname=other", "dbname=.*leave it out"),
+        (f"{PSYCOPG}?nonsense=1", "nonsense=.*no option of psycopg or libpq: leave it out"),
         (f"{MYSQL}?ssl-mode=no-verify", "ssl-mode=.*VERIFY_CA"),
         (f"{MYSQL}?ssl-mode=PREFERRED", "ssl-mode=.*REQUIRED"),
         (f"{MYSQL}?ssl=true", "ssl=.*ssl-mode=REQUIRED"),
@@ -144,6 +189,21 @@ async def test_the_options_arrive_at_postgresql(postgresql_url: str) -> None:
     url = make_url(postgresql_url).update_query_dict(query)
     async with Database(url, engine_options=settings) as database, database.session() as session:
         for name, value in {"application_name": "shop", "geqo": "off", "work_mem": "5MB"}.items():
+            assert await session.scalar(text(f"SHOW {name}")) == value
+
+
+async def test_the_options_arrive_at_postgresql_through_psycopg(postgresql_url: str) -> None:
+    url = make_url(postgresql_url).set(drivername="postgresql+psycopg")
+    query = {
+        "host": [f"{url.host}:1", f"{url.host}:{url.port}"],  # nobody listens at the first
+        "application_name": "shop",
+        "options": "-c geqo=off",
+        "target_session_attrs": "primary",
+        "channel_binding": "prefer",
+    }
+    anywhere = url.set(host=None, port=None).update_query_dict(query)
+    async with Database(anywhere) as database, database.session() as session:
+        for name, value in {"application_name": "shop", "geqo": "off"}.items():
             assert await session.scalar(text(f"SHOW {name}")) == value
 
 

@@ -66,7 +66,7 @@ async def check(report: Report, plan: Plan, connection: AsyncConnection) -> None
         plan.check_encryption(
             report,
             bool(about.encrypted),
-            "Add ?ssl=require, or better ssl=verify-full, to the URL.",
+            "Add ?sslmode=require, or better sslmode=verify-full, to the URL.",
         )
     _check_server(report, values, about.version_number // 10000, is_standby=about.is_standby)
     _check_transactions(report, values)

@@ -13,11 +13,14 @@ from asgi_db.drivers.base import AnyDriver
 from asgi_db.drivers.mysql import MySQL, asyncmy
 from asgi_db.drivers.postgresql import PostgreSQL
 from asgi_db.drivers.postgresql_asyncpg import asyncpg
+from asgi_db.drivers.postgresql_psycopg import psycopg
 from asgi_db.drivers.protocol import Driver
 from asgi_db.drivers.sqlite import SQLite, aiosqlite
 from asgi_db.settings import accept_driver
 
-_drivers: dict[str, Driver] = {driver.name: driver for driver in (asyncpg, asyncmy, aiosqlite)}
+_drivers: dict[str, Driver] = {
+    driver.name: driver for driver in (asyncpg, psycopg, asyncmy, aiosqlite)
+}
 
 _other_drivers: dict[str, Driver] = {
     "postgresql": PostgreSQL(),

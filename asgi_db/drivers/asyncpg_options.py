@@ -13,6 +13,7 @@ from sqlalchemy import URL
 
 from asgi_db.drivers.url_options import (
     CERTIFICATES,
+    OF_OTHER_PROGRAMS,
     Arguments,
     Certificates,
     Option,
@@ -115,12 +116,7 @@ _TABLE: Mapping[str, Translate] = {
             "tcp_user_timeout",
         )
     },
-    # What other programs write into a URL.
-    "pgbouncer": refuse('is an option of Prisma: write Database(..., pooler="transaction").'),
-    "connection_limit": refuse("is an option of Prisma: write Database(..., pool=...)."),
-    "pool_timeout": refuse("is an option of Prisma: write Database(..., pool=...)."),
-    "schema": refuse("is an option of Prisma: write options=-csearch_path%3Dname."),
-    "currentSchema": refuse("is an option of JDBC: write options=-csearch_path%3Dname."),
+    **OF_OTHER_PROGRAMS,
 }
 
 

@@ -42,7 +42,8 @@ _GRAMMAR = Grammar(
     writing=rf"{WRITING_WITH}|\bINTO\b|\b(?:nextval|setval|pg_notify"
     r"|lo_(?:creat|create|import|from_bytea|put|truncate|truncate64|unlink)|lowrite)\s*\(",
     not_code=r"\$((?:[^\W\d]\w*)?)\$.*?\$\1\$|\bE'(?:[^'\\]|\\.|'')*'"
-    r"""|'[^']*'|"[^"]*"|/\*.*?\*/|--[^\n]*""",
+    r"""|'[^']*'|"[^"]*"|/\*.*?\*/|--[^\n]*"""
+    r"|%\(\w+\)s",  # A parameter for psycopg, whose parenthesis would end a call.
 )
 """The commands of PostgreSQL; those that `SET TRANSACTION` calls read-only may write elsewhere.
 
@@ -79,32 +80,32 @@ class PostgreSQL(AnyDriver):
         return hasattr(error, "sqlstate")
 
     def is_conflict(self, error: BaseException) -> bool:
-        return sqlstate(error) in _CONFLICTS or self.has_invalid_plan(error)
+        return self.code(error) in _CONFLICTS or self.has_invalid_plan(error)
 
     def has_invalid_plan(self, error: BaseException) -> bool:
         """Say whether DDL has changed what a prepared statement returns; it was not executed."""
         return False
 
     def is_outage(self, error: BaseException) -> bool:
-        return sqlstate(error) in _OUTAGES
+        return self.code(error) in _OUTAGES
 
     def is_full(self, error: BaseException) -> bool:
-        return sqlstate(error) == _TOO_MANY
+        return self.code(error) == _TOO_MANY
 
     def time_limit(self, error: BaseException) -> str | None:
-        if sqlstate(error) != _QUERY_CANCELED:
+        if self.code(error) != _QUERY_CANCELED:
             return None
         return "statement_timeout, unless somebody has cancelled it"
 
     def remedy(self, error: BaseException) -> str | None:
-        kind = _WRONG_SETTINGS.get(sqlstate(error) or "")
+        kind = _WRONG_SETTINGS.get(self.code(error) or "")
         return super().remedy(error) if kind is None else REMEDIES[kind]
 
     def code(self, error: BaseException) -> str | None:
         return sqlstate(error)
 
     def advice(self, error: BaseException) -> str | None:
-        state = sqlstate(error)
+        state = self.code(error)
         if state in _NO_STATEMENT or (state == "08P01" and "prepared stat" in str(error)):
             return (
                 "If there is a PgBouncer in between, in transaction pooling, say so:"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -64,6 +64,10 @@ class StandIn:
 
     def begin_now(self) -> None:
         """Begin a transaction, unless each statement stands alone."""
+        raise NotImplementedError
+
+    async def lend(self, function: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
+        """Await what a function does with the driver's own connection, in its event loop."""
         raise NotImplementedError
 
 

@@ -119,6 +119,14 @@ class SandboxRules:
         """Return whether a statement sets up a connection in a way the real one already is."""
         return False
 
+    def lives_in_loop(self, value: object) -> bool:
+        """Return whether a value of the driver is awaited in its connection's event loop.
+
+        Args:
+            value: what a method of its connection has returned, or of such a value.
+        """
+        return False
+
     async def begun(self, control: Any) -> None:
         """Give a savepoint the characteristics that its transaction asks for.
 

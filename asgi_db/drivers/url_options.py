@@ -138,6 +138,16 @@ def refuse(remedy: str) -> Translate:
     return nothing(remedy=remedy)
 
 
+OF_OTHER_PROGRAMS: Mapping[str, Translate] = {
+    "pgbouncer": refuse('is an option of Prisma: write Database(..., pooler="transaction").'),
+    "connection_limit": refuse("is an option of Prisma: write Database(..., pool=...)."),
+    "pool_timeout": refuse("is an option of Prisma: write Database(..., pool=...)."),
+    "schema": refuse("is an option of Prisma: write options=-csearch_path%3Dname."),
+    "currentSchema": refuse("is an option of JDBC: write options=-csearch_path%3Dname."),
+}
+"""What other programs write into the URL of a PostgreSQL database."""
+
+
 # -- encryption --------------------------------------------------------------------------------
 
 

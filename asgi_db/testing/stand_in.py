@@ -26,6 +26,7 @@ from asgi_db.engine.unit import UNIT_INFO
 from asgi_db.sqlalchemy_versions import await_
 from asgi_db.tasks import current_task
 from asgi_db.testing.cursor import StandInCursor
+from asgi_db.testing.elsewhere import called_elsewhere
 from asgi_db.testing.shared import SharedConnection, in_thread
 from asgi_db.testing.transaction import SandboxedTransaction, Statement
 
@@ -175,15 +176,15 @@ class StandInDriver(StandIn):
         if name.startswith("_") or name in ("interrupt", "close", "stop"):
             raise AttributeError(name)
         attribute = getattr(self._shared.driver, name)
-        if not inspect.iscoroutinefunction(attribute):
-            return attribute
+        return called_elsewhere(attribute, self._use, self._shared.rules.lives_in_loop)
 
-        async def call(*args: Any, **kwargs: Any) -> Any:
-            function = partial(attribute, *args, **kwargs)
-            use = partial(self._shared.use, self._transaction, current_task(), function)
-            return await in_thread(self._shared.portal, use)
+    async def _use(self, function: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+        use = partial(self._shared.use, self._transaction, current_task(), function)
+        return await in_thread(self._shared.portal, use)
 
-        return call
+    async def lend(self, function: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
+        """Await what a function does with the driver's own connection, in its event loop."""
+        return await self._use(partial(function, self._shared.driver))
 
     def is_closed(self) -> bool:
         """Whether it can no longer be used."""

@@ -18,7 +18,7 @@ def framework(request: pytest.FixtureRequest) -> Framework:
 
 
 @pytest.fixture(scope="module")
-def postgresql_url(postgresql_server: DatabaseServer) -> Iterator[str]:
+def postgresql_url(postgresql_server: DatabaseServer, postgresql_driver: str) -> Iterator[str]:
     """One database for a module, to save time: each test makes its tables anew."""
     with postgresql_server.fresh_database() as url:
         yield url

@@ -145,6 +145,7 @@ async def test_the_error_has_the_one_of_the_driver_and_names_the_route_and_the_r
         assert isinstance(caught.value, OperationalError)
         assert type(caught.value.orig).__module__.partition(".")[0] in (
             "sqlalchemy",
+            "psycopg",
             "asyncmy",
             "sqlite3",
         )

@@ -6,12 +6,14 @@ from importlib import import_module
 from typing import Any
 
 import pytest
+from psycopg import AsyncConnection
 from sqlalchemy import event, text
 
 from asgi_db import ConfigurationError, Database, DBSession, Mode, plain, read_only, transactional
 from tests.contract.client import assert_refused
 from tests.contract.endpoints import Answer, Framework
 from tests.contract.site import Site, write
+from tests.drivers import is_psycopg
 
 modes = pytest.mark.parametrize(
     "mode", [plain, transactional, read_only], ids=["plain", "transactional", "read_only"]
@@ -92,7 +94,7 @@ async def test_a_connection_that_is_closed_in_a_listener_is_an_outage(
         name = type(connection).__name__
         cursor = connection.cursor()
         own = "pg_terminate_backend(pg_backend_pid())"
-        cursor.execute(f"SELECT {own}" if "asyncpg" in name else "KILL CONNECTION_ID()")
+        cursor.execute("KILL CONNECTION_ID()" if "asyncmy" in name else f"SELECT {own}")
 
     async with set_up_by(framework, server_url, lose) as site:
         assert_refused(await site.answer(read, transactional), "down")
@@ -142,6 +144,8 @@ async def test_a_network_error_of_a_creator_is_an_outage(
 
 async def test_what_the_driver_refuses_for_a_creator_is_a_setting(postgresql_url: str) -> None:
     async def connect(*_: Any, **__: Any) -> Any:
+        if is_psycopg(postgresql_url):
+            return await AsyncConnection.connect(host="127.0.0.1", port=1, sslmode="nonsense")
         return await import_module("asyncpg").connect(host="127.0.0.1", port=1, ssl="nonsense")
 
     async with Database(postgresql_url, engine_options={"async_creator": connect}) as database:

@@ -4,12 +4,12 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from asyncpg import UniqueViolationError
 from sqlalchemy import text
 
 from asgi_db import DBSession, FailedTransactionError, Mode, plain, transactional
 from tests.contract.endpoints import Answer, Framework
 from tests.contract.site import Site
+from tests.drivers import UNIQUE_VIOLATIONS, copy
 
 WRITING = [plain, transactional, transactional(isolation="SERIALIZABLE")]
 IDS = ["plain", "transactional", "serializable"]
@@ -21,7 +21,7 @@ async def write_on(session: DBSession) -> None:
     insert = "INSERT INTO item (name) VALUES ('a')"
     match session.get_bind().dialect.name:
         case "postgresql":
-            await driver.copy_records_to_table("item", records=[("a",)], columns=["name"])
+            await copy(driver, "item", [("a",)], "name")
         case "sqlite":
             await driver.execute(insert)
         case _:
@@ -95,8 +95,8 @@ async def test_a_copy_that_fails_and_is_swallowed_is_not_acknowledged(
         await session.execute(text("INSERT INTO item (name) VALUES ('b')"))
         session.on_commit(lambda: heard.append("committed"))
         driver: Any = (await (await session.connection()).get_raw_connection()).driver_connection
-        with suppress(UniqueViolationError):
-            await driver.copy_records_to_table("item", records=[("b",)], columns=["name"])
+        with suppress(*UNIQUE_VIOLATIONS):
+            await copy(driver, "item", [("b",)], "name")
 
     heard = list[str]()
     async with Site.on(framework, postgresql_url) as site:

@@ -6,6 +6,7 @@ import pytest
 from sqlalchemy import select
 
 from asgi_db import DBSession, Mode, plain, read_only, transactional
+from tests import drivers
 from tests.contract.client import call
 from tests.contract.endpoints import Answer, Framework, Work
 from tests.contract.site import Item, Site, write
@@ -117,9 +118,9 @@ async def test_in_plain_an_uncommitted_copy_warns_of_it(
         driver: Any = (await connection.get_raw_connection()).driver_connection
         if copies:
             await session.execute(select(Item))
-            await driver.copy_records_to_table("item", records=[("a", None)])
+            await drivers.copy(driver, "item", [("a",)], "name")
         else:
-            await driver.fetch("SELECT 1")
+            await driver.execute("SELECT 1")
 
     async with Site.on(framework, postgresql_url) as site:
         assert (await site.answer(copy, plain)).status == 200

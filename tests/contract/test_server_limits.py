@@ -1,7 +1,6 @@
 """What the server itself ends: long statements, idle connections, and plans that DDL changed."""
 
-import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
@@ -14,6 +13,7 @@ from asgi_db import Database, DatabaseTimeoutError, DBSession, Mode, plain, read
 from tests.contract.client import assert_refused
 from tests.contract.endpoints import Answer, Framework, Work
 from tests.contract.site import Item, Site
+from tests.drivers import prepares_at_once, server_settings, until_closed
 
 modes = pytest.mark.parametrize(
     "mode",
@@ -36,7 +36,7 @@ async def sleep_too_long(session: DBSession) -> None:
 async def limited(framework: Framework, url: str) -> AsyncGenerator[Site]:
     """A site whose server lets a statement run for 0.1 s."""
     options: dict[str, Any] = (
-        {"server_settings": {"statement_timeout": "100ms"}}
+        server_settings(url, statement_timeout="100ms")
         if "postgresql" in url
         else {"init_command": "SET max_statement_time = 0.1"}
     )
@@ -82,6 +82,20 @@ async def test_its_error_is_that_of_a_statement_so_that_a_savepoint_confines_it(
 
 
 # -- a plan that DDL has changed ---------------------------------------------------------------
+
+
+@asynccontextmanager
+async def preparing(framework: Framework, url: str) -> AsyncGenerator[Site]:
+    """A site that prepares its statements before they are repeated."""
+    options = {"pool_size": 1, "max_overflow": 0, "connect_args": prepares_at_once(url)}
+    async with Site.on(framework, url), Database(url, engine_options=options) as database:
+        yield Site(framework, url, database)
+
+
+@pytest.fixture
+async def site(framework: Framework, database_url: str) -> AsyncIterator[Site]:
+    async with preparing(framework, database_url) as site:
+        yield site
 
 
 async def read(session: DBSession) -> Answer:
@@ -156,7 +170,7 @@ async def test_the_mode_of_a_transaction_that_is_begun_anew_is_the_same(
         only = await session.scalar(text("SHOW transaction_read_only"))
         return Answer(200, f"{level} {only}".encode())
 
-    async with Site.on(framework, postgresql_url) as site:
+    async with preparing(framework, postgresql_url) as site:
         mode = transactional(isolation="SERIALIZABLE", read_only=True)
         answers = await served_before_and_after(site, read_and_tell, mode)
     assert answers == [(200, b"serializable on")] * 2
@@ -166,7 +180,8 @@ async def test_an_engine_of_the_users_own_is_served_too(
     framework: Framework, postgresql_url: str
 ) -> None:
     async with Site.on(framework, postgresql_url) as site:
-        engine = create_async_engine(postgresql_url, pool_size=1)
+        prepares = prepares_at_once(postgresql_url)
+        engine = create_async_engine(postgresql_url, pool_size=1, connect_args=prepares)
         own = Site(framework, postgresql_url, Database(engine=engine))
         try:
             assert await served_before_and_after(own, read, transactional) == BEFORE_AND_AFTER
@@ -179,22 +194,9 @@ async def test_an_engine_of_the_users_own_is_served_too(
 
 
 def limited_idle(url: str, name: str) -> AbstractAsyncContextManager[Database]:
-    settings = {"server_settings": {name: "100ms"}}
+    settings = server_settings(url, **{name: "100ms"})
     options: Any = {"pool_size": 1, "max_overflow": 0, "connect_args": settings}
     return Database(url, engine_options=options)
-
-
-async def until_closed(connection: Any) -> None:
-    """Wait until asyncpg knows that the server has closed its connection."""
-    closed = asyncio.Event()
-
-    def set_closed(_: object) -> None:
-        closed.set()
-
-    connection.add_termination_listener(set_closed)
-    async with asyncio.timeout(10):
-        if not connection.is_closed():
-            await closed.wait()
 
 
 async def driver_connection(session: DBSession) -> Any:

@@ -1,0 +1,389 @@
+"""PostgreSQL, with psycopg 3."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import os
+import re
+import socket
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from importlib import import_module
+from typing import Any
+
+from sqlalchemy import URL, Connection, Engine, event
+from sqlalchemy.engine import Dialect
+from sqlalchemy.engine.interfaces import DBAPIConnection, ExecutionContext
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+
+from asgi_db.drivers.outages import REMEDIES
+from asgi_db.drivers.postgresql import PostgreSQLSandbox, SupportedPostgreSQL
+from asgi_db.drivers.protocol import StandIn
+from asgi_db.drivers.psycopg_options import translate_url
+from asgi_db.drivers.sandbox import INTERRUPT_AGAIN, SandboxControl, SandboxRules, SandboxStandIn
+from asgi_db.sqlalchemy_versions import await_
+from asgi_db.tasks import in_background, running_loop
+
+
+class PsycopgSandbox(PostgreSQLSandbox):
+    """The rules of PostgreSQL for psycopg."""
+
+    parameters = ("%s", "%s")
+    parameter = r"%\((\w+)\)s"
+
+    def value_of(self, parameter: str, parameters: Any) -> str:
+        return str(parameters[parameter])
+
+    def control(self, stand_in: SandboxStandIn) -> SandboxControl:
+        return _SandboxControl(stand_in)
+
+    def begin_nothing(self) -> None:
+        self.connection.adapted.autocommit = True
+
+    def is_in_transaction(self) -> bool:
+        return _is_in_transaction(self.connection.driver)
+
+    def lives_in_loop(self, value: object) -> bool:
+        # Cursors, copies and blocks of psycopg, and the generators in which it makes them.
+        is_of_psycopg = type(value).__module__.partition(".")[0] == "psycopg"
+        return isinstance(value, AbstractAsyncContextManager) or (
+            is_of_psycopg and hasattr(value, "__aenter__")
+        )
+
+    async def interrupt(self, running: asyncio.Future[Any], *, only_reads: bool) -> None:
+        while not running.done():
+            # The first request may precede the statement, so it is repeated.
+            await self.connection.driver.cancel_safe()
+            await asyncio.wait((running,), timeout=INTERRUPT_AGAIN)
+
+
+class _SandboxControl:
+    """The attributes and methods through which SQLAlchemy's psycopg dialect begins transactions."""
+
+    def __init__(self, stand_in: SandboxStandIn) -> None:
+        self._stand_in = stand_in
+        self.autocommit = False
+        self.readonly = False
+
+    @property
+    def is_autocommit(self) -> bool:
+        return self.autocommit
+
+    def set_autocommit(self, value: bool) -> None:
+        self.autocommit = value
+
+    def set_isolation_level(self, _: object) -> None:
+        # In a sandbox no level other than autocommit has an effect.
+        self._stand_in.rollback()
+
+    def set_read_only(self, value: bool | None) -> None:
+        self.readonly = bool(value)
+
+    def set_deferrable(self, value: bool | None) -> None:
+        pass
+
+
+@functools.cache
+def connection_class() -> type[Any]:
+    """Make the class of the connections; psycopg is imported only where it is used."""
+    from psycopg import AsyncConnection
+    from psycopg.waiting import wait_async
+
+    class PromptConnection(AsyncConnection[Any]):
+        """A connection that can be interrupted, and closed, without waiting for the server.
+
+        An interrupted statement is ended over another connection (`pool/abandoned.py`). psycopg's
+        own `wait` asks the server to cancel it, and waits ten seconds for one that is silent.
+        """
+
+        _waits_in: asyncio.AbstractEventLoop | None = None
+        is_terminated = False
+
+        async def wait(self, *args: Any, **options: Any) -> Any:
+            # psycopg has no public way to wait without that; the test of a server that stands
+            # still in `test_psycopg.py` breaks when this changes.
+            options.setdefault("interval", _LOOK_AGAIN)
+            (generator,) = args
+            self._waits_in = asyncio.get_running_loop()
+            try:
+                return await wait_async(generator, self.pgconn.socket, **options)
+            finally:
+                self._waits_in = None
+                if self.is_terminated:
+                    self.pgconn.finish()
+
+        def terminate(self) -> None:
+            """Close it without waiting for anything."""
+            self.is_terminated = True
+            if self._waits_in is None or self._waits_in.is_closed():
+                self.pgconn.finish()
+            else:
+                # The event loop watches this socket: closed under its eyes, the number would go to
+                # another connection. The task that waits wakes up, and closes it.
+                with contextlib.suppress(OSError), _socket_of(self.pgconn) as copy:
+                    copy.shutdown(socket.SHUT_RDWR)
+
+        @property
+        def is_waiting(self) -> bool:
+            """Whether a task waits for the server."""
+            return self._waits_in is not None
+
+        def __del__(self, *_: Any) -> None:
+            # The pool tells of a connection that was forgotten. psycopg would warn of one that is
+            # collected together with its pool, too. libpq's own object closes the socket, but not
+            # that of a parent process.
+            pass
+
+    return PromptConnection
+
+
+_LOOK_AGAIN = 0.1
+"""Seconds after which psycopg looks whether a socket that says nothing is still there."""
+
+
+def _socket_of(pgconn: Any) -> socket.socket:
+    return socket.socket(fileno=os.dup(pgconn.socket))
+
+
+# Numbers of libpq, and so of psycopg's `pq.TransactionStatus`.
+_IDLE = 0
+_ACTIVE = 1
+_UNKNOWN = 4
+
+
+def _is_active(connection: Any) -> bool:
+    """Whether the server is busy with a statement."""
+    return bool(connection.pgconn.transaction_status == _ACTIVE)
+
+
+def _is_in_transaction(connection: Any) -> bool:
+    return connection.pgconn.transaction_status not in (_IDLE, _UNKNOWN)
+
+
+class Psycopg(SupportedPostgreSQL):
+    """PostgreSQL with psycopg 3."""
+
+    name = "psycopg"
+    sandbox: type[SandboxRules] | None = PsycopgSandbox
+
+    def options(self, url: URL, *, pooler: bool) -> dict[str, Any]:
+        return {"connect_args": {"prepare_threshold": None}} if pooler else {}
+
+    def translate(self, url: URL) -> tuple[URL, dict[str, Any]]:
+        return translate_url(url)
+
+    def prepare(self, engine: Engine, *, pooler: bool, durable: bool) -> None:
+        super().prepare(engine, pooler=pooler, durable=durable)
+        if pooler:
+
+            def connect(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
+                engine.dialect.get_driver_connection(connection).is_behind_pooler = True
+
+            event.listen(engine, "connect", connect)
+
+    def extend(self, dialect: Dialect) -> None:
+        super().extend(dialect)
+        # `terminate` needs no event loop, so a forgotten connection can be closed.
+        dialect.has_terminate = True
+        # SQLAlchemy's own ping awaits something after it was cancelled, which fails then and takes
+        # the place of the cancellation.
+        dialect.do_ping = self._ping  # type: ignore[method-assign]
+        # SQLAlchemy resets these to False, and psycopg then says READ WRITE at each BEGIN, which a
+        # standby refuses. None leaves it to the server.
+        for name in ("set_readonly", "set_deferrable"):
+            setattr(dialect, name, functools.partial(_set_or_leave, getattr(dialect, name)))
+        # SQLAlchemy asks for the type of hstore with psycopg's means, which take no stand-in. It
+        # has no public method for that; the tests of sandboxes break when this changes.
+        fetch_type: Any = getattr(dialect, "_type_info_fetch", None)
+        setattr(dialect, "_type_info_fetch", functools.partial(_fetch_type, fetch_type))  # noqa: B010
+
+    def _ping(self, dbapi_connection: Any) -> bool:
+        if isinstance(dbapi_connection.driver_connection, StandIn):
+            dbapi_connection.ping()
+            return True
+        self.enter_autocommit(dbapi_connection)
+        cursor = dbapi_connection.cursor()
+        try:
+            cursor.execute(";")
+        finally:
+            cursor.close()
+            self.leave_autocommit(dbapi_connection)
+        return True
+
+    @property
+    def connect_errors(self) -> tuple[type[Exception], ...]:
+        return OSError, import_module("psycopg").Error
+
+    def connect(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
+        connecting: Awaitable[Any] = connection_class().connect(*args, **kwargs)
+        return connecting
+
+    def is_closed(self, connection: Any) -> bool:
+        if isinstance(connection, StandIn):
+            return connection.is_closed()
+        if connection.closed or getattr(connection, "is_terminated", False):
+            return True
+        if not _is_active(connection) and not getattr(connection, "is_waiting", False):
+            # psycopg looks at the socket only while it waits for an answer. The first look takes
+            # the last words of a server, the second one finds that it has closed the connection.
+            with contextlib.suppress(import_module("psycopg").Error):
+                connection.pgconn.consume_input()
+                connection.pgconn.consume_input()
+        return bool(connection.closed)
+
+    def is_in_transaction(self, connection: Any) -> bool:
+        return _is_in_transaction(connection)
+
+    def _terminate(self, connection: Any) -> None:
+        is_behind_pooler = getattr(connection, "is_behind_pooler", False)
+        if is_behind_pooler and running_loop() is not None and _is_active(connection):
+            in_background(_cancel_and_terminate(connection))
+        else:
+            _terminate(connection)
+
+    def begin_now(self, pooled: PoolProxiedConnection) -> None:
+        super().begin_now(pooled)
+        connection: Any = pooled.driver_connection
+        if isinstance(connection, StandIn) or connection.autocommit:
+            return
+        if not _is_in_transaction(connection):
+            # psycopg sends BEGIN before its first statement, and that may be an empty one. Without
+            # a transaction its own `connection.transaction()` would begin one, and commit it.
+            cursor = pooled.cursor()
+            try:
+                cursor.execute("")
+            finally:
+                cursor.close()
+
+    def enter_autocommit(self, connection: DBAPIConnection) -> None:
+        _set_autocommit(connection, True)
+
+    def leave_autocommit(self, connection: DBAPIConnection) -> None:
+        _set_autocommit(connection, False)
+
+    def has_invalid_plan(self, error: BaseException) -> bool:
+        if self.code(error) != _NOT_SUPPORTED:
+            return False
+        diagnostic = getattr(error, "diag", None)
+        return getattr(diagnostic, "source_function", None) == "RevalidateCachedQuery"
+
+    def forget_plans(self, context: ExecutionContext, error: Exception) -> None:
+        pooled = context.root_connection.connection
+        if _is_in_transaction(pooled.driver_connection):
+            pooled.rollback()  # psycopg then forgets all plans.
+            return
+        cursor = pooled.cursor()
+        try:
+            cursor.execute("DEALLOCATE ALL")  # After this, too.
+        finally:
+            cursor.close()
+
+    def remedy(self, error: BaseException) -> str | None:
+        package = type(error).__module__.partition(".")[0]
+        if package != "psycopg":
+            return super().remedy(error)
+        message = str(error)
+        if "ProactorEventLoop" in message:
+            return "On Windows psycopg needs a SelectorEventLoop: run the application in one."
+        for pattern, kind in _REMEDIES.items():
+            if re.search(pattern, message):
+                return REMEDIES[kind]
+        return super().remedy(error)
+
+    def code(self, error: BaseException) -> str | None:
+        code = super().code(error)
+        if code is not None or type(error).__module__.partition(".")[0] != "psycopg":
+            return code
+        message = str(error)
+        states = (state for text, state in _STATES.items() if re.search(text, message))
+        return next(states, None) if "FATAL:" in message else None
+
+    def id_at_server(self, connection: Any) -> int | None:
+        # These errors mean that the connection is closed already.
+        with contextlib.suppress(AttributeError, import_module("psycopg").Error):
+            return int(connection.info.backend_pid) or None
+        return None
+
+
+_NOT_SUPPORTED = "0A000"
+
+_STATES = {
+    r'database "[^"]*" does not exist|no such database': "3D000",
+    r"no pg_hba\.conf entry|not permitted to log in": "28000",
+    r'role "[^"]*" does not exist|authentication failed': "28P01",
+    r"permission denied for database": "42501",
+    r"unrecognized configuration parameter": "42704",
+    r"invalid value for parameter": "22023",
+    r"too many (?:clients|connections)|connection slots are reserved": "53300",
+    r"database system is": "57P03",
+}
+"""What a server says when it refuses a connection, with its code, which libpq does not pass on.
+
+A server whose `lc_messages` is not English is not understood: its refusal counts as an outage.
+"""
+
+_REMEDIES = {
+    r"certificate verify failed|server certificate for .* does not match": "certificate",
+    r"no password supplied": "login",
+    r"invalid connection option|bad value for|invalid \S+ value:": "option",
+    r"root certificate file .* does not exist|could not (?:read|load) .* certificate": "option",
+}
+"""What libpq and psycopg say of settings with which nothing can be connected to."""
+
+
+def _set_or_leave(set_it: Any, connection: DBAPIConnection, value: bool) -> None:
+    set_it(connection, value or None)
+
+
+def _fetch_type(fetch: Callable[..., Any], connection: Connection, name: str) -> Any:
+    driver_connection = connection.connection.driver_connection
+    if not isinstance(driver_connection, StandIn):
+        return fetch(connection, name)
+    fetch_with: Any = import_module("psycopg.types").TypeInfo.fetch
+    return await_(driver_connection.lend(lambda own: fetch_with(own, name)))
+
+
+def _set_autocommit(connection: Any, value: bool) -> None:
+    """Let each statement stand alone, or not.
+
+    psycopg's own method is a coroutine, although it sends nothing; a connection may come back to
+    the pool where none can be awaited. The test of round trips in `test_engine.py` breaks when this
+    attribute changes.
+    """
+    driver_connection = connection.driver_connection
+    if isinstance(driver_connection, StandIn):
+        connection.autocommit = value
+    else:
+        driver_connection._autocommit = value
+
+
+def _terminate(connection: Any) -> None:
+    if isinstance(connection, connection_class()):
+        connection.terminate()
+    else:  # A function of the user's has made it.
+        connection.pgconn.finish()
+
+
+PATIENCE = 2.0
+"""Seconds that a cancel request may take to pass through a pooler."""
+
+
+async def _cancel_and_terminate(connection: Any) -> None:
+    """Have the statement ended; behind a pooler the server's own connection is unknown.
+
+    A pooler may have it wait for a connection to the server, and forgets a request until then.
+    """
+    try:
+        with contextlib.suppress(import_module("psycopg").Error, TimeoutError):
+            async with asyncio.timeout(PATIENCE):
+                while connection.pgconn.is_busy():
+                    await connection.cancel_safe()
+                    await asyncio.sleep(INTERRUPT_AGAIN)
+                    connection.pgconn.consume_input()
+    finally:
+        _terminate(connection)
+
+
+psycopg = Psycopg()
