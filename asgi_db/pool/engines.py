@@ -6,7 +6,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, cast
 from weakref import WeakSet
 
@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from asgi_db.drivers import driver_of_url
 from asgi_db.drivers.connecting import Connector, background_is_over
 from asgi_db.drivers.sqlite import TemporaryFolder
-from asgi_db.errors import SandboxError
+from asgi_db.errors import ConfigurationError, SandboxError
 from asgi_db.pool.fair import FairPool
 from asgi_db.pool.life import DISPOSE_TIMEOUT, EngineLife, OtherEngines
 from asgi_db.profiles import PoolProfile
@@ -157,6 +157,21 @@ class Engines:
         A thread may ask for the engine of a loop that runs elsewhere.
         """
         return self._given or self._lives.get(loop) or self._begin_life(loop)
+
+    def redirect(self, url: URL) -> None:
+        """Make the engines from another URL, from the first one on.
+
+        Raises:
+            ConfigurationError: there is an engine already.
+        """
+        with self._lock:
+            self._forget_closed_loops()
+            if self._given is not None or self._lives:
+                raise ConfigurationError(
+                    f"{self.settings.url!r} has an engine already: call redirect() before the"
+                    " database is first used, and make an engine= of your own with the other URL."
+                )
+            self.settings = replace(self.settings, url=url)
 
     def all(self) -> list[EngineLife]:
         """Return the engines that have been made, each with its life."""
