@@ -16,7 +16,7 @@ RETRY_AFTER = 1
 class Readiness:
     """An ASGI endpoint that says whether the next request can be served.
 
-        app.add_route("/ready", Readiness(database))
+        app.router.routes.append(Route("/ready", Readiness(database)))
 
     | the database                           | status | body                                  |
     | -------------------------------------- | ------ | ------------------------------------- |
