@@ -9,7 +9,8 @@ from fastapi import FastAPI, Request
 from sqladmin import Admin, ModelView
 
 from asgi_db import Database, DBSessionMiddleware
-from tests.ecosystem.heroes import NO_SUCH_TEAM, Hero, heroes, serving
+from tests.ecosystem.heroes import NO_SUCH_TEAM, Hero, Team, heroes, serving
+from tests.servers import sql
 
 
 class HeroAdmin(ModelView, model=Hero):
@@ -24,11 +25,16 @@ class HeroAdmin(ModelView, model=Hero):
             data["team_id"] = NO_SUCH_TEAM
 
 
+class TeamAdmin(ModelView, model=Team):
+    column_list = ["id"]
+
+
 def application(database: Database) -> FastAPI:
     app = FastAPI()
     app.add_middleware(DBSessionMiddleware, database=database)
     admin = Admin(app, session_maker=database.sessionmaker)
     admin.add_view(HeroAdmin)
+    admin.add_view(TeamAdmin)
     return app
 
 
@@ -58,3 +64,13 @@ async def test_what_is_refused_is_told_and_leaves_nothing(database: Database, na
         answer = await client.post("/admin/hero/create", data={"name": name})
         assert (answer.status_code, heroes(url)) == (400, ["ada"])
         assert "IntegrityError" in answer.text or "Violation" in answer.text
+
+
+async def test_a_deletion_that_fails_to_commit_leaves_the_row(database: Database) -> None:
+    url = str(database.url)
+    sql(url, "INSERT INTO team (id, name) VALUES (1, 'a')")
+    sql(url, "INSERT INTO hero (id, name, team_id) VALUES (1, 'ada', 1)")
+    async with serving(application(database), database) as client:
+        answer = await client.delete("/admin/team/delete?pks=1")
+        assert answer.status_code == 200 and "error=" in answer.text  # where its page goes on
+        assert sql(url, "SELECT id FROM team") == [(1,)]
