@@ -111,6 +111,7 @@ class Database(Generic[SessionT_co]):
         self._wait_for = wait_for
         profile = pool if isinstance(pool, PoolProfile) else pool_profile(pool)
         settings = EngineSettings(self.url, profile, options, pooler, leak_threshold)
+        settings.check()
         self._engines = Engines(settings, self.statistics, given=engine)
         self.life_on = self._engines.on  # without a step in between: each request asks it
 

@@ -120,6 +120,8 @@ def exported() -> Iterator[str]:
         folder = importlib.import_module(package).__path__
         modules = [found.name for found in pkgutil.iter_modules(folder, f"{package}.")]
         for module in [package, *modules]:
+            if module == "asgi_db.sqlalchemy_versions":  # what it exports is for the library alone
+                continue
             for name in getattr(importlib.import_module(module), "__all__", ()):
                 yield f"{module}.{name}"
 

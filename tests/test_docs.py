@@ -547,6 +547,43 @@ async def same_engine(panel: Any, database: Database) -> bool:
     return bool(panel.engine is database.engine)
 
 
+CALL_HEROES = """
+import asyncio
+from starlette.testclient import TestClient
+import count_heroes
+from hero_app import app
+
+hero = {"name": "Deadpond", "secret_name": "Dive Wilson"}
+with TestClient(app, raise_server_exceptions=False) as client:
+    response = client.post("/heroes", json=hero)
+    assert (response.status_code, response.json()) == (201, {"id": 1, "name": "Deadpond"})
+    assert client.get("/heroes").json() == [response.json()]
+    assert client.get("/heroes/1").json() == response.json()
+    assert client.get("/heroes/2").status_code == 404
+    assert client.post("/heroes", json=hero).status_code == 500  # the name is taken
+asyncio.run(count_heroes.main())
+"""
+
+
+@covers("how-to/sqlmodel.md")
+def test_heroes_are_stored_and_found_by_sqlmodels_session(
+    tmp_path: Path, database_url: str
+) -> None:
+    """In a process of its own, because SQLModel has one `MetaData` for all of a process."""
+    write_files(tmp_path, "how-to/sqlmodel.md")
+    done = subprocess.run(
+        [sys.executable, "-c", CALL_HEROES],
+        cwd=tmp_path,
+        env={**os.environ, "DATABASE_URL": database_url},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=240,
+    )
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+    assert sql(database_url, "SELECT name, secret_name FROM hero") == [("Deadpond", "Dive Wilson")]
+    run(assert_disconnected(database_url))
+
+
 AUTHENTICATION = "how-to/authentication.md"
 
 

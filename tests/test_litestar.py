@@ -22,7 +22,7 @@ from litestar import websocket as websocket_route
 from litestar.config.cors import CORSConfig
 from litestar.config.response_cache import ResponseCacheConfig
 from litestar.datastructures import State
-from litestar.di import NamedDependency, Provide
+from litestar.di import Provide
 from litestar.exceptions import HTTPException, LitestarException
 from litestar.handlers import WebsocketListener, websocket_listener
 from litestar.middleware import DefineMiddleware
@@ -48,6 +48,7 @@ from tests.internals import session_key
 from tests.pools import checked_out, one_connection
 from tests.sockets import websocket
 from tests.tables import Author, Base, Child, Parent, authors
+from tests.versions import NamedDependency
 
 AnyRequest = Request[Any, Any, State]
 AnySocket = WebSocket[Any, Any, State]

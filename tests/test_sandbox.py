@@ -13,8 +13,6 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from litestar import Litestar, get, post
-from litestar.di import NamedDependency
-from litestar.params import FromQuery
 from litestar.testing import AsyncTestClient
 from litestar.testing import TestClient as LitestarClient
 from sqlalchemy import NullPool, delete, event, func, insert, make_url, select, text, update
@@ -40,6 +38,7 @@ from asgi_db_litestar import DatabasePlugin
 from tests.limits import set_limits
 from tests.servers import assert_disconnected, outside, run
 from tests.tables import Author, Base, Child, Deferred, Parent, authors
+from tests.versions import FromQuery, NamedDependency
 
 NAMES = select(Author.name).order_by(Author.name)
 ENDLESS = {

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import pytest
 from fastapi import Depends, FastAPI
 from litestar import Litestar, post
-from litestar.di import NamedDependency
 from sqlalchemy import Connection, event
 from sqlalchemy.exc import DBAPIError
 from starlette.applications import Starlette
@@ -40,6 +39,7 @@ from tests.contract.apps import (
 from tests.contract.client import Exchange, call
 from tests.contract.endpoints import Answer, Framework, Handlers
 from tests.contract.site import Item, Site, write
+from tests.versions import NamedDependency
 
 Work = Callable[[DBSession, DBSession], Awaitable[None]]
 """What the endpoint does with the session of `db` and that of `analytics`."""

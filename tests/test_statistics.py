@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from fastapi import APIRouter, FastAPI
 from litestar import Litestar, get
-from litestar.di import NamedDependency
 from litestar.params import FromPath
 from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -34,6 +33,7 @@ from asgi_db_litestar import DatabasePlugin
 from asgi_db_starlette import get_session
 from tests.contract.client import call
 from tests.internals import WITHOUT_SESSION, Outcome, PoolStats, RouteStats, Statistics, Tally
+from tests.versions import NamedDependency
 
 QUERY = text("SELECT 1")
 POOL = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 30}

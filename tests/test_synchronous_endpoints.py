@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import pytest
 from fastapi import BackgroundTasks, Depends, FastAPI
 from litestar import Litestar, post
-from litestar.di import NamedDependency, Provide
+from litestar.di import Provide
 from sqlalchemy.exc import MissingGreenlet
 from sqlalchemy.ext.asyncio import create_async_engine
 from starlette.applications import Starlette
@@ -25,6 +25,7 @@ from asgi_db_litestar import DatabasePlugin
 from tests.contract.client import call
 from tests.servers import assert_idle
 from tests.tables import Author, Base
+from tests.versions import NamedDependency
 
 Work = Callable[[Author], object]
 """What the endpoint does, in a thread, with an author that was loaded before."""

@@ -10,7 +10,7 @@ import pytest
 from litestar import Litestar, post
 from litestar import Request as LitestarRequest
 from pydantic import SecretStr
-from sqlalchemy import URL, text
+from sqlalchemy import URL, NullPool, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -326,3 +326,26 @@ async def test_after_a_mounted_application_the_session_of_the_outer_one_is_back(
         assert (await call(app, "/sub/")).status == 201
         assert await authors(sqlite_url) == ["audit"]
         assert await authors(inner.url.render_as_string()) == ["inner"]
+
+
+# -- the options of the engine -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"pool_sise": 7}, "'pool_sise'"),
+        ({"poolclass": NullPool, "pool_size": 7}, "'pool_size'"),
+        ({"isolation_level": "SNAPSHOT", "future": False}, "future"),
+    ],
+    ids=["misspelt", "of another pool", "out of date"],
+)
+@pytest.mark.parametrize("scheme", ["postgresql", "mysql", "sqlite"])
+def test_an_option_that_no_engine_takes_is_refused_at_construction(
+    scheme: str, options: dict[str, Any], named: str
+) -> None:
+    url = "sqlite:///shop.db" if scheme == "sqlite" else f"{scheme}://u:hidden@localhost/shop"
+    with pytest.raises(ConfigurationError, match="^engine_options= cannot work: ") as caught:
+        Database(url, engine_options=options)
+    assert named in str(caught.value)
+    assert "hidden" not in str(caught.value)

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, cast
 from weakref import WeakSet
 
 from sqlalchemy import URL, StaticPool
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext import asyncio as sqlalchemy_asyncio
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
@@ -51,21 +52,45 @@ class EngineSettings:
             durable: whether what is committed has to outlast a crash of the machine.
         """
         driver = driver_of_url(url)
-        pooler = self.pooler is not None
+        url, options = self._arguments(url)
+        # OpenTelemetry replaces this function by its own, so it is looked up at each call.
+        engine = sqlalchemy_asyncio.create_async_engine(url, **options)
+        driver.prepare(engine.sync_engine, pooler=self.pooler is not None, durable=durable)
+        return engine
+
+    def check(self) -> None:
+        """Refuse options of the user with which no engine could be made.
+
+        Raises:
+            ConfigurationError: there is no such option, or it cannot be combined with another.
+        """
+        if not self.options:
+            return
+        url, options = self._arguments(self.url)
+        problem = ""
+        try:
+            create_async_engine(url, **options)
+        except (TypeError, ValueError, SQLAlchemyError) as error:
+            problem = (
+                str(error).partition("\n")[0].partition(", using configuration")[0].rstrip(".")
+            )
+        if problem:
+            raise ConfigurationError(f"engine_options= cannot work: {problem}. Correct it.")
+
+    def _arguments(self, url: URL) -> tuple[URL, dict[str, Any]]:
+        """Return the arguments of `create_async_engine`."""
+        driver = driver_of_url(url)
         options: dict[str, Any] = {"hide_parameters": True}
         # A pool class of the user's own, such as NullPool, need not take the profile's values.
         if "poolclass" not in self.options:
             options.update(self.profile.engine_options(), poolclass=FairPool)
         url, arguments = driver.translate(url)
-        options.update(driver.options(url, pooler=pooler))
+        options.update(driver.options(url, pooler=self.pooler is not None))
         options = _merged(options, {"connect_args": arguments})
         options = _merged(options, self.options)
         if creator := options.get("async_creator"):  # SQLAlchemy calls it without `do_connect`
             options["async_creator"] = Connector(driver, creator)
-        # OpenTelemetry replaces this function by its own, so it is looked up at each call.
-        engine = sqlalchemy_asyncio.create_async_engine(url, **options)
-        driver.prepare(engine.sync_engine, pooler=pooler, durable=durable)
-        return engine
+        return url, options
 
 
 def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:

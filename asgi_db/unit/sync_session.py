@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
-from sqlalchemy.exc import MissingGreenlet
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 from sqlalchemy.util.concurrency import in_greenlet
 
@@ -36,7 +35,7 @@ from asgi_db.unit.operation import (
 )
 from asgi_db.unit.state import LeftOver, State
 from asgi_db.unit.transaction import Stage, Transaction
-from asgi_db.unit.translating import conflict_in, translated
+from asgi_db.unit.translating import conflict_in, outside_the_loop, translated
 from asgi_db.unit.unit_of_work import UnitOfWork
 
 
@@ -107,7 +106,7 @@ class UnitSession(Session):
         try:
             task = asyncio.current_task()
         except RuntimeError:
-            raise _outside_the_loop(name, unit.describe()) from None
+            raise outside_the_loop(name, unit.describe()) from None
         operation = unit.operation
         if asyncio.get_running_loop() is not unit.loop:
             unit.check_free(name)
@@ -228,14 +227,6 @@ class UnitSession(Session):
                 unit.deadline = None
             if unit.operation is None and deadline.has_cancelled(error):
                 raise DatabaseTimeoutError(unit.describe(), deadline.timeout) from error
-
-
-def _outside_the_loop(name: str, owner: str) -> MissingGreenlet:
-    return MissingGreenlet(
-        f"{owner}: session.{name}() was called in a thread, where nothing can be awaited, perhaps"
-        " by a lazy load in a synchronous endpoint (`def`). Make the endpoint `async def`, and"
-        " await there what is to be loaded; or load it with the object: `selectinload(...)`."
-    )
 
 
 def inside_the_unit(name: str, operation: Callable[..., Any]) -> Callable[..., Any]:

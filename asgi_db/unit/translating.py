@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from sqlalchemy.exc import DBAPIError, PendingRollbackError
+from sqlalchemy.exc import DBAPIError, MissingGreenlet, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from asgi_db.drivers import driver_of
@@ -63,3 +63,17 @@ def conflict_in(error: BaseException, unit: Standing) -> DatabaseConflictError |
         unit.conflict = conflict = conflict_error(error, unit.describe())
         unit.tally.conflicts += 1
     return conflict
+
+
+def outside_the_loop(name: str, owner: str) -> MissingGreenlet:
+    """Make the error for an operation in a thread without an event loop.
+
+    Args:
+        name: the operation.
+        owner: names the request or block.
+    """
+    return MissingGreenlet(
+        f"{owner}: session.{name}() was called in a thread, where nothing can be awaited, perhaps"
+        " by a lazy load in a synchronous endpoint (`def`). Make the endpoint `async def`, and"
+        " await there what is to be loaded; or load it with the object: `selectinload(...)`."
+    )

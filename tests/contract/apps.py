@@ -12,7 +12,6 @@ import litestar.background_tasks
 import litestar.exceptions
 import litestar.response
 import starlette.exceptions
-from litestar.di import NamedDependency
 from litestar.middleware import DefineMiddleware
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
@@ -33,6 +32,7 @@ from asgi_db.types import ASGIApp, Receive, Scope, Send
 from asgi_db_fastapi import CurrentSession, CurrentSessionReadOnly, CurrentSessionTransaction
 from asgi_db_litestar import DatabasePlugin
 from tests.contract.endpoints import Answer, Framework, Handlers, Route, Setup, Work
+from tests.versions import NamedDependency
 
 
 class Before:

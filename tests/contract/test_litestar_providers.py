@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from litestar import Litestar, Response, post
 from litestar.background_tasks import BackgroundTask, BackgroundTasks
-from litestar.di import NamedDependency, Provide
+from litestar.di import Provide
 from sqlalchemy import text
 
 from asgi_db import DBSession, Mode, plain, read_only, transactional
@@ -15,6 +15,7 @@ from asgi_db.errors import ConcurrentUseError
 from asgi_db_litestar import DatabasePlugin
 from tests.contract.apps import InLitestar
 from tests.contract.site import Item, Site
+from tests.versions import NamedDependency
 
 pytestmark = pytest.mark.parametrize("framework", [InLitestar()], ids=["litestar"])
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 from litestar import Controller, Litestar, Request, Router, post
-from litestar.di import NamedDependency
 from sqlalchemy.exc import DBAPIError
 
 from asgi_db import (
@@ -22,6 +21,7 @@ from tests.contract.apps import InLitestar, litestar_handlers
 from tests.contract.client import Exchange
 from tests.contract.endpoints import Answer
 from tests.contract.site import BAD_STATEMENT, Site, write
+from tests.versions import NamedDependency
 
 pytestmark = pytest.mark.parametrize("framework", [InLitestar()], ids=["litestar"])
 
