@@ -6,10 +6,9 @@ import functools
 import os
 import time
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, cast
-from weakref import WeakValueDictionary
 
 import anyio
 from sqlalchemy import URL, MetaData
@@ -36,7 +35,7 @@ from asgi_db.unit.session import DBSession
 from asgi_db.unit.session_class import choose_session
 
 if TYPE_CHECKING:
-    from asgi_db.testing import Sandbox
+    from asgi_db.testing import CapturedStatements, Sandbox
 
 SessionT_co = TypeVar("SessionT_co", bound=DBSession, default=DBSession, covariant=True)
 
@@ -328,6 +327,33 @@ class Database(Generic[SessionT_co]):
         """
         return SessionMaker(self, self._dialect)
 
+    # -- for tests -----------------------------------------------------------------------------
+
+    def redirect(self, url: str | URL) -> None:
+        """Let the database be at another URL, for a test run; all other settings stay.
+
+        For a `Database` that an application makes with a URL of its own when it is imported.
+
+        Raises:
+            ConfigurationError: it has an engine already, or the URL cannot be used.
+        """
+        url = parse_database_url(url)
+        driver_of_url(url).translate(url)
+        self._engines.redirect(url)
+        self.url = url
+
+    def capture_statements(self) -> AbstractContextManager[CapturedStatements]:
+        """Capture the statements that are sent in a block, for a test.
+
+        with database.capture_statements() as statements:
+            client.get("/orders")
+        assert len(statements) == 2
+        assert not statements.repeated
+        """
+        from asgi_db.testing.captured import capture
+
+        return capture(self._engines)
+
     def sandbox(self) -> Sandbox:
         """Begin a sandbox, for a test: nothing that is written in its block stays.
 
@@ -344,43 +370,8 @@ class Database(Generic[SessionT_co]):
         return Sandbox(self._engines)
 
 
-_configured: WeakValueDictionary[tuple[object, ...], Database] = WeakValueDictionary()
-
-
-def configured_database() -> Database:
-    """Return the database that the environment configures: the same one as long as it is in use.
-
-    Raises:
-        ConfigurationError: the environment's settings cannot work.
-    """
-    url = database_url_from_env(os.environ)
-    options = engine_options_from_env(os.environ)
-    key = (url or os.path.abspath(DEFAULT_FILE), *sorted(options.items()))
-    database = _configured.get(key)
-    if database is None:
-        database = _configured[key] = Database()
-    return database
-
-
 def _cause(error: Exception) -> str:
     return str(error).partition("\n")[0] or "no answer"
-
-
-def as_database(value: object) -> Database:
-    """Return a database; what is embedded or named by the environment if None is given.
-
-    Raises:
-        ConfigurationError: it is something else than a `Database`.
-    """
-    if isinstance(value, Database):
-        return value  # pyright: ignore[reportUnknownVariableType]
-    if value is not None:
-        what = value.__name__ if isinstance(value, type) else f"a {type(value).__name__}"
-        raise ConfigurationError(
-            f"database= takes a Database, not {what}: write database=Database(...), with a URL or"
-            " engine=."
-        )
-    return configured_database()
 
 
 def _check_engine(
