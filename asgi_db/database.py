@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
-import time
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, cast
-from weakref import WeakValueDictionary
 
-import anyio
 from sqlalchemy import URL, MetaData
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from typing_extensions import TypeVar
@@ -19,13 +16,13 @@ from typing_extensions import TypeVar
 from asgi_db.drivers import driver_of_url
 from asgi_db.engine.variants import isolation_options, refuse_autocommit
 from asgi_db.environment import database_url_from_env, engine_options_from_env
-from asgi_db.errors import ConfigurationError, UnavailableError
+from asgi_db.errors import ConfigurationError
 from asgi_db.logs import logger
 from asgi_db.modes import Mode, Transactional, as_mode, is_number, plain, transactional
 from asgi_db.pool.definitions import define
 from asgi_db.pool.engines import Engines, EngineSettings
 from asgi_db.pool.life import EngineLife
-from asgi_db.pool.ping import ping, reach
+from asgi_db.pool.ping import ping, wait_for_database
 from asgi_db.profiles import PoolName, PoolProfile, pool_profile
 from asgi_db.settings import Secret, create_database_url, parse_database_url
 from asgi_db.statistics import DatabaseStats, PoolStats, Statistics, name_of, total
@@ -36,7 +33,7 @@ from asgi_db.unit.session import DBSession
 from asgi_db.unit.session_class import choose_session
 
 if TYPE_CHECKING:
-    from asgi_db.testing import Sandbox
+    from asgi_db.testing import CapturedStatements, Sandbox
 
 SessionT_co = TypeVar("SessionT_co", bound=DBSession, default=DBSession, covariant=True)
 
@@ -167,31 +164,9 @@ class Database(Generic[SessionT_co]):
         """
         if running_loop() is None:
             raise ConfigurationError.without_asyncio()
-        _ = self.engine
-        deadline = time.monotonic() + self._wait_for
-        delay = 0.1
-        while self._wait_for:
-            left = deadline - time.monotonic()
-            try:
-                with anyio.fail_after(max(left, 0.1)):  # a server may accept, and never answer
-                    return await reach(self.life)
-            except (UnavailableError, OSError) as error:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise self._not_there(error) from error
-                logger.warning(
-                    "%r is not there yet (%s); trying for %.1f s more",
-                    self,
-                    _cause(error),
-                    left,
-                )
-                await anyio.sleep(min(delay, left))
-                delay = min(delay * 2, 2.0)
-
-    def _not_there(self, error: Exception) -> ConnectionError:
-        return ConnectionError(
-            f"{self!r} did not come up within {self._wait_for:g} s: {_cause(error)}"
-        )
+        life = self.life
+        if self._wait_for:
+            await wait_for_database(life, self._wait_for, repr(self))
 
     async def dispose(self) -> None:
         """Close every connection; one that is still in use after 10 seconds is terminated.
@@ -328,6 +303,33 @@ class Database(Generic[SessionT_co]):
         """
         return SessionMaker(self, self._dialect)
 
+    # -- for tests -----------------------------------------------------------------------------
+
+    def redirect(self, url: str | URL) -> None:
+        """Let the database be at another URL, for a test run; all other settings stay.
+
+        For a `Database` that an application makes with a URL of its own when it is imported.
+
+        Raises:
+            ConfigurationError: it has an engine already, or the URL cannot be used.
+        """
+        url = parse_database_url(url)
+        driver_of_url(url).translate(url)
+        self._engines.redirect(url)
+        self.url = url
+
+    def capture_statements(self) -> AbstractContextManager[CapturedStatements]:
+        """Capture the statements that are sent in a block, for a test.
+
+        with database.capture_statements() as statements:
+            client.get("/orders")
+        assert len(statements) == 2
+        assert not statements.repeated
+        """
+        from asgi_db.testing.captured import capture
+
+        return capture(self._engines)
+
     def sandbox(self) -> Sandbox:
         """Begin a sandbox, for a test: nothing that is written in its block stays.
 
@@ -342,45 +344,6 @@ class Database(Generic[SessionT_co]):
         from asgi_db.testing import Sandbox
 
         return Sandbox(self._engines)
-
-
-_configured: WeakValueDictionary[tuple[object, ...], Database] = WeakValueDictionary()
-
-
-def configured_database() -> Database:
-    """Return the database that the environment configures: the same one as long as it is in use.
-
-    Raises:
-        ConfigurationError: the environment's settings cannot work.
-    """
-    url = database_url_from_env(os.environ)
-    options = engine_options_from_env(os.environ)
-    key = (url or os.path.abspath(DEFAULT_FILE), *sorted(options.items()))
-    database = _configured.get(key)
-    if database is None:
-        database = _configured[key] = Database()
-    return database
-
-
-def _cause(error: Exception) -> str:
-    return str(error).partition("\n")[0] or "no answer"
-
-
-def as_database(value: object) -> Database:
-    """Return a database; what is embedded or named by the environment if None is given.
-
-    Raises:
-        ConfigurationError: it is something else than a `Database`.
-    """
-    if isinstance(value, Database):
-        return value  # pyright: ignore[reportUnknownVariableType]
-    if value is not None:
-        what = value.__name__ if isinstance(value, type) else f"a {type(value).__name__}"
-        raise ConfigurationError(
-            f"database= takes a Database, not {what}: write database=Database(...), with a URL or"
-            " engine=."
-        )
-    return configured_database()
 
 
 def _check_engine(

@@ -10,11 +10,11 @@ from __future__ import annotations
 import functools
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Literal, Protocol, TypeAlias
 
-from sqlalchemy import URL
+from sqlalchemy import URL, Engine
 
 from asgi_db.histograms import BOUNDS, Histogram, no_counts
 from asgi_db.logs import ErrorsOnce
@@ -261,9 +261,11 @@ class Statistics:
     Attributes:
         observers: what is told of each event.
         new_tally: makes the tally of a unit of work.
+        new_engine: what is told of each engine that is made, which is counted here.
     """
 
     new_tally: type[Tally] = Tally
+    new_engine: tuple[Callable[[Engine], None], ...] = ()
 
     def __init__(self) -> None:
         self.observers: tuple[Observer, ...] = ()

@@ -438,7 +438,7 @@ TESTING = "how-to/testing.md"
 @covers(TESTING)
 def test_the_shops_own_tests_pass_and_leave_nothing(tmp_path: Path, database_url: str) -> None:
     write_files(tmp_path, TUTORIAL, TESTING)
-    assert " 6 passed" in run_pytest(tmp_path, DATABASE_URL=database_url)
+    assert " 7 passed" in run_pytest(tmp_path, DATABASE_URL=database_url)
     assert items(database_url) == []
     run(assert_disconnected(database_url))
 
@@ -446,7 +446,7 @@ def test_the_shops_own_tests_pass_and_leave_nothing(tmp_path: Path, database_url
 def test_the_shops_own_tests_pass_side_by_side(tmp_path: Path, postgresql_url: str) -> None:
     write_files(tmp_path, TUTORIAL, TESTING)
     of_tests = f"{make_url(postgresql_url).database}_test%"
-    assert " 6 passed" in run_pytest(tmp_path, f"--asgi-db-url={postgresql_url}", "-n", "2")
+    assert " 7 passed" in run_pytest(tmp_path, f"--asgi-db-url={postgresql_url}", "-n", "2")
     left = f"SELECT datname FROM pg_database WHERE datname LIKE '{of_tests}'"
     assert sql(postgresql_url, left) == []
 
@@ -459,7 +459,7 @@ def test_the_shops_own_tests_pass_beside_a_database_in_use(
     with serve(load(TUTORIAL, url=url)["app"].app) as client:
         client.post("/orders?number=T1&item=milk")
     write_files(tmp_path, TESTING)
-    assert " 6 passed" in run_pytest(tmp_path, "--asgi-db-url=sqlite:///app.db")
+    assert " 7 passed" in run_pytest(tmp_path, "--asgi-db-url=sqlite:///app.db")
     assert items(url) == ["milk"]
     assert not list(tmp_path.glob("app_test*"))
 
@@ -649,7 +649,7 @@ async def test_as_the_page_says_a_forgotten_option_is_an_error_in_the_first_test
 # -- moving over -------------------------------------------------------------------------------
 
 
-BESIDE = ROOT / ".build" / "beside-py{}.{}".format(*sys.version_info)
+BESIDE = ROOT / ".build" / f"beside-{Path(sys.prefix).name}"
 """Where `make suite` installs the libraries from which one may move over."""
 
 ORDER_FROM_EACH = """

@@ -104,7 +104,12 @@ def test_the_adapters_export_the_names_of_the_design() -> None:
         "CurrentSessionReadOnly",
     }
     assert asgi_db_litestar.__all__ == ["DatabasePlugin"]
-    assert asgi_db_pytest.__all__ == ["asgi_db_database", "sandbox"]
+    assert set(asgi_db_pytest.__all__) == {
+        "Capture",
+        "asgi_db_database",
+        "capture_statements",
+        "sandbox",
+    }
     assert set(asgi_db_starlette.__all__) == {"get_session", "lifespan"}
 
 

@@ -156,6 +156,140 @@ def test_a_url_that_cannot_be_used_is_an_error_without_the_password(tmp_path: Pa
     assert "secret" not in output
 
 
+# -- an application with settings of its own ---------------------------------------------------
+
+SHOP = """
+import os
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from asgi_db import Database
+
+class Base(DeclarativeBase): pass
+
+class Thing(Base):
+    __tablename__ = "thing"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+database = Database(os.environ.get("SHOP_DATABASE_URL", {url!r}))
+number = 1
+"""
+
+TEST_SHOP = """
+import asyncio, os
+import pytest
+from sqlalchemy import select
+from shop import Base, Thing, database
+
+@pytest.fixture(scope="session")
+def asgi_db_database(asgi_db_database):
+    async def create_tables():
+        async with asgi_db_database:
+            await asgi_db_database.create_tables(Base.metadata)
+    asyncio.run(create_tables())
+    return asgi_db_database
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_shop(sandbox, capture_statements, number, asgi_db_url):
+    async def use():
+        async with database:
+            async with database.transaction() as session:
+                session.add(Thing())
+            with capture_statements() as statements:
+                async with database.session() as session:
+                    assert len((await session.scalars(select(Thing))).all()) == 1
+        assert len(statements) == 1 and not statements.repeated
+    asyncio.run(use())
+    assert "_test" in database.url.database
+    assert database.url.render_as_string(hide_password=False) == asgi_db_url
+"""
+
+
+def shop(folder: Path, url: str, *settings: str) -> None:
+    """Write a project whose application has a variable of its own for the URL."""
+    (folder / "shop.py").write_text(SHOP.format(url=url))
+    (folder / "test_shop.py").write_text(TEST_SHOP)
+    lines = ["[pytest]", "pythonpath = .", *settings]
+    (folder / "pytest.ini").write_text("\n".join(lines))
+
+
+NAMED = "asgi_db_env = SHOP_DATABASE_URL"
+PLACE = "asgi_db_database = shop:database"
+
+
+def test_the_variable_of_the_application_may_be_named(
+    tmp_path: Path, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop(tmp_path, "sqlite:///wrong.db", NAMED, PLACE)
+    monkeypatch.setenv("SHOP_DATABASE_URL", database_url)
+    before = databases(database_url)
+    output = run_pytest(tmp_path, "-p", "no:asyncio")
+    assert "2 passed" in output, output
+    assert databases(database_url) == before
+    monkeypatch.delenv("SHOP_DATABASE_URL")
+    output = run_pytest(tmp_path, "-p", "no:asyncio", f"--asgi-db-url={database_url}")
+    assert "2 passed" in output, output
+    assert databases(database_url) == before
+
+
+def test_a_database_made_at_import_with_a_url_of_its_own_is_redirected(
+    tmp_path: Path, database_url: str
+) -> None:
+    shop(tmp_path, "sqlite:///real.db", f"asgi_db_url = {database_url}", PLACE)
+    before = databases(database_url)
+    output = run_pytest(tmp_path, "-p", "no:asyncio")
+    assert "2 passed" in output, output
+    assert databases(database_url) == before
+    assert not (tmp_path / "real.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ([NAMED], "asgi_db_env names SHOP_DATABASE_URL, which is not set"),
+        (["asgi_db_database = shop:nothing"], "'shop:nothing' cannot be imported"),
+        (["asgi_db_database = nothing:database"], "'nothing:database' cannot be imported"),
+        (["asgi_db_database = shop"], "'shop' is a module: it takes a Database"),
+        (["asgi_db_database = shop:number"], "'shop:number' is a int: it takes a Database"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_told(
+    tmp_path: Path, settings: list[str], message: str
+) -> None:
+    shop(tmp_path, "sqlite:///real.db", *settings)
+    (tmp_path / "test_shop.py").write_text("def test_shop(sandbox): pass\n")
+    assert message in run_pytest(tmp_path, "-p", "no:asyncio")
+
+
+N_PLUS_ONE = """
+import asyncio
+import pytest
+from sqlalchemy import text
+from asgi_db import Database
+
+database = Database("sqlite://")
+
+@pytest.fixture(scope="session")
+def asgi_db_database(): return database
+
+def test_n_plus_one(capture_statements):
+    async def use():
+        async with database, database.session() as session:
+            for number in range(3):
+                await session.execute(text("SELECT 'secret' WHERE 1 = :number"), {"number": 7531})
+    with capture_statements() as statements:
+        asyncio.run(use())
+    assert not statements.repeated
+"""
+
+
+def test_a_test_that_fails_shows_what_it_has_captured_without_values(tmp_path: Path) -> None:
+    (tmp_path / "test_shop.py").write_text(N_PLUS_ONE)
+    output = run_pytest(tmp_path, "-p", "no:asyncio", "--tb=line")
+    assert "1 failed" in output
+    assert "Captured statements" in output
+    assert "3 × SELECT ? WHERE ? = ?" in output
+    assert "7531" not in output and "secret" not in output
+
+
 # -- databases for tests -----------------------------------------------------------------------
 
 

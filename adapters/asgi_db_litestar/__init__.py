@@ -29,7 +29,7 @@ from asgi_db import (
 )
 from asgi_db.asgi.frameworks import check_routes
 from asgi_db.asgi.middleware import checked_key
-from asgi_db.database import as_database
+from asgi_db.configured import as_database
 from asgi_db.modes import ModeDefault, as_mode_default
 
 __all__ = ["DatabasePlugin"]

@@ -19,7 +19,8 @@ from asgi_db.asgi.lifespan import serve_lifespan
 from asgi_db.asgi.retry import Attempts
 from asgi_db.asgi.turns import Gates
 from asgi_db.asgi.websocket import Socket
-from asgi_db.database import Database, as_database
+from asgi_db.configured import as_database
+from asgi_db.database import Database
 from asgi_db.errors import ConfigurationError
 from asgi_db.modes import ModeDefault, as_mode_default, plain, retrying
 from asgi_db.types import ASGIApp, Receive, Scope, Send

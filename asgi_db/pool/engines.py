@@ -6,7 +6,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, cast
 from weakref import WeakSet
 
@@ -182,6 +182,21 @@ class Engines:
         A thread may ask for the engine of a loop that runs elsewhere.
         """
         return self._given or self._lives.get(loop) or self._begin_life(loop)
+
+    def redirect(self, url: URL) -> None:
+        """Make the engines from another URL, from the first one on.
+
+        Raises:
+            ConfigurationError: there is an engine already.
+        """
+        with self._lock:
+            self._forget_closed_loops()
+            if self._given is not None or self._lives:
+                raise ConfigurationError(
+                    f"{self.settings.url!r} has an engine already: call redirect() before the"
+                    " database is first used, and make an engine= of your own with the other URL."
+                )
+            self.settings = replace(self.settings, url=url)
 
     def all(self) -> list[EngineLife]:
         """Return the engines that have been made, each with its life."""

@@ -106,6 +106,8 @@ class EngineLife:
         self._others = others
         self._variants: dict[tuple[Engine, tuple[object, ...]], Engine] = {}
         self._lock = threading.Lock()  # held while a variant is made
+        for listener in statistics.new_engine:
+            listener(engine.sync_engine)
 
     def bind_for(self, bind: Engine | Connection, mode: Mode) -> Engine | Connection:
         """Return the variant of an engine on which transactions begin as the mode says.

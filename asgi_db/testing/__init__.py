@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from asgi_db.testing.captured import CapturedStatements
 from asgi_db.testing.databases import temporary_database, test_database_url
 from asgi_db.testing.sandbox import Sandbox
 
-__all__ = ["Sandbox", "temporary_database", "test_database_url"]
+__all__ = ["CapturedStatements", "Sandbox", "temporary_database", "test_database_url"]

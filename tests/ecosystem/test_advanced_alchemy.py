@@ -78,8 +78,8 @@ def application(database: Database) -> FastAPI:
         return Response(status_code=404)
 
     @app.exception_handler(IntegrityError)
-    async def conflict(_request: Request, _error: Exception) -> Response:
-        return Response(status_code=409)
+    async def conflict(_request: Request, error: Exception) -> Response:
+        return Response(type(error).__name__, status_code=409)
 
     return app
 
@@ -109,7 +109,11 @@ async def test_get_or_upsert_makes_one_row(database: Database) -> None:
 async def test_a_conflict_and_a_failed_commit_leave_nothing(database: Database) -> None:
     async with serving(application(database), database) as client:
         assert (await client.post("/heroes?name=ada")).status_code == 201
-        assert (await client.post("/heroes?name=ada")).status_code == 409
+        answer = await client.post("/heroes?name=ada")
+        # It looks for a part of asyncpg's message that SQLAlchemy 2.1 leaves out.
+        is_named = database.url.get_backend_name() == "sqlite"
+        assert answer.text == ("DuplicateKeyError" if is_named else "IntegrityError")
+        assert answer.status_code == 409
         answer = await client.post(f"/heroes?name=grace&team={NO_SUCH_TEAM}")
         assert answer.status_code == 500
         assert heroes(str(database.url)) == ["ada"]

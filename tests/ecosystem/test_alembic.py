@@ -6,6 +6,5 @@ from tests.test_alembic import (  # noqa: F401
     folder_of_the_page,
     new_folder,
     project,
-    test_a_database_of_create_tables_is_taken_over,
     test_migrations_are_written_applied_and_taken_back,
 )

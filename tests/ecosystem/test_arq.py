@@ -1,5 +1,5 @@
-"""A worker has the application's `Database` and a transaction for each job; a failed COMMIT is a
-failed job.
+"""A worker has the application's `Database` and a transaction for each job, with Redis's own
+server; jobs are enqueued after the COMMIT, and a failed COMMIT is a failed job.
 """
 
 from __future__ import annotations
