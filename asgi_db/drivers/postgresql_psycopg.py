@@ -271,12 +271,14 @@ class Psycopg(SupportedPostgreSQL):
 
     def forget_plans(self, context: ExecutionContext, error: Exception) -> None:
         pooled = context.root_connection.connection
+        # psycopg forgets all plans after a ROLLBACK.
         if _is_in_transaction(pooled.driver_connection):
-            pooled.rollback()  # psycopg then forgets all plans.
+            pooled.rollback()
             return
         cursor = pooled.cursor()
         try:
-            cursor.execute("DEALLOCATE ALL")  # After this, too.
+            cursor.execute("BEGIN")
+            cursor.execute("ROLLBACK")
         finally:
             cursor.close()
 
