@@ -231,6 +231,37 @@ async def test_a_rollback_that_rolls_nothing_back_costs_the_connection(
     assert await authors(database_url) == []
 
 
+async def test_a_rollback_by_hand_may_go_on_with_a_statement(database_url: str) -> None:
+    class Noting(AsyncSession):
+        async def rollback(self) -> None:
+            await super().rollback()
+            await self.execute(insert(Author).values(name="rolled back"))
+
+    async with opened(database_url, class_=Noting) as database:
+        async with database.transaction() as session:
+            session.add(Author(name="a"))
+            await session.flush()
+            await session.rollback()
+    assert await authors(database_url) == ["rolled back"]
+
+
+async def test_a_commit_may_not_go_on_with_a_statement(database_url: str) -> None:
+    class Noting(AsyncSession):
+        async def commit(self) -> None:
+            await super().commit()
+            await self.execute(insert(Author).values(name="committed"))
+
+    async with opened(database_url, class_=Noting) as database:
+        with pytest.raises(ConfigurationError, match="has left a transaction open"):
+            async with database.transaction() as session:
+                session.add(Author(name="a"))
+        async with database.session() as session:
+            session.add(Author(name="b"))
+            with pytest.raises(ConfigurationError, match="has left a transaction open"):
+                await session.commit()
+    assert await authors(database_url) == ["a", "b"]
+
+
 async def test_a_statement_that_goes_past_the_session_is_refused(sqlite_url: str) -> None:
     class Past(Session):
         def names(self) -> list[str]:

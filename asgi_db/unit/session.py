@@ -170,7 +170,7 @@ class DBSession(EndableSession):
 
     async def rollback(self) -> None:
         """Roll the transaction back, and run the hooks that wait for the rollback."""
-        await self.rollback_in_unit()
+        await super().rollback()
         await self.unit_of_work.run_hooks()
 
     def set_rollback_only(self) -> None:
