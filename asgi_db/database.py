@@ -321,10 +321,12 @@ class Database(Generic[SessionT_co]):
     def capture_statements(self) -> AbstractContextManager[CapturedStatements]:
         """Capture the statements that are sent in a block, for a test.
 
-        with database.capture_statements() as statements:
-            client.get("/orders")
-        assert len(statements) == 2
-        assert not statements.repeated
+            with database.capture_statements() as statements:
+                client.get("/orders")
+            assert len(statements) == 2
+            assert not statements.repeated
+
+        BEGIN, COMMIT, ROLLBACK and savepoints are no statements.
         """
         from asgi_db.testing.captured import capture
 

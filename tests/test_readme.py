@@ -189,3 +189,11 @@ def test_the_hooks_use_the_ruff_of_make_check() -> None:
     (ruff,) = [one for one in groups["check"] if one.startswith("ruff")]
     hooks = (ROOT / ".pre-commit-config.yaml").read_text()
     assert set(re.findall(r'additional_dependencies: \["(.*)"\]', hooks)) == {ruff}
+
+
+def test_the_version_of_the_package_has_its_section_in_the_changelog() -> None:
+    changelog, version = (ROOT / "CHANGELOG.md").read_text(), PYPROJECT["project"]["version"]
+    unreleased, newest = re.findall(r"^## \[(.*?)\]", changelog, re.MULTILINE)[:2]
+    assert (unreleased, newest) == ("Unreleased", version)
+    assert f"[{version}]: {URLS['Source']}/releases/tag/v{version}\n" in changelog
+    assert f"[Unreleased]: {URLS['Source']}/compare/v{version}...HEAD\n" in changelog

@@ -144,10 +144,12 @@ def sandbox(asgi_db_database: Database) -> Iterator[Sandbox]:
 def capture_statements(asgi_db_database: Database, request: pytest.FixtureRequest) -> Capture:
     """Captures the statements that are sent in a block; if the test fails they are shown.
 
-    with capture_statements() as statements:
-        client.get("/orders")
-    assert len(statements) == 2
-    assert not statements.repeated
+        with capture_statements() as statements:
+            client.get("/orders")
+        assert len(statements) == 2
+        assert not statements.repeated
+
+    BEGIN, COMMIT, ROLLBACK and savepoints are no statements.
     """
     shown = request.node.stash.setdefault(_captured, [])
 
