@@ -345,10 +345,10 @@ class Database(Generic[SessionT_co]):
     def capture_statements(self) -> AbstractContextManager[CapturedStatements]:
         """Capture the statements that are sent in a block, for a test.
 
-        with database.capture_statements() as statements:
-            client.get("/orders")
-        assert len(statements) == 2
-        assert not statements.repeated
+            with database.capture_statements() as statements:
+                client.get("/orders")
+
+        `len(statements)` is their number, and `statements.repeated` has those of an N+1.
         """
         from asgi_db.testing.captured import capture
 
