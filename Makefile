@@ -9,10 +9,16 @@ $(error Python 3.11 or later is needed: install it, or name it: make PYTHON=/pat
 endif
 
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-VENV := .build/py$(VERSION)
+# Which versions of other packages an environment has: the newest, or those of a file of constraints.
+VERSIONS ?=
+ifneq ($(VERSIONS),)
+export PIP_CONSTRAINT = $(CURDIR)/tests/constraints/$(VERSIONS).txt
+endif
+ENVIRONMENT := py$(VERSION)$(if $(VERSIONS),-$(VERSIONS))
+VENV := .build/$(ENVIRONMENT)
 BIN := $(VENV)/bin
 PEERS := .build/peers-py$(VERSION)
-BESIDE := .build/beside-py$(VERSION)
+BESIDE := .build/beside-$(ENVIRONMENT)
 ECOSYSTEM := .build/ecosystem-py$(VERSION)
 ECOSYSTEM_2_0 := .build/ecosystem-sqlalchemy-2-0-py$(VERSION)
 SOURCES := pyproject.toml LICENSE README.md $(shell find asgi_db adapters -name __pycache__ -prune -o -print)
@@ -34,8 +40,11 @@ ON_EVERY_PYTHON = tests/contract tests/typing $(patsubst %,tests/test_%.py,unit_
 	random_walks missing_greenlet observers modes hooks retries cancellation late_cancellation \
 	failed_clean_up loops_without_dispose \
 	garbage leaks lifespan composition websockets fair_pool public_api settings)
+# What depends on the frameworks, on SQLAlchemy and on the drivers.
+ON_LOWEST_VERSIONS = tests/contract $(patsubst %,tests/test_%.py,sqlalchemy_versions fastapi starlette \
+	litestar composition)
 
-.PHONY: help demo serve test test-pythons python-suite suite ecosystem load chaos bench count pictures check docs format coverage build servers clean
+.PHONY: help demo serve test test-pythons python-suite suite lowest lowest-suite ecosystem load chaos bench count pictures check docs format coverage build servers clean
 .NOTPARALLEL:
 
 help:
@@ -43,6 +52,8 @@ help:
 	@echo "make serve         leave the example application running (HOST=$(HOST) PORT=$(PORT))"
 	@echo "make test          check, then the whole suite with coverage, on the built wheel"
 	@echo "make test-pythons  what depends on Python, on the other supported versions found here"
+	@echo "make lowest        what depends on them, with the lowest supported versions of SQLAlchemy,"
+	@echo "                   the frameworks and the drivers"
 	@echo "make suite         the suite alone; ARGS='-k name' goes to pytest, WORKERS=1 runs one test at a time"
 	@echo "make ecosystem     a small application for each library of docs/works-with.md;"
 	@echo "                   ARGS='--write-page' writes the versions and the date into the page"
@@ -83,6 +94,12 @@ ecosystem: $(ECOSYSTEM)/installed $(ECOSYSTEM_2_0)/installed
 	@$(PYTHON) -m scripts.prepare ecosystem
 	ASGI_DB_TEST_INSTALLED=1 $(ECOSYSTEM)/bin/python -P -m pytest $(PARALLEL) tests/ecosystem $(ARGS)
 	ASGI_DB_TEST_INSTALLED=1 $(ECOSYSTEM_2_0)/bin/python -P -m pytest $(PARALLEL) tests/ecosystem $(ARGS)
+
+lowest:
+	@$(MAKE) --no-print-directory lowest-suite VERSIONS=lowest
+
+lowest-suite: $(VENV)/installed servers
+	$(PYTEST) pytest $(PARALLEL) $(ON_LOWEST_VERSIONS) $(ARGS)
 
 load:
 	@$(PYTHON) -m scripts.load $(ARGS)
@@ -145,7 +162,7 @@ $(VENV)/created:
 	@$(PYTHON) -m scripts.prepare venv $(VENV)
 	@touch $@
 
-$(VENV)/tools: pyproject.toml $(VENV)/created
+$(VENV)/tools: pyproject.toml $(VENV)/created $(PIP_CONSTRAINT)
 	$(BIN)/python -m pip install --quiet --group test --group check --group build
 	@touch $@
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
-import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, cast
 
-import anyio
 from sqlalchemy import URL, MetaData
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from typing_extensions import TypeVar
@@ -18,13 +16,13 @@ from typing_extensions import TypeVar
 from asgi_db.drivers import driver_of_url
 from asgi_db.engine.variants import isolation_options, refuse_autocommit
 from asgi_db.environment import database_url_from_env, engine_options_from_env
-from asgi_db.errors import ConfigurationError, UnavailableError
+from asgi_db.errors import ConfigurationError
 from asgi_db.logs import logger
 from asgi_db.modes import Mode, Transactional, as_mode, is_number, plain, transactional
 from asgi_db.pool.definitions import define
 from asgi_db.pool.engines import Engines, EngineSettings
 from asgi_db.pool.life import EngineLife
-from asgi_db.pool.ping import ping, reach
+from asgi_db.pool.ping import ping, wait_for_database
 from asgi_db.profiles import PoolName, PoolProfile, pool_profile
 from asgi_db.settings import Secret, create_database_url, parse_database_url
 from asgi_db.statistics import DatabaseStats, PoolStats, Statistics, name_of, total
@@ -166,31 +164,9 @@ class Database(Generic[SessionT_co]):
         """
         if running_loop() is None:
             raise ConfigurationError.without_asyncio()
-        _ = self.engine
-        deadline = time.monotonic() + self._wait_for
-        delay = 0.1
-        while self._wait_for:
-            left = deadline - time.monotonic()
-            try:
-                with anyio.fail_after(max(left, 0.1)):  # a server may accept, and never answer
-                    return await reach(self.life)
-            except (UnavailableError, OSError) as error:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise self._not_there(error) from error
-                logger.warning(
-                    "%r is not there yet (%s); trying for %.1f s more",
-                    self,
-                    _cause(error),
-                    left,
-                )
-                await anyio.sleep(min(delay, left))
-                delay = min(delay * 2, 2.0)
-
-    def _not_there(self, error: Exception) -> ConnectionError:
-        return ConnectionError(
-            f"{self!r} did not come up within {self._wait_for:g} s: {_cause(error)}"
-        )
+        life = self.life
+        if self._wait_for:
+            await wait_for_database(life, self._wait_for, repr(self))
 
     async def dispose(self) -> None:
         """Close every connection; one that is still in use after 10 seconds is terminated.
@@ -368,10 +344,6 @@ class Database(Generic[SessionT_co]):
         from asgi_db.testing import Sandbox
 
         return Sandbox(self._engines)
-
-
-def _cause(error: Exception) -> str:
-    return str(error).partition("\n")[0] or "no answer"
 
 
 def _check_engine(

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from litestar import Controller, WebSocket, get, websocket
 from litestar.datastructures import State
-from litestar.di import NamedDependency, Provide
+from litestar.di import Provide
 from sqlalchemy import text
+
+from tests.versions import NamedDependency
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession

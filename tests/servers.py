@@ -283,6 +283,15 @@ async def _assert_none(
         await asyncio.sleep(0.02)
 
 
+async def running_statement(url: str, word: str) -> None:
+    """Wait until the server runs a statement with this word in it."""
+    while True:
+        for client in await server_connections(url):
+            if client.state == "active" and word in client.query.lower():
+                return
+        await asyncio.sleep(0.01)
+
+
 class _Process:
     """The process of a private server, which can end and be started again where it was."""
 

@@ -649,7 +649,7 @@ async def test_as_the_page_says_a_forgotten_option_is_an_error_in_the_first_test
 # -- moving over -------------------------------------------------------------------------------
 
 
-BESIDE = ROOT / ".build" / "beside-py{}.{}".format(*sys.version_info)
+BESIDE = ROOT / ".build" / f"beside-{Path(sys.prefix).name}"
 """Where `make suite` installs the libraries from which one may move over."""
 
 ORDER_FROM_EACH = """

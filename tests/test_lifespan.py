@@ -406,15 +406,6 @@ async def test_a_database_that_cannot_be_started_fails_the_startup(
         assert line.startswith("The database could not be started: ") and line.endswith(reason)
 
 
-async def test_an_engine_option_that_sqlalchemy_refuses_fails_the_startup(sqlite_url: str) -> None:
-    database = Database(sqlite_url, engine_options={"no_such_option": 1})
-    server = Server(bare(database, no_lifespan))
-    assert await server.startup() == "lifespan.startup.failed"
-    await server.task
-    assert "no_such_option" in server.messages[0]["message"]
-    assert isinstance(server.error, TypeError)
-
-
 @every_app
 async def test_no_connection_is_left_when_the_applications_own_startup_fails(
     make: MakeApp, database_url: str

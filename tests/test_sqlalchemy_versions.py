@@ -1,6 +1,7 @@
 """The differences between SQLAlchemy 2.0 and 2.1 are those of `asgi_db/sqlalchemy_versions.py`.
 
-Each test breaks when its difference moves to another version.
+Each test breaks when its difference moves to another version. The lowest versions of all packages
+are those with which `make lowest` runs.
 """
 
 import tomllib
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_connection
 from sqlalchemy.orm import Session
 from sqlalchemy.util import concurrency
@@ -17,12 +19,26 @@ from asgi_db import Database
 from tests.internals import NEW_OPERATIONS, OPERATIONS, driver_of, has_begun
 from tests.versions import IS_SQLALCHEMY_2_0
 
+FOLDER = Path(__file__).parent
+PROJECT = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text("utf-8"))["project"]
+REQUIREMENTS = {
+    requirement.name: requirement.specifier
+    for each in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
+    for requirement in map(Requirement, each)
+}
+
 
 def test_the_module_is_needed_as_long_as_2_0_is_supported() -> None:
-    project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text("utf-8"))
-    requirements = map(Requirement, project["project"]["dependencies"])
-    [ours] = [requirement for requirement in requirements if requirement.name == "sqlalchemy"]
-    assert "2.0.99" in ours.specifier and "2.1.0" in ours.specifier
+    assert "2.0.99" in REQUIREMENTS["sqlalchemy"] and "2.1.0" in REQUIREMENTS["sqlalchemy"]
+
+
+def test_the_lowest_versions_that_are_tested_are_the_lowest_that_are_allowed() -> None:
+    lines = (FOLDER / "constraints" / "lowest.txt").read_text("utf-8").splitlines()
+    tested = dict(line.split("==") for line in lines if "==" in line)
+    for name in tested.keys() & REQUIREMENTS.keys():
+        [lowest] = REQUIREMENTS[name]
+        assert (lowest.operator, Version(lowest.version)) == (">=", Version(tested[name]))
+    assert tested.keys() - REQUIREMENTS.keys() == {"greenlet", "httpx"}
 
 
 def test_the_function_that_awaits_in_a_greenlet_has_another_name() -> None:

@@ -41,7 +41,7 @@ from tests.internals import TRANSITIONS, State, UnitOfWork
 from tests.limits import set_limits
 from tests.pools import checked_out
 from tests.relay import Fate, Relay, once
-from tests.servers import assert_idle, outside, server_connections
+from tests.servers import assert_idle, outside, running_statement, server_connections
 from tests.tables import Author, Base, Child, Deferred, authors
 from tests.units import NewUnit, new_unit
 
@@ -678,15 +678,6 @@ async def test_the_end_of_a_block_that_was_committed_by_hand_begins_no_unit(
 
 
 SLEEP = {"postgresql": "SELECT pg_sleep(60)", "mysql": "SELECT SLEEP(60)"}
-
-
-async def running_statement(url: str, word: str) -> None:
-    """Wait until the server runs a statement with this word in it."""
-    while True:
-        for client in await server_connections(url):
-            if client.state == "active" and word in client.query.lower():
-                return
-        await asyncio.sleep(0.01)
 
 
 @pytest.fixture(params=["postgresql", "mysql"])

@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 IS_SQLALCHEMY_2_0 = version("sqlalchemy").startswith("2.0.")
 
+STARLETTE_NAMES_ROUTES = tuple(map(int, version("starlette").split(".")[:2])) >= (1, 7)
+"""Whether Starlette says in the scope which route it has found."""
+
 if TYPE_CHECKING:
     from litestar.di import NamedDependency
     from litestar.params import FromQuery
@@ -17,4 +20,4 @@ else:
     except ImportError:
         NamedDependency = FromQuery = Annotated[T, None]
 
-__all__ = ["FromQuery", "IS_SQLALCHEMY_2_0", "NamedDependency"]
+__all__ = ["FromQuery", "IS_SQLALCHEMY_2_0", "NamedDependency", "STARLETTE_NAMES_ROUTES"]

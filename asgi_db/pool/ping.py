@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractAsyncContextManager
 
 import anyio
@@ -13,8 +14,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from asgi_db.drivers import driver_of
 from asgi_db.drivers.describing import conflict_error
 from asgi_db.drivers.outages import connection_error, wrong_settings
-from asgi_db.drivers.protocol import Driver
-from asgi_db.errors import DatabaseBusyError
+from asgi_db.errors import DatabaseBusyError, UnavailableError
+from asgi_db.logs import logger
 from asgi_db.pool.abandoned import connection_of, side_connection
 from asgi_db.pool.life import EngineLife
 
@@ -22,17 +23,36 @@ PING_TIMEOUT = 2.0
 """Seconds for the answer over a pooled connection, and then again over a side connection."""
 
 
-async def reach(life: EngineLife) -> None:
-    """Check that the database of an engine answers, and leave no connection in the pool.
+async def wait_for_database(life: EngineLife, seconds: float, name: str) -> None:
+    """Wait until the database of an engine answers, and leave no connection in the pool.
 
     One that was pooled before the application has added its listeners would lack what they set up.
 
+    Args:
+        seconds: how long to wait.
+        name: names the database, for messages.
+
     Raises:
-        DatabaseDownError: it cannot be reached.
-        DatabaseConflictError: another connection keeps it locked.
-        TimeoutError: it did not answer in time.
+        ConnectionError: it did not come up in time.
+        ConfigurationError: no connection can be made with these settings.
     """
-    await _ask(driver_of(life.engine.dialect), side_connection(life.engine))
+    deadline = time.monotonic() + seconds
+    delay = 0.1
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            with anyio.fail_after(max(left, 0.1)):  # a server may accept, and never answer
+                return await _ask(life, side_connection(life.engine))
+        except (UnavailableError, OSError) as error:
+            cause = str(error).partition("\n")[0] or "no answer"
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise ConnectionError(
+                    f"{name} did not come up within {seconds:g} s: {cause}"
+                ) from error
+            logger.warning("%s is not there yet (%s); trying for %.1f s more", name, cause, left)
+            await anyio.sleep(min(delay, left))
+            delay = min(delay * 2, 2.0)
 
 
 async def ping(life: EngineLife) -> None:
@@ -44,20 +64,19 @@ async def ping(life: EngineLife) -> None:
         DatabaseConflictError: another connection keeps it locked.
         Exception: the application's own code has failed, such as a listener of `connect`.
     """
-    driver = driver_of(life.engine.dialect)
     try:
-        return await _ask(driver, connection_of(life.engine))
+        return await _ask(life, connection_of(life.engine))
     except (PoolTimeoutError, TimeoutError) as error:
         busy = DatabaseBusyError("database.ping()", life.holders())
         cause = error
     try:
-        await _ask(driver, side_connection(life.engine))
+        await _ask(life, side_connection(life.engine))
     except (PoolTimeoutError, TimeoutError) as error:
         raise connection_error(error) from error
     raise busy from cause
 
 
-async def _ask(driver: Driver, connecting: AbstractAsyncContextManager[AsyncConnection]) -> None:
+async def _ask(life: EngineLife, connecting: AbstractAsyncContextManager[AsyncConnection]) -> None:
     try:
         with anyio.fail_after(PING_TIMEOUT):
             async with connecting as connection:
@@ -65,6 +84,7 @@ async def _ask(driver: Driver, connecting: AbstractAsyncContextManager[AsyncConn
     except DBAPIError as error:
         if error.orig is None:
             raise
+        driver = driver_of(life.engine.dialect)
         if (remedy := driver.remedy(error.orig)) is not None:
             # SQLite opens the file only now, and a side connection's engine translates nothing.
             raise wrong_settings(error.orig, remedy) from error

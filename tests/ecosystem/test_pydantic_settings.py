@@ -48,15 +48,13 @@ def from_url() -> Database:
 def from_secret_url() -> Database:
     settings = WithSecretUrl()
     assert "password" not in repr(settings)
-    return Database(settings.database_url.get_secret_value(), pool=settings.pool)
+    return Database(settings.database_url, pool=settings.pool)
 
 
 def from_parts() -> Database:
     settings = WithParts()
-    password = settings.password.get_secret_value() if settings.password else None
-    return Database(
-        create_database_url(**settings.model_dump(exclude={"password"}), password=password)
-    )
+    assert "password='password'" not in repr(settings)
+    return Database(create_database_url(**settings.model_dump()))
 
 
 def application(database: Database) -> FastAPI:

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from sqlalchemy.exc import IntegrityError
 from taskiq import AsyncTaskiqTask, InMemoryBroker, TaskiqDepends
 
-from asgi_db import Database, DBSessionMiddleware
+from asgi_db import Database, DBSession, DBSessionMiddleware
 from asgi_db_fastapi import CurrentSessionTransaction
 from tests.ecosystem.heroes import NO_SUCH_TEAM, Hero, heroes, serving
 
@@ -91,3 +91,25 @@ async def test_a_failed_commit_is_a_failed_task(work: Work, database: Database) 
         result = await work.kicked[0].wait_result(timeout=20)
         assert result.is_err and isinstance(result.error, IntegrityError)
         assert heroes(str(database.url)) == ["ada"]
+
+
+async def test_taskiq_has_no_result_where_a_dependency_fails_at_its_end(
+    database: Database,
+) -> None:
+    """Which the page says; when this fails, a transaction may be a dependency."""
+    broker = InMemoryBroker()
+
+    async def transaction() -> AsyncGenerator[DBSession]:
+        async with database.transaction() as session:
+            yield session
+
+    @broker.task
+    async def hire(session: Annotated[DBSession, TaskiqDepends(transaction)]) -> None:
+        session.add(Hero(name="ada", team_id=NO_SUCH_TEAM))
+
+    async with database:
+        task = await hire.kiq()
+        with pytest.raises(IntegrityError):
+            await broker.wait_all()
+        assert not await task.is_ready()
+        assert heroes(str(database.url)) == []
