@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import AsyncIterator, Generator
 from contextlib import contextmanager
@@ -493,6 +494,8 @@ async def test_a_unit_whose_time_is_over_is_rolled_back_and_the_sandbox_goes_on(
             with pytest.raises(DatabaseTimeoutError):
                 async with database.transaction(transactional(timeout=0.3)) as session:
                     await session.execute(add("Ben"))
+                    # It must not wait for this statement because of one that was cut off before.
+                    asyncio.get_running_loop().call_later(0.1, gc.collect)
                     await session.execute(text(f"SELECT {endless}"))
             async with asyncio.timeout(30):
                 assert await names(database) == ["Ada"]
@@ -647,6 +650,8 @@ async def test_who_is_cancelled_while_it_waits_never_gets_its_turn(database: Dat
         assert await names(database) == ["Ada", "Ben"]
 
 
+# SQLAlchemy 2.0 leaves a connection whose ROLLBACK fails to the garbage collector.
+@pytest.mark.filterwarnings("ignore:The garbage collector is trying to clean up")
 @pytest.mark.parametrize(
     ("database_url", "sql"),
     [("postgresql", "/* hidden */ ROLLBACK"), ("mysql", "/* hidden */ CREATE TABLE t (id INT)")],
@@ -662,6 +667,7 @@ async def test_a_transaction_that_ends_behind_its_back_ends_the_sandbox(
         with pytest.raises((SandboxError, DatabaseDownError)):
             async with database.transaction() as session:
                 await session.execute(add("Ben"))
+    gc.collect()
     assert await authors(database_url) == ["Ada"]
 
 

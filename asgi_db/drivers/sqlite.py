@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Coroutine, Mapping
 from importlib import import_module
 from threading import Thread
 from typing import Any, ClassVar
-from weakref import WeakSet, finalize, ref
+from weakref import finalize, ref
 
 import anyio
 from sqlalchemy import URL, Engine, event
@@ -22,6 +22,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from asgi_db.drivers.base import AnyDriver, AutocommitRequests
 from asgi_db.drivers.protocol import BEGIN_OPTION, GIVE_UP_AFTER, Beginning, StandIn
 from asgi_db.drivers.sandbox import SandboxConnection, SandboxControl, SandboxRules, SandboxStandIn
+from asgi_db.drivers.sqlite_connection import AdoptedConnection, ClosingConnection
 from asgi_db.drivers.statements import WRITING_WITH, Grammar
 from asgi_db.drivers.url_options import Translate, number, refuse, switch, translate
 from asgi_db.errors import ConfigurationError
@@ -231,7 +232,7 @@ class Aiosqlite(SQLite):
         return OSError, sqlite3.Error
 
     def connect(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
-        kwargs.setdefault("factory", _Connection)
+        kwargs.setdefault("factory", ClosingConnection)
         if not kwargs.get("uri") and not os.path.isdir(os.path.dirname(args[0]) or "."):
             raise ConfigurationError(
                 "The folder of the SQLite file does not exist: create it, or correct its name."
@@ -262,8 +263,10 @@ class Aiosqlite(SQLite):
         when this changes.
         """
         made = getattr(connection, "_connection", None)
-        if made is not None and not isinstance(made, (_Connection, _Adopted, StandIn)):
-            connection._connection = _Adopted(made)
+        if made is not None and not isinstance(
+            made, (ClosingConnection, AdoptedConnection, StandIn)
+        ):
+            connection._connection = AdoptedConnection(made)
 
     def _terminate(self, connection: Any) -> None:
         connection.stop()
@@ -311,58 +314,6 @@ _URL_OPTIONS: Mapping[str, Translate] = {
 
 Source: https://docs.python.org/3/library/sqlite3.html#sqlite3.connect
 """
-
-
-class _Connection(sqlite3.Connection):
-    """A connection that is really closed, and its transaction over, once `close` returns.
-
-    SQLite closes a connection only when its last statement is finalized: an interrupted statement
-    would keep the transaction and its lock until it is garbage collected, and meanwhile the
-    interrupted connection would refuse to roll back.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._cursors = WeakSet[sqlite3.Cursor]()
-
-    def cursor(self, *args: Any, **kwargs: Any) -> Any:
-        cursor: sqlite3.Cursor = super().cursor(*args, **kwargs)
-        self._cursors.add(cursor)
-        return cursor
-
-    def close(self) -> None:
-        for cursor in tuple(self._cursors):
-            cursor.close()
-        super().close()
-
-
-class _Adopted:
-    """A connection of the user's own making, perhaps of another module, that closes in that way."""
-
-    __slots__ = ("_connection", "_cursors")
-
-    _connection: Any
-    _cursors: WeakSet[Any]
-
-    def __init__(self, connection: Any) -> None:
-        super().__setattr__("_connection", connection)
-        super().__setattr__("_cursors", WeakSet[Any]())
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._connection, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._connection, name, value)
-
-    def cursor(self, *args: Any, **kwargs: Any) -> Any:
-        cursor: Any = self._connection.cursor(*args, **kwargs)
-        self._cursors.add(cursor)
-        return cursor
-
-    def close(self) -> None:
-        for cursor in tuple(self._cursors):
-            cursor.close()
-        self._connection.close()
 
 
 def _begin_nothing_by_itself(connection: Any) -> None:
