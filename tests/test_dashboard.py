@@ -350,7 +350,7 @@ def events(body: str) -> list[tuple[str, Any]]:
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Events follow each other a hundred times as fast."""
     monkeypatch.setattr("asgi_db.dashboard.application.INTERVAL", 0.01)
-    monkeypatch.setattr("asgi_db.dashboard.application.STREAM", 0.05)
+    monkeypatch.setattr("asgi_db.dashboard.application.STREAM", 0.5)
 
 
 @pytest.mark.usefixtures("fast")
