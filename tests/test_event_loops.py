@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -12,6 +14,7 @@ import litestar
 import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.orm import Session
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -166,6 +169,37 @@ async def test_another_event_loop_is_refused_while_the_sessions_own_is_in_a_stat
             await asyncio.to_thread(in_a_loop_of_its_own, USES["scalar"], session)
         assert await running == 1
     await assert_healthy(database)
+
+
+async def test_another_event_loop_may_try_first_while_the_sessions_own_does(
+    database_url: str,
+) -> None:
+    """Both find a session that is not complete yet: it gets one synchronous half, and no more."""
+    both_try = threading.Barrier(2)
+    made = list[Session]()
+
+    class SlowSession(Session):
+        def __init__(self, **options: Any) -> None:
+            made.append(self)
+            if len(made) > 1:  # The first is made to see whether the class will do.
+                with contextlib.suppress(threading.BrokenBarrierError):
+                    both_try.wait(0.5)  # The other one comes as far, if nothing stops it.
+            super().__init__(**options)
+
+    options = {"sync_session_class": SlowSession}
+    async with Database(
+        database_url, engine_options=ONE_CONNECTION, session_options=options
+    ) as database:
+        async with database.transaction() as session:
+            foreign = asyncio.create_task(
+                asyncio.to_thread(in_a_loop_of_its_own, USES["scalar"], session)
+            )
+            await asyncio.sleep(0)  # The thread runs.
+            assert await session.scalar(ONE) == 1
+            with pytest.raises(ConcurrentUseError, match="another event loop"):
+                await foreign
+        assert len(made) == 2
+        await assert_healthy(database)
 
 
 @each_mode

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast, get_args
@@ -21,6 +22,10 @@ from asgi_db.unit.hooks import Hook, HookFunction, When
 from asgi_db.unit.origin import Origin
 from asgi_db.unit.sync_session import PlainUnitSession, UnitSession
 from asgi_db.unit.unit_of_work import UnitOfWork
+
+_completing = threading.RLock()
+"""Held while a session is completed, which a thread with another event loop may try as well. That
+thread then gets an error; two halves of one session would lose what the other half does."""
 
 _BINDS = (AsyncEngine, AsyncConnection, Engine, Connection)
 
@@ -131,9 +136,11 @@ class DBSession(EndableSession):
             """Complete the session when an attribute is needed that `AsyncSession` itself sets."""
             if name.startswith("__") or "sync_session" in self.__dict__:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-            unit = self.unit_of_work
-            options = self.origin.session_options
-            super().__init__(bind=unit.life.engine, unit_of_work=unit, **options)
+            with _completing:
+                if "sync_session" not in self.__dict__:
+                    unit = self.unit_of_work
+                    options = self.origin.session_options
+                    super().__init__(bind=unit.life.engine, unit_of_work=unit, **options)
             return getattr(self, name)
 
     @property
@@ -141,9 +148,12 @@ class DBSession(EndableSession):
         """The unit of work of the session, made when it is first needed."""
         unit = self.unit
         if unit is None:
-            unit = self.unit = UnitOfWork(self, self.origin)
-            if self.origin.is_over:
-                unit.close()
+            with _completing:
+                unit = self.unit
+                if unit is None:
+                    unit = self.unit = UnitOfWork(self, self.origin)
+                    if self.origin.is_over:
+                        unit.close()
         return unit
 
     def begin(self) -> AsyncSessionTransaction:
