@@ -326,8 +326,9 @@ async def test_a_server_which_is_stopped_frozen_and_started_is_seen_as_it_is(
 
 @pytest.mark.parametrize("fate", [Fate.LOST, Fate.ANSWER_LOST])
 async def test_a_connection_that_breaks_while_it_asks_is_down_once(
-    server_url: str, fate: Fate
+    server_url: str, fate: Fate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    set_limits(monkeypatch, ping=20)
     async with Relay(server_url) as relay, Database(relay.url, engine_options=POOL) as database:
         await database.ping()
         relay.fate_of = nth(1, fate)
