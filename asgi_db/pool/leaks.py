@@ -112,6 +112,7 @@ def stack_of_caller() -> Stack:
 
 _BELOW = (
     "<sqlalchemy",  # the code that SQLAlchemy generates
+    "<string>",  # the same in SQLAlchemy 2.0
     os.path.dirname(os.path.dirname(os.path.abspath(__file__))),  # asgi_db
     os.path.dirname(os.path.abspath(sqlalchemy.__file__)),
 )
