@@ -72,8 +72,10 @@ async def test_one_that_fails_to_create_the_tables_lets_the_next_one_do_it(
         async with one.engine.begin() as connection:
             lock = driver.lock_definitions or "DELETE FROM item_1"
             await connection.exec_driver_sql(lock)
+            # On SQLite this task, which holds the lock, would be told at once.
+            waiting = asyncio.create_task(other.create_tables(Shop.metadata))
             with pytest.raises(TimeoutError):
-                await asyncio.wait_for(other.create_tables(Shop.metadata), 0.3)
+                await asyncio.wait_for(waiting, 0.3)
             if driver.unlock_definitions is not None:
                 await connection.exec_driver_sql(driver.unlock_definitions)
         await asyncio.wait_for(other.create_tables(Shop.metadata), 10)
