@@ -15,6 +15,7 @@ from asgi_db import ConfigurationError, Database, create_database_url
 from asgi_db.testing import temporary_database, test_database_url
 from tests.nested import WITHOUT_SLOW_PLUGINS
 from tests.servers import DatabaseServer, outside, run
+from tests.versions import IS_SQLALCHEMY_2_0
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tested_app"
 
@@ -360,7 +361,8 @@ def test_a_folder_whose_name_is_for_tests_says_nothing_about_the_files_in_it(
 
 
 def test_a_temporary_database_may_be_an_sqlite_uri(tmp_path: Path) -> None:
-    url = test_database_url(f"sqlite:///file:{tmp_path}/the%2520shop.db?uri=true")
+    space = "%20" if IS_SQLALCHEMY_2_0 else "%2520"  # 2.0 takes the name as it is
+    url = test_database_url(f"sqlite:///file:{tmp_path}/the{space}shop.db?uri=true")
 
     async def create_table() -> None:
         async with Database(url) as database, database.transaction() as session:

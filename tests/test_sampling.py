@@ -44,10 +44,11 @@ def test_it_goes_on_in_another_loop_when_the_first_has_ended(taken: list[str]) -
         await asyncio.sleep(seconds)
 
     asyncio.run(use(0.0))
-    assert taken == []
+    count = len(taken)
     asyncio.run(asyncio.sleep(0.1))
+    assert len(taken) == count
     asyncio.run(use(0.1))
-    assert taken
+    assert len(taken) > count
 
 
 def test_without_a_loop_nothing_is_sampled(taken: list[str]) -> None:

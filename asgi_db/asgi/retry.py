@@ -51,7 +51,7 @@ class Attempts:
         self._gates = gates
         self._route = ""
         self._turn: Turn | None = None
-        self._began = _now()
+        self._began = 0.0  # set with the second attempt, after which there is the first delay
 
     def keep_body_if(self, wanted: Callable[[], bool]) -> None:
         """Keep the body only if this says so; it is asked when the body arrives.

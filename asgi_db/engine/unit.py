@@ -112,8 +112,9 @@ def begin_now(connection: Connection, unit: Unit) -> None:
     Raises:
         DatabaseDownError: the connection was closed.
     """
+    pooled = connection.connection
     with _telling_a_closed_connection(connection):
-        driver_of(connection.dialect).begin_now(connection.connection)
+        driver_of(connection.dialect).begin_now(pooled)
     unit.transaction.effect = max(unit.transaction.effect, Effect.HOLDS)
     unit.transaction.was_handed_out = True
 
@@ -134,8 +135,9 @@ def has_unseen_writes(connection: Connection) -> bool:
             then, so that a COMMIT after it would do nothing and still succeed.
         Exception: the database has aborted the transaction.
     """
+    pooled = connection.connection
     with _telling_a_closed_connection(connection):
-        return driver_of(connection.dialect).has_written(connection.connection)
+        return driver_of(connection.dialect).has_written(pooled)
 
 
 @contextlib.contextmanager
