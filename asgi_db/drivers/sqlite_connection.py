@@ -84,15 +84,18 @@ class AdoptedConnection:
         setattr(self._connection, name, value)
 
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
+        """Make a cursor; takes what the connection itself takes."""
         self._cursors.before_next()
         cursor: Any = self._connection.cursor(*args, **kwargs)
         self._cursors.add(cursor)
         return cursor
 
     def interrupt(self) -> None:
+        """Interrupt the statement that is running."""
         self._cursors.interrupted()
         self._connection.interrupt()
 
     def close(self) -> None:
+        """Close the cursors, and then the connection."""
         self._cursors.close()
         self._connection.close()
