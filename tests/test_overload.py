@@ -161,22 +161,23 @@ async def test_200_requests_on_a_pool_of_5_are_all_served_where_they_may_wait(
 
 
 async def test_routes_without_statements_go_on_beside_an_exhausted_pool(
-    database: Database,
+    database_url: str,
 ) -> None:
     """They are served while everybody else waits, and nobody asks the pool for them."""
-    gate = Gate(read)
-    app = serving(database, plain, hold=gate.hold, hello=say_hello)
-    taken: list[object] = []
-    event.listen(database.engine.sync_engine, "checkout", lambda *_: taken.append(1))
-    waiting = [asyncio.create_task(call(app, f"/hold/{n}")) for n in range(20)]
-    await gate.filled_by(5)
-    for number in range(REQUESTS):
-        assert (await call(app, f"/hello/{number}")).body == f"hello {number}".encode()
-        assert not any(each.done() for each in waiting)
-    assert len(taken) == 5
-    gate.open()
-    await asyncio.gather(*waiting)
-    assert checked_out(database) == 0
+    async with Database(database_url, engine_options={**POOL, "pool_timeout": 30}) as database:
+        gate = Gate(read)
+        app = serving(database, plain, hold=gate.hold, hello=say_hello)
+        taken: list[object] = []
+        event.listen(database.engine.sync_engine, "checkout", lambda *_: taken.append(1))
+        waiting = [asyncio.create_task(call(app, f"/hold/{n}")) for n in range(20)]
+        await gate.filled_by(5)
+        for number in range(REQUESTS):
+            assert (await call(app, f"/hello/{number}")).body == f"hello {number}".encode()
+            assert not any(each.done() for each in waiting)
+        assert len(taken) == 5
+        gate.open()
+        await asyncio.gather(*waiting)
+        assert checked_out(database) == 0
 
 
 async def test_whoever_waits_is_served_as_soon_as_a_connection_comes_back(

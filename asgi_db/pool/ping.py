@@ -37,14 +37,14 @@ async def wait_for_database(life: EngineLife, seconds: float, name: str) -> None
         ConfigurationError: no connection can be made with these settings.
     """
     deadline = time.monotonic() + seconds
-    delay = 0.1
+    delay, cause = 0.1, "no answer"
     while True:
         left = deadline - time.monotonic()
         try:
             with anyio.fail_after(max(left, 0.1)):  # a server may accept, and never answer
                 return await _ask(life, side_connection(life.engine))
         except (UnavailableError, OSError) as error:
-            cause = str(error).partition("\n")[0] or "no answer"
+            cause = str(error).partition("\n")[0] or cause
             left = deadline - time.monotonic()
             if left <= 0:
                 raise ConnectionError(
