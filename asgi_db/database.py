@@ -13,7 +13,6 @@ from sqlalchemy import URL, MetaData
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from typing_extensions import TypeVar
 
-from asgi_db.drivers import driver_of_url
 from asgi_db.engine.variants import isolation_options, refuse_autocommit
 from asgi_db.environment import database_url_from_env, engine_options_from_env
 from asgi_db.errors import ConfigurationError
@@ -98,8 +97,6 @@ class Database(Generic[SessionT_co]):
         else:
             self.url = database_url_from_env(os.environ) or _embedded()
             options = {**engine_options_from_env(os.environ), **options}
-        if engine is None:
-            driver_of_url(self.url).translate(self.url)  # An option that cannot work is refused.
         defaults = {"autoflush": False, "expire_on_commit": False}
         self._dialect = type(engine.dialect) if engine is not None else self.url.get_dialect()
         choice = choose_session({**defaults, **(session_options or {})}, self._dialect)
@@ -109,7 +106,8 @@ class Database(Generic[SessionT_co]):
         self._wait_for = wait_for
         profile = pool if isinstance(pool, PoolProfile) else pool_profile(pool)
         settings = EngineSettings(self.url, profile, options, pooler, leak_threshold)
-        settings.check()
+        if engine is None:
+            settings.check()
         self._engines = Engines(settings, self.statistics, given=engine)
         self.life_on = self._engines.on  # without a step in between: each request asks it
 
@@ -314,7 +312,6 @@ class Database(Generic[SessionT_co]):
             ConfigurationError: it has an engine already, or the URL cannot be used.
         """
         url = parse_database_url(url)
-        driver_of_url(url).translate(url)
         self._engines.redirect(url)
         self.url = url
 

@@ -230,6 +230,13 @@ def sqlite_url(tmp_path: Path) -> str:
     return f"sqlite+aiosqlite:///{tmp_path}/test.db"
 
 
+@pytest.fixture(params=["postgresql", "mysql"])
+def server_url(request: pytest.FixtureRequest) -> str:
+    """The URL of an empty database, on each server in turn."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
 @pytest.fixture(params=["postgresql", "mysql", "sqlite"])
 def database_url(request: pytest.FixtureRequest) -> str:
     """The URL of an empty database, on each of the three in turn."""

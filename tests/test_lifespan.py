@@ -918,13 +918,6 @@ def tries(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
     return [record for record in caplog.records if "is not there yet" in record.getMessage()]
 
 
-@pytest.fixture(params=["postgresql", "mysql"])
-def server_url(request: pytest.FixtureRequest) -> str:
-    """A database behind a port."""
-    url: str = request.getfixturevalue(f"{request.param}_url")
-    return url
-
-
 @every_app
 @pytest.mark.timing
 async def test_a_database_that_does_not_come_up_is_tried_again_and_then_a_clear_failure(

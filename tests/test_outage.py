@@ -45,13 +45,6 @@ ONE_CONNECTION = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 5}
 SELECT_1 = text("SELECT 1")
 
 
-@pytest.fixture(params=["postgresql", "mysql"])
-def server_url(request: pytest.FixtureRequest) -> str:
-    """An empty database on a server that everybody uses."""
-    url: str = request.getfixturevalue(f"{request.param}_url")
-    return url
-
-
 @pytest.fixture(params=[servers.postgresql, servers.mariadb], scope="module")
 def server(request: pytest.FixtureRequest) -> Iterator[DatabaseServer]:
     """A server that may be restarted and frozen."""

@@ -41,13 +41,6 @@ POOL = {"pool_size": 2, "max_overflow": 0, "pool_timeout": 60}
 SELECT_1 = text("SELECT 1")
 
 
-@pytest.fixture(params=["postgresql", "mysql"])
-def server_url(request: pytest.FixtureRequest) -> str:
-    """A database on a server."""
-    url: str = request.getfixturevalue(f"{request.param}_url")
-    return url
-
-
 @pytest.fixture
 async def database(database_url: str) -> AsyncIterator[Database]:
     """A database whose requests wait for a connection for a minute."""

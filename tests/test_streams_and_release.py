@@ -433,12 +433,6 @@ async def test_a_message_of_a_socket_that_fails_after_release_leaves_nothing_to_
     assert await authors(database_url) == ["ada", "good"]
 
 
-@pytest.fixture(params=["postgresql", "mysql"])
-def server_url(request: pytest.FixtureRequest) -> str:
-    url: str = request.getfixturevalue(f"{request.param}_url")
-    return url
-
-
 async def test_a_release_whose_connection_is_lost_keeps_what_is_to_be_written(
     server_url: str,
 ) -> None:

@@ -21,16 +21,16 @@ LOSE = {
 """A statement that fails as one does whose transaction has lost a conflict."""
 
 
-@pytest.fixture(params=["postgresql", "mysql"])
-def server_url(request: pytest.FixtureRequest) -> str:
-    url: str = request.getfixturevalue(f"{request.param}_url")
-    return url
-
-
 @pytest.fixture
 async def database(server_url: str) -> AsyncIterator[Database]:
     async with Database(server_url, pool="high") as database:
         yield database
+
+
+@pytest.fixture
+def long_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No turn ends by itself while a test lasts."""
+    set_limits(monkeypatch, longest_turn=60)
 
 
 async def lose(session: DBSession) -> None:
@@ -50,13 +50,15 @@ class Losers:
 
     Attributes:
         steps: the requests and their attempts, as they have had their first statement.
-        held: requests that stay in their second attempt, by their paths, until the event is set.
+        held: requests that stay in their second attempt, by their names, until the event is set.
         peak: how many requests worked in a further attempt at the same time.
     """
 
-    def __init__(self, clients: int, *, losses: dict[str, int] | None = None) -> None:
+    def __init__(
+        self, clients: int, *, losses: dict[str, int] | None = None, held: str = ""
+    ) -> None:
         self.steps: list[tuple[str, int]] = []
-        self.held: dict[str, asyncio.Event] = {}
+        self.held = {name: asyncio.Event() for name in held}
         self.peak = 0
         self._all_there = asyncio.Barrier(clients)
         self._losses = losses or {}
@@ -80,16 +82,18 @@ class Losers:
         await send({"type": "http.response.start", "status": 201, "headers": []})
         await send({"type": "http.response.body"})
 
+    def let_go(self) -> None:
+        """Let every request go on."""
+        for event in self.held.values():
+            event.set()
+
     async def until(self, *steps: tuple[str, int]) -> None:
         """Wait until these steps have been made."""
         await until(lambda: set(steps) <= set(self.steps))
 
 
 def served(app: ASGIApp, database: Database, *, timeout: float | None = None) -> ASGIApp:
-    mode = (
-        transactional(retries=5) if timeout is None else transactional(retries=5, timeout=timeout)
-    )
-    return DBSessionMiddleware(app, database, mode=mode)
+    return DBSessionMiddleware(app, database, mode=transactional(retries=5, timeout=timeout))
 
 
 async def ask(app: ASGIApp, name: str, endpoint: object = None) -> Exchange:
@@ -121,8 +125,7 @@ async def test_one_that_loses_again_keeps_its_turn(database: Database) -> None:
 
 
 async def test_a_request_that_has_not_lost_does_not_wait(database: Database) -> None:
-    losers = Losers(1, losses={"new": 0})
-    losers.held["a"] = asyncio.Event()
+    losers = Losers(1, losses={"new": 0}, held="a")
     app = served(losers, database)
     async with asyncio.TaskGroup() as group:
         slow = group.create_task(ask(app, "a"))
@@ -133,33 +136,27 @@ async def test_a_request_that_has_not_lost_does_not_wait(database: Database) -> 
     assert slow.result().status == 201
 
 
-async def test_the_requests_of_another_route_have_a_gate_of_their_own(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    set_limits(monkeypatch, longest_turn=60)
-    losers = Losers(2)
-    losers.held = {"a": asyncio.Event(), "b": asyncio.Event()}
+@pytest.mark.usefixtures("long_turns")
+async def test_the_requests_of_another_route_have_a_gate_of_their_own(database: Database) -> None:
+    losers = Losers(2, held="ab")
     app = served(losers, database)
     async with asyncio.TaskGroup() as group:
         group.create_task(ask(app, "a", endpoint=lose))
         group.create_task(ask(app, "b", endpoint=ask))
         await losers.until(("a", 2), ("b", 2))
-        for event in losers.held.values():
-            event.set()
+        losers.let_go()
 
 
 async def test_one_that_takes_too_long_lets_the_next_work_beside_it(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_limits(monkeypatch, longest_turn=0.05)
-    losers = Losers(2)
-    losers.held = {"a": asyncio.Event(), "b": asyncio.Event()}
+    losers = Losers(2, held="ab")
     app = served(losers, database)
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(ask(app, name)) for name in losers.held]
         await losers.until(("a", 2), ("b", 2))
-        for event in losers.held.values():
-            event.set()
+        losers.let_go()
     assert [task.result().status for task in tasks] == [201, 201]
 
 
@@ -169,12 +166,9 @@ async def first_in_turn(losers: Losers) -> str:
     return next(name for name, attempt in losers.steps if attempt == 2)
 
 
-async def test_the_wait_ends_with_the_timeout_of_the_request(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    set_limits(monkeypatch, longest_turn=60)
-    losers = Losers(2)
-    losers.held = {"a": asyncio.Event(), "b": asyncio.Event()}
+@pytest.mark.usefixtures("long_turns")
+async def test_the_wait_ends_with_the_timeout_of_the_request(database: Database) -> None:
+    losers = Losers(2, held="ab")
     app = served(losers, database, timeout=2)
     async with asyncio.TaskGroup() as group:
         tasks = {name: group.create_task(ask(app, name)) for name in losers.held}
@@ -186,12 +180,11 @@ async def test_the_wait_ends_with_the_timeout_of_the_request(
     assert (exchange.status, exchange.error) == (503, None)
 
 
+@pytest.mark.usefixtures("long_turns")
 async def test_one_that_is_cancelled_while_it_waits_leaves_the_turn_to_the_next(
-    database: Database, monkeypatch: pytest.MonkeyPatch
+    database: Database,
 ) -> None:
-    set_limits(monkeypatch, longest_turn=60)
-    losers = Losers(3)
-    losers.held = {name: asyncio.Event() for name in "abc"}
+    losers = Losers(3, held="abc")
     app = served(losers, database)
     tasks = {name: asyncio.create_task(ask(app, name)) for name in losers.held}
     holder = await first_in_turn(losers)
@@ -204,12 +197,9 @@ async def test_one_that_is_cancelled_while_it_waits_leaves_the_turn_to_the_next(
     assert [(await tasks[name]).status for name in (holder, last)] == [201, 201]
 
 
-async def test_one_that_is_cancelled_in_its_turn_leaves_it_to_the_next(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    set_limits(monkeypatch, longest_turn=60)
-    losers = Losers(2)
-    losers.held = {name: asyncio.Event() for name in "ab"}
+@pytest.mark.usefixtures("long_turns")
+async def test_one_that_is_cancelled_in_its_turn_leaves_it_to_the_next(database: Database) -> None:
+    losers = Losers(2, held="ab")
     app = served(losers, database)
     tasks = {name: asyncio.create_task(ask(app, name)) for name in losers.held}
     holder = await first_in_turn(losers)
@@ -219,10 +209,8 @@ async def test_one_that_is_cancelled_in_its_turn_leaves_it_to_the_next(
     assert (await tasks[last]).status == 201
 
 
-async def test_the_turn_ends_with_the_commit_and_not_with_the_body(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    set_limits(monkeypatch, longest_turn=60)
+@pytest.mark.usefixtures("long_turns")
+async def test_the_turn_ends_with_the_commit_and_not_with_the_body(database: Database) -> None:
     losers = Losers(2)
     body_may_end = asyncio.Event()
 
@@ -243,18 +231,16 @@ async def test_the_turn_ends_with_the_commit_and_not_with_the_body(
     assert [task.result().status for task in tasks] == [201, 201]
 
 
+@pytest.mark.usefixtures("long_turns")
 async def test_a_request_that_has_lost_holds_no_connection_while_it_waits(
-    database: Database, monkeypatch: pytest.MonkeyPatch
+    database: Database,
 ) -> None:
-    set_limits(monkeypatch, longest_turn=60)
-    losers = Losers(3)
-    losers.held = {name: asyncio.Event() for name in "abc"}
+    losers = Losers(3, held="abc")
     app = served(losers, database)
     async with asyncio.TaskGroup() as group:
         for name in losers.held:
             group.create_task(ask(app, name))
         await first_in_turn(losers)
         await until(lambda: database.checked_out() == 1)
-        for event in losers.held.values():
-            event.set()
+        losers.let_go()
     assert database.checked_out() == 0

@@ -157,6 +157,10 @@ _TERMINATE = """
 """
 
 
+PATIENCE = 2.0
+"""Seconds that a cancel request may take to pass through a pooler."""
+
+
 class SupportedPostgreSQL(PostgreSQL):
     """PostgreSQL with a driver with which asgi-db itself connects."""
 
@@ -289,6 +293,9 @@ class PostgreSQLSandbox(SandboxRules):
     def value_of(self, parameter: str, parameters: Any) -> str:
         """Return the value of a parameter that the pattern has found."""
         raise NotImplementedError
+
+    def begin_nothing(self) -> None:
+        self.connection.adapted.autocommit = True
 
     async def begun(self, control: Any) -> None:
         if control.readonly:

@@ -13,7 +13,7 @@ from sqlalchemy.engine.interfaces import DBAPIConnection, ExecutionContext
 from sqlalchemy.pool import PoolProxiedConnection
 
 from asgi_db.drivers.asyncpg_options import translate_url
-from asgi_db.drivers.postgresql import PostgreSQLSandbox, SupportedPostgreSQL
+from asgi_db.drivers.postgresql import PATIENCE, PostgreSQLSandbox, SupportedPostgreSQL
 from asgi_db.drivers.protocol import StandIn
 from asgi_db.drivers.sandbox import SandboxControl, SandboxRules, SandboxStandIn
 from asgi_db.sqlalchemy_versions import await_, has_begun
@@ -31,9 +31,6 @@ class AsyncpgSandbox(PostgreSQLSandbox):
 
     def control(self, stand_in: SandboxStandIn) -> SandboxControl:
         return _SandboxControl(stand_in)
-
-    def begin_nothing(self) -> None:
-        self.connection.adapted.autocommit = True
 
     def is_in_transaction(self) -> bool:
         return bool(self.connection.driver.is_in_transaction())
@@ -143,10 +140,6 @@ class Asyncpg(SupportedPostgreSQL):
         with contextlib.suppress(AttributeError, TypeError):
             return int(connection.get_server_pid())
         return None
-
-
-PATIENCE = 2.0
-"""Seconds that a cancel request may take to pass through a pooler."""
 
 
 def patient_connection_class() -> type[Any]:

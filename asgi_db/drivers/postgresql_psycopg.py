@@ -19,7 +19,7 @@ from sqlalchemy.engine.interfaces import DBAPIConnection, ExecutionContext
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from asgi_db.drivers.outages import REMEDIES
-from asgi_db.drivers.postgresql import PostgreSQLSandbox, SupportedPostgreSQL
+from asgi_db.drivers.postgresql import PATIENCE, PostgreSQLSandbox, SupportedPostgreSQL
 from asgi_db.drivers.protocol import StandIn
 from asgi_db.drivers.psycopg_options import translate_url
 from asgi_db.drivers.sandbox import INTERRUPT_AGAIN, SandboxControl, SandboxRules, SandboxStandIn
@@ -39,17 +39,13 @@ class PsycopgSandbox(PostgreSQLSandbox):
     def control(self, stand_in: SandboxStandIn) -> SandboxControl:
         return _SandboxControl(stand_in)
 
-    def begin_nothing(self) -> None:
-        self.connection.adapted.autocommit = True
-
     def is_in_transaction(self) -> bool:
         return _is_in_transaction(self.connection.driver)
 
     def lives_in_loop(self, value: object) -> bool:
         # Cursors, copies and blocks of psycopg, and the generators in which it makes them.
-        is_of_psycopg = type(value).__module__.partition(".")[0] == "psycopg"
         return isinstance(value, AbstractAsyncContextManager) or (
-            is_of_psycopg and hasattr(value, "__aenter__")
+            _is_of_psycopg(value) and hasattr(value, "__aenter__")
         )
 
     async def interrupt(self, running: asyncio.Future[Any], *, only_reads: bool) -> None:
@@ -151,6 +147,11 @@ def _socket_of(pgconn: Any) -> socket.socket:
 _IDLE = 0
 _ACTIVE = 1
 _UNKNOWN = 4
+
+
+def _is_of_psycopg(value: object) -> bool:
+    """Whether a value, or an error, is of a class of psycopg's."""
+    return type(value).__module__.partition(".")[0] == "psycopg"
 
 
 def _is_active(connection: Any) -> bool:
@@ -283,8 +284,7 @@ class Psycopg(SupportedPostgreSQL):
             cursor.close()
 
     def remedy(self, error: BaseException) -> str | None:
-        package = type(error).__module__.partition(".")[0]
-        if package != "psycopg":
+        if not _is_of_psycopg(error):
             return super().remedy(error)
         message = str(error)
         if "ProactorEventLoop" in message:
@@ -296,7 +296,7 @@ class Psycopg(SupportedPostgreSQL):
 
     def code(self, error: BaseException) -> str | None:
         code = super().code(error)
-        if code is not None or type(error).__module__.partition(".")[0] != "psycopg":
+        if code is not None or not _is_of_psycopg(error):
             return code
         message = str(error)
         states = (state for text, state in _STATES.items() if re.search(text, message))
@@ -366,10 +366,6 @@ def _terminate(connection: Any) -> None:
         connection.terminate()
     else:  # A function of the user's has made it.
         connection.pgconn.finish()
-
-
-PATIENCE = 2.0
-"""Seconds that a cancel request may take to pass through a pooler."""
 
 
 async def _cancel_and_terminate(connection: Any) -> None:

@@ -59,14 +59,14 @@ class EngineSettings:
         return engine
 
     def check(self) -> None:
-        """Refuse options of the user with which no engine could be made.
+        """Refuse options of the URL, or of the user, with which no engine could be made.
 
         Raises:
             ConfigurationError: there is no such option, or it cannot be combined with another.
         """
+        url, options = self._arguments(self.url)
         if not self.options:
             return
-        url, options = self._arguments(self.url)
         problem = ""
         try:
             create_async_engine(url, **options)
@@ -187,7 +187,7 @@ class Engines:
         """Make the engines from another URL, from the first one on.
 
         Raises:
-            ConfigurationError: there is an engine already.
+            ConfigurationError: there is an engine already, or none could be made from it.
         """
         with self._lock:
             self._forget_closed_loops()
@@ -196,7 +196,9 @@ class Engines:
                     f"{self.settings.url!r} has an engine already: call redirect() before the"
                     " database is first used, and make an engine= of your own with the other URL."
                 )
-            self.settings = replace(self.settings, url=url)
+            settings = replace(self.settings, url=url)
+            settings.check()
+            self.settings = settings
 
     def all(self) -> list[EngineLife]:
         """Return the engines that have been made, each with its life."""

@@ -37,13 +37,6 @@ def sqlite_url(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"sqlite+aiosqlite:///{tmp_path_factory.mktemp('contract')}/test.db"
 
 
-@pytest.fixture(params=["postgresql", "mysql"])
-def server_url(request: pytest.FixtureRequest) -> str:
-    """Each database that is a server of its own."""
-    url: str = request.getfixturevalue(f"{request.param}_url")
-    return url
-
-
 @pytest.fixture
 async def site(framework: Framework, database_url: str) -> AsyncIterator[Site]:
     """The framework on the database, with one connection and no overflow."""
