@@ -404,6 +404,15 @@ class DatabaseServer:
         self.start()
 
     @contextmanager
+    def stopped(self, how: HowToStop = "immediate") -> Generator[None, None, None]:
+        """It does not run until the end of the block; the same arguments as `stop`."""
+        self.stop(how)
+        try:
+            yield
+        finally:
+            self.start()
+
+    @contextmanager
     def frozen(self) -> Generator[None, None, None]:
         """All its processes stand still (SIGSTOP) until the end of the block."""
         own = self._own
