@@ -98,8 +98,7 @@ class Choice:
 
     def has_committed(self, position: Position) -> None:
         """Note the position of a COMMIT of the session."""
-        self.committed = latest(
-            [position] if self.committed is None else [self.committed, position]
-        )
+        earlier = [] if self.committed is None else [self.committed]
+        self.committed = latest([*earlier, position])
         if position.system:
             self._servers.history.add(position)

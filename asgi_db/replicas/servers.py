@@ -10,7 +10,7 @@ from asgi_db.drivers.replication import Position
 from asgi_db.logs import logger
 from asgi_db.pool.life import EngineLife
 from asgi_db.replicas.history import History
-from asgi_db.replicas.replica import Replica
+from asgi_db.replicas.replica import LOOK_AGAIN_AFTER, Replica
 
 WARN_AGAIN_AFTER = 60.0
 """Seconds between two warnings that no replica could be read from."""
@@ -62,6 +62,9 @@ class Servers:
         first = next(self._turns) % len(self.replicas)
         replicas = [*self.replicas[first:], *self.replicas[:first]]
         found = [replica for replica in replicas if replica.has(positions)]
+        for replica in replicas:
+            if replica not in found and found:  # so that it will have its share of the reads again
+                replica.ask(LOOK_AGAIN_AFTER)
         for replica in found:
             if replica.has_room:
                 return replica
