@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from tests import servers
+from tests import clusters, servers
 
 # A busy machine takes its time; what takes too long altogether is ended by the timeout.
 settings.register_profile("asgi-db", deadline=None)
@@ -193,6 +193,34 @@ def mysql_server() -> Iterator[servers.DatabaseServer]:
     """A MariaDB server for this session."""
     with servers.mariadb() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def postgresql_cluster() -> Iterator[clusters.Cluster]:
+    """A PostgreSQL primary with a prompt and a late standby; a test may hold these back."""
+    with clusters.postgresql() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def mysql_cluster() -> Iterator[clusters.Cluster]:
+    """A MariaDB primary with a late replica."""
+    with clusters.mariadb() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def postgresql_urls(postgresql_cluster: clusters.Cluster) -> Iterator[clusters.Urls]:
+    """An empty database on each server of the PostgreSQL cluster."""
+    with postgresql_cluster.fresh_database() as urls:
+        yield urls
+
+
+@pytest.fixture
+def mysql_urls(mysql_cluster: clusters.Cluster) -> Iterator[clusters.Urls]:
+    """An empty database on each server of the MariaDB cluster."""
+    with mysql_cluster.fresh_database() as urls:
+        yield urls
 
 
 @pytest.fixture
