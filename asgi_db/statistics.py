@@ -17,6 +17,7 @@ from typing import Literal, Protocol, TypeAlias
 from sqlalchemy import URL, Engine
 
 from asgi_db.histograms import BOUNDS, Histogram, no_counts
+from asgi_db.hosts import describe_hosts
 from asgi_db.logs import ErrorsOnce
 from asgi_db.trace import Trace
 
@@ -367,6 +368,6 @@ def _sum(first: int | None, second: int | None) -> int | None:
 
 def name_of(url: URL) -> str:
     """Name a database, as OpenTelemetry names its pool: `server:port/database`."""
-    port = "" if url.port is None else f":{url.port}"
-    server = f"{url.host}{port}/" if url.host else ""
+    hosts = describe_hosts(url)
+    server = f"{hosts}/" if hosts else ""
     return f"{server}{url.database or ''}" or url.get_backend_name()
