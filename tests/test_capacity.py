@@ -1,13 +1,15 @@
-"""The calculator of `asgi-db check --rate`."""
+"""The calculator of `asgi-db check --rate`, beside a simulation, beside a real application."""
 
 from __future__ import annotations
 
+import random
 from fractions import Fraction
 from math import factorial, inf
 
 import pytest
 from sqlalchemy import make_url
 
+from tests.capacity import arrivals, measure, share_above, simulate
 from tests.internals import FEW, Queue, pools_of_servers, smallest_pool
 
 # -- Erlang C ------------------------------------------------------------------------------------
@@ -63,3 +65,36 @@ def test_a_server_that_is_a_replica_too_gets_two_pools_of_each_process() -> None
     url = make_url("postgresql://app@/shop?host=pg1:5432&host=pg2:5432")
     replicas = [make_url("postgresql://app@pg2:5432/shop"), make_url("postgresql://app@pg3/shop")]
     assert pools_of_servers(url, replicas) == {"pg1:5432": 1, "pg2:5432": 2, "pg3": 1}
+
+
+# -- the simulation ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("connections", "share"), [(1, 0.5), (5, 0.8), (10, 0.7), (15, 0.9)])
+def test_the_simulation_finds_what_the_calculator_says(connections: int, share: float) -> None:
+    queue = Queue(connections, share * connections, 1)
+    waits = simulate(connections, arrivals(queue.rate, 1, 200_000, random.Random(connections)))
+    assert share_above(0, waits) == pytest.approx(queue.waiting, rel=0.05)
+    assert sum(waits) / len(waits) == pytest.approx(queue.mean_wait, rel=0.15)
+
+
+async def test_as_many_requests_of_a_real_application_wait_as_the_simulation_says(
+    postgresql_url: str,
+) -> None:
+    """It is told when each has really asked, and how long it has really held its connection."""
+    connections, hold = 4, 0.04
+    uses = arrivals(0.75 * connections / hold, hold, 200, random.Random(4))
+    run = await measure(postgresql_url, connections, uses)
+    assert run.stats.units == len(run.waits) == 200
+    assert run.stats.timeouts == 0
+    assert run.hold >= sum(use.held for use in uses) / 200  # the sleep, and what else it takes
+
+    simulated = simulate(connections, run.uses)
+    waited, expected = (share_above(hold / 10, waits) for waits in (run.waits, simulated))
+    assert waited == pytest.approx(expected, abs=0.1)
+    assert run.wait == pytest.approx(sum(simulated) / 200, rel=0.4)
+    assert run.in_use == pytest.approx(run.computed.utilization, rel=0.2)
+    # With one connection more or less, the simulation says something else than what was measured.
+    for other in (connections - 1, connections + 1):
+        waits = simulate(other, run.uses)
+        assert sum(waits) / 200 != pytest.approx(run.wait, rel=0.4)
