@@ -178,8 +178,10 @@ def main() -> None:
                 [
                     f"{run.rate:.1f}",
                     f"{1000 * run.hold:.0f} ms",
-                    " / ".join(f"{used:.0%}" for used in (run.in_use, computed.utilization)),
-                    " / ".join(f"{each:.1%}" for each in waited),
+                    " / ".join(
+                        f"{100 * used:.0f} %" for used in (run.in_use, computed.utilization)
+                    ),
+                    " / ".join(f"{100 * each:.1f} %" for each in waited),
                     " / ".join(f"{1000 * wait:.1f}" for wait in waits) + " ms",
                 ]
             )

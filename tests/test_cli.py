@@ -204,18 +204,18 @@ def test_check_says_how_much_of_the_pools_a_load_uses_and_what_waits(limited_url
     done = asgi_db("check", "--url", limited_url, *load, "100")
     assert done.returncode == 0, done.stdout
     assert fact(done.stdout, "load, the pool") == (
-        "100 requests/s use 67% of each pool (10 of 15); full at 150"
+        "100 requests/s use 67 % of each pool (10 of 15); full at 150"
     )
     assert fact(done.stdout, "wait, the pool") == (
-        "10.20% of the requests wait, 2.04 ms in the mean;"
-        " 19 connections in each pool keep it below 1%"
+        "10 % of the requests wait, 2.04 ms in the mean;"
+        " 19 connections in each pool keep it below 1.0 %"
     )
-    problem = "The pool makes 10% of the requests wait for a connection, 2.04 ms in the mean"
+    problem = "The pool makes 10 % of the requests wait for a connection, 2.04 ms in the mean"
     assert_found(done.stdout, "warning", problem, "19 connections in each pool, 19 at the server")
 
     done = asgi_db("check", "--url", limited_url, *load, "50")
     assert done.returncode == 0
-    assert "0.02% of the requests wait" in fact(done.stdout, "wait, the pool")
+    assert "0 % of the requests wait" in fact(done.stdout, "wait, the pool")
     assert "requests wait for a connection" not in done.stdout
 
     done = asgi_db("check", "--url", limited_url, *load, "150")
@@ -228,8 +228,8 @@ def test_check_says_how_much_of_the_pools_a_load_uses_and_what_waits(limited_url
 def test_two_processes_share_a_load_but_not_their_connections(postgresql_url: str) -> None:
     load = ("--pool", "low", "--hold", "0.1", "--rate", "200", "--processes", "2")
     done = asgi_db("check", "--url", postgresql_url, *load)
-    assert "200 requests/s use 67% of each pool (10 of 15); full at 300" in done.stdout
-    assert_found(done.stdout, "warning", "The pool makes 10%", "in each pool, 38 at the server")
+    assert "200 requests/s use 67 % of each pool (10 of 15); full at 300" in done.stdout
+    assert_found(done.stdout, "warning", "The pool makes 10 %", "in each pool, 38 at the server")
 
 
 REPLICAS = f"postgresql://app:{SECRET}@pg2/shop postgresql://app:{SECRET}@pg3/shop"
@@ -254,9 +254,9 @@ def test_check_divides_the_load_among_the_primary_and_its_replicas(postgresql_ur
     url = ("--url", postgresql_url)
     done = asgi_db("check", *url, *load, DATABASE_REPLICA_URLS=REPLICAS)
     assert done.returncode == 0, done.stdout
-    assert fact(done.stdout, "load, the primary").startswith("20 requests/s use 13% of each pool")
-    assert fact(done.stdout, "load, each replica").startswith("90 requests/s use 60% of each pool")
-    assert fact(done.stdout, "load, the primary alone").startswith("200 requests/s use 133%")
+    assert fact(done.stdout, "load, the primary").startswith("20 requests/s use 13 % of each pool")
+    assert fact(done.stdout, "load, each replica").startswith("90 requests/s use 60 % of each pool")
+    assert fact(done.stdout, "load, the primary alone").startswith("200 requests/s use 133 %")
     problem = "While no replica serves, the primary is full at 150 requests/s, and gets 200"
     assert_found(done.stdout, "warning", problem, "32 connections in each pool")
     assert "primary alone" not in asgi_db("check", *url, *load[:-2]).stdout

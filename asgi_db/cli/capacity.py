@@ -166,12 +166,12 @@ def _check_pool(
     enough = smallest_pool(queue.in_use)
     full_at = queue.full_at * plan.processes
     report.facts[f"load, {name}"] = (
-        f"{_number(rate)} requests/s use {queue.utilization:.0%} of each pool"
+        f"{_number(rate)} requests/s use {_percent(queue.utilization)} of each pool"
         f" ({_number(queue.in_use)} of {connections}); full at {_number(full_at)}"
     )
     report.facts[f"wait, {name}"] = (
-        f"{queue.waiting:.2%} of the requests wait, {1000 * queue.mean_wait:.2f} ms in the"
-        f" mean; {enough} connections in each pool keep it below {FEW:.0%}"
+        f"{_percent(queue.waiting)} of the requests wait, {1000 * queue.mean_wait:.2f} ms in the"
+        f" mean; {enough} connections in each pool keep it below {_percent(FEW)}"
         if queue.utilization < 1
         else "ever longer"
     )
@@ -190,10 +190,16 @@ def _check_pool(
         )
     elif queue.waiting > FEW and not is_spare:
         report.warning(
-            f"{where} makes {queue.waiting:.0%} of the requests wait for a connection,"
+            f"{where} makes {_percent(queue.waiting)} of the requests wait for a connection,"
             f" {1000 * queue.mean_wait:.2f} ms in the mean.",
             remedy,
         )
+
+
+def _percent(share: float) -> str:
+    """Write a share: 0.4 %, 12 %."""
+    value = 100 * share
+    return f"{value:.1f} %" if 0.05 <= value < 9.95 else f"{value:.0f} %"
 
 
 def _number(value: float) -> str:
