@@ -84,6 +84,9 @@ class MySQL(AnyDriver):
     def is_outage(self, error: BaseException) -> bool:
         return _number(error) in _OUTAGES
 
+    def is_in_doubt(self, error: BaseException) -> bool:
+        return _number(error) == _ERROR_DURING_COMMIT
+
     def only_reads(self, error: BaseException) -> bool:
         return _only_reads(error)
 
@@ -157,6 +160,9 @@ _OUTAGES = (*_TOO_MANY, 1053, 3032, 1047)
 
 The last number is Galera's "WSREP has not yet prepared node for application use".
 """
+
+_ERROR_DURING_COMMIT = 1180
+"""A node of Galera says so, too, if it was cut off while the others were asked."""
 
 _OPTION_PREVENTS = 1290
 _READ_ONLY_OPTION = re.compile(r"read[-_ ]only", re.IGNORECASE)
