@@ -69,7 +69,7 @@ class Choice:
             self._replica = await self._servers.replica_for(self.needed)
         self._is_chosen = True
         if self._replica is not None:
-            self._replica.units += 1
+            self._replica.begins()
 
     async def move(self, error: Exception) -> bool:
         """Choose another server after an operation has failed; return whether to run it again.
