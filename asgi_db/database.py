@@ -194,7 +194,8 @@ class Database(Generic[SessionT_co]):
 
         Raises:
             DatabaseBusyError: it answers, but no connection was free within 2 seconds.
-            DatabaseDownError: it cannot be reached, or gave no answer within 2 seconds.
+            DatabaseDownError: it cannot be reached, gave no answer within 2 seconds, or only reads
+                although the application writes.
         """
         await ping(self.life)
 

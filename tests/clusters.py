@@ -31,7 +31,7 @@ LAG = 0.2
 """Seconds by which a late replica is late."""
 
 _APP = "app"
-"""Whom the applications log in as on MariaDB: who may do all is not bound by `read_only` there."""
+"""The user of the applications, who owns their databases and has no other rights."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,8 @@ class Cluster:
     def create_database(self) -> Urls:
         """Create a database, and wait until every replica has it."""
         name = f"test_{uuid4().hex[:12]}"
-        sql(self.primary.url, f"CREATE DATABASE {name}")
+        owner = f" OWNER {_APP}" if self.primary.url.startswith("postgresql") else ""
+        sql(self.primary.url, f"CREATE DATABASE {name}{owner}")
         self.wait_until_caught_up()
         return self.urls(name)
 
@@ -325,6 +326,7 @@ def postgresql() -> Generator[Cluster, None, None]:
         primary = stack.enter_context(
             servers.running_postgresql(folders[0], user, wal_keep_size="256MB")
         )
+        sql(primary.url, f"CREATE ROLE {_APP} LOGIN")
         standbys: list[Replica] = []
         for folder, lag in zip(folders[1:], (0, LAG), strict=True):
             with (folder / "data" / "postgresql.auto.conf").open("a") as settings:
@@ -378,9 +380,7 @@ def _port(server: DatabaseServer) -> int:
 
 
 def _database(server: DatabaseServer, name: str) -> str:
-    url = make_url(server.url).set(database=name)
-    if url.get_backend_name() == "mysql":
-        url = url.set(username=_APP)
+    url = make_url(server.url).set(username=_APP, database=name)
     return servers.with_driver(url.render_as_string(hide_password=False))
 
 

@@ -324,6 +324,13 @@ class _Process:
             self._running = None
             (self._folder / "server").unlink()
 
+    def touch(self, name: str) -> None:
+        """Make an empty file of the server's, in its folder."""
+        file = self._folder / name
+        file.touch()
+        owner = file.parent.stat()
+        os.chown(file, owner.st_uid, owner.st_gid)
+
     def freeze(self) -> None:
         """Stop the server and its child processes where they are, and wait until all have stopped.
 
@@ -402,6 +409,21 @@ class DatabaseServer:
         """Stop the server and start it again; the same arguments as `stop`."""
         self.stop(how)
         self.start()
+
+    def restart_as_standby(self) -> None:
+        """Restart a PostgreSQL server as a standby, which waits for news of a primary in vain."""
+        self.stop()
+        self._own.touch("data/standby.signal")
+        self.start()
+
+    @contextmanager
+    def stopped(self, how: HowToStop = "immediate") -> Generator[None, None, None]:
+        """It does not run until the end of the block; the same arguments as `stop`."""
+        self.stop(how)
+        try:
+            yield
+        finally:
+            self.start()
 
     @contextmanager
     def frozen(self) -> Generator[None, None, None]:

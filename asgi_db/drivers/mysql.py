@@ -10,7 +10,8 @@ from collections.abc import Awaitable
 from importlib import import_module
 from typing import Any
 
-from sqlalchemy import URL, Engine, event, text
+from sqlalchemy import URL, Connection, Engine, event, text
+from sqlalchemy.engine import Dialect
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import MissingGreenlet, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -65,6 +66,7 @@ class MySQL(AnyDriver):
     has_double_quoted_strings = True
     # It commits before DDL, so a lock of the transaction would be gone; the name is the server's.
     lock_definitions = f"SELECT GET_LOCK({_LOCK_NAME}, 86400)"
+    ping = "SELECT @@read_only = 0"
     unlock_definitions = f"SELECT RELEASE_LOCK({_LOCK_NAME})"
     grammar = _GRAMMAR
 
@@ -79,6 +81,20 @@ class MySQL(AnyDriver):
 
     def is_outage(self, error: BaseException) -> bool:
         return _number(error) in _OUTAGES
+
+    def only_reads(self, error: BaseException) -> bool:
+        return _only_reads(error)
+
+    def reads_by_choice(self, connection: Connection) -> bool:
+        # The session is set, and its server is not: by `init_command`, say.
+        kind = "tx" if getattr(connection.dialect, "is_mariadb", False) else "transaction"
+        question = f"SELECT @@session.{kind}_read_only = 1 AND @@global.{kind}_read_only = 0"
+        with contextlib.suppress(Exception):  # The connection is closed, or there is no such name.
+            return bool(_answer(connection.connection, question))
+        return False
+
+    def refuses_writes(self, pooled: PoolProxiedConnection) -> bool:
+        return _refuses_writes(pooled)
 
     def is_full(self, error: BaseException) -> bool:
         return _number(error) in _TOO_MANY
@@ -134,8 +150,17 @@ _CONFLICTS = (1213, 1205)
 _TOO_MANY = (1040, 1203, 1226)
 """The server refuses more connections, or more of this user."""
 
-_OUTAGES = (*_TOO_MANY, 1053)
-"""The same, or the server is shutting down."""
+_OUTAGES = (*_TOO_MANY, 1053, 3032, 1047)
+"""The same, or the server is shutting down, in offline mode, or a node that has lost its cluster.
+
+The last number is Galera's "WSREP has not yet prepared node for application use".
+"""
+
+_OPTION_PREVENTS = 1290
+_READ_ONLY_OPTION = re.compile(r"read[-_ ]only", re.IGNORECASE)
+
+_ONLY_READS = (1836, 1874, 1792)
+"""The server, InnoDB, or the transaction only reads; a demoted server of Aurora says the last."""
 
 _WRONG_SETTINGS = {
     1049: "database",
@@ -259,6 +284,11 @@ class Asyncmy(MySQL):
         event.listen(engine, "reset", reset)
         self._autocommit_requests.watch(dialect)
 
+    def takes_writes(self, dialect: Dialect, connection: DBAPIConnection) -> bool:
+        if isinstance(dialect.get_driver_connection(connection), StandIn):
+            return super().takes_writes(dialect, connection)
+        return bool(_answer(connection, self.ping)) or not _refuses_writes(connection)
+
     @property
     def connect_errors(self) -> tuple[type[Exception], ...]:
         return OSError, import_module("asyncmy").errors.Error
@@ -290,6 +320,36 @@ class Asyncmy(MySQL):
                 # asyncmy raises many kinds of errors, some of which are not its own.
                 raise connection_error(error) from error
         super().begin(pooled, beginning)
+
+
+def _only_reads(error: BaseException) -> bool:
+    number = _number(error)
+    if number == _OPTION_PREVENTS:  # perhaps another option than `--read-only`
+        return _READ_ONLY_OPTION.search(str(error)) is not None
+    return number in _ONLY_READS
+
+
+def _refuses_writes(connection: DBAPIConnection | PoolProxiedConnection) -> bool:
+    # Some may write on a server that only reads. This is refused exactly where a write is.
+    try:
+        _answer(connection, "START TRANSACTION READ WRITE")
+    except Exception as error:
+        if not _only_reads(error):
+            raise
+        return True
+    connection.rollback()
+    return False
+
+
+def _answer(connection: DBAPIConnection | PoolProxiedConnection, question: str) -> Any:
+    """Return the one value with which the server answers, if it answers with one."""
+    cursor = connection.cursor()
+    try:
+        cursor.execute(question)
+        row = cursor.fetchone() if cursor.description else None
+    finally:
+        cursor.close()
+    return None if row is None else row[0]
 
 
 async def _latest_start(connection: AsyncConnection) -> float:

@@ -7,9 +7,9 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
-from sqlalchemy import Engine, event, text
+from sqlalchemy import Connection, Engine, event, text
 from sqlalchemy.engine import Dialect
 from sqlalchemy.engine.interfaces import ExecutionContext
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -61,6 +61,7 @@ class PostgreSQL(AnyDriver):
     has_deferrable = True
     settings_are_transactional = True
     # The key is arbitrary, and the lock is one of this database alone.
+    ping = "SELECT current_setting('transaction_read_only') = 'off'"
     lock_definitions = "SELECT pg_advisory_xact_lock(6021023, 1)"
     grammar = _GRAMMAR
 
@@ -88,6 +89,11 @@ class PostgreSQL(AnyDriver):
 
     def is_outage(self, error: BaseException) -> bool:
         return self.code(error) in _OUTAGES
+
+    def only_reads(self, error: BaseException) -> bool:
+        state = self.code(error)
+        # A standby has no SERIALIZABLE, and says so when such a transaction begins.
+        return state == _ONLY_READS or (state == NOT_SUPPORTED and "hot standby" in str(error))
 
     def is_full(self, error: BaseException) -> bool:
         return self.code(error) == _TOO_MANY
@@ -126,6 +132,8 @@ class PostgreSQL(AnyDriver):
 _CONFLICTS = frozenset({"40001", "40P01", "55P03"})
 """A serialization failure, a deadlock, and a lock that was not available in time."""
 
+_ONLY_READS = "25006"
+NOT_SUPPORTED = "0A000"
 _TOO_MANY = "53300"
 _QUERY_CANCELED = "57014"
 
@@ -169,6 +177,7 @@ class SupportedPostgreSQL(PostgreSQL):
     def __init__(self) -> None:
         # Neither driver has the server's limits at hand when it finds a connection closed.
         self._idle_limits: WeakKeyDictionary[Any, tuple[str | None, ...]] = WeakKeyDictionary()
+        self._read_by_choice = WeakSet[Any]()
 
     def prepare(self, engine: Engine, *, pooler: bool, durable: bool) -> None:
         if not pooler:
@@ -235,7 +244,9 @@ class SupportedPostgreSQL(PostgreSQL):
             cursor = connection.cursor()
             try:
                 cursor.execute(_WATCH_CLIENT)
-                ((_, id, *limits),) = cursor.fetchall()
+                ((_, id, chosen_by, *limits),) = cursor.fetchall()
+                if chosen_by in _CHOSEN_BY_USER:
+                    self._read_by_choice.add(driver_connection)
                 self._idle_limits[driver_connection] = tuple(limits)
             except engine.dialect.loaded_dbapi.Error:
                 if self.is_closed(driver_connection):
@@ -253,6 +264,29 @@ class SupportedPostgreSQL(PostgreSQL):
                 )
 
         event.listen(engine, "connect", connect)
+
+    def takes_writes(self, dialect: Dialect, connection: Any) -> bool:
+        driver_connection = dialect.get_driver_connection(connection)
+        if isinstance(driver_connection, StandIn) or driver_connection in self._read_by_choice:
+            return super().takes_writes(dialect, connection)
+        self.enter_autocommit(connection)
+        cursor = connection.cursor()
+        try:
+            cursor.execute(self.ping)
+            ((takes_writes,),) = cursor.fetchall()
+        finally:
+            cursor.close()
+            self.leave_autocommit(connection)
+        return bool(takes_writes)
+
+    def refuses_writes(self, pooled: PoolProxiedConnection) -> bool:
+        return pooled.driver_connection not in self._read_by_choice
+
+    def reads_by_choice(self, connection: Connection) -> bool:
+        return (
+            connection.connection.driver_connection in self._read_by_choice
+            or connection.get_execution_options().get("postgresql_readonly") is True
+        )
 
     def begin_options(self, mode: Mode, *, is_prepared: bool) -> dict[str, Any]:
         if mode.autocommit:
@@ -274,9 +308,16 @@ class SupportedPostgreSQL(PostgreSQL):
 _WATCH_CLIENT = """
     SELECT CASE WHEN current_setting('client_connection_check_interval', true) = '0'
     THEN set_config('client_connection_check_interval', '1s', false) END, pg_backend_pid(),
+    CASE WHEN current_setting('default_transaction_read_only') = 'on'
+    THEN (SELECT source FROM pg_settings WHERE name = 'default_transaction_read_only') END,
     current_setting('idle_in_transaction_session_timeout', true),
     current_setting('idle_session_timeout', true)
 """
+
+
+_CHOSEN_BY_USER = frozenset({"client", "session", "user", "database user"})
+"""Where `default_transaction_read_only` is set if it says nothing about the server, but is a matter
+of these connections: in the URL, or for their role."""
 
 
 class PostgreSQLSandbox(SandboxRules):

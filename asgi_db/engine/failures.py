@@ -11,6 +11,7 @@ from asgi_db.drivers.describing import brief, conflict_error
 from asgi_db.drivers.outages import cause_of, connection_error, wrong_settings
 from asgi_db.drivers.protocol import Driver
 from asgi_db.engine.unit import Unit, is_closed, unit_of, where
+from asgi_db.engine.writes import is_refused_by_server, writes_of
 from asgi_db.errors import (
     DatabaseConflictError,
     DatabaseDownError,
@@ -65,6 +66,9 @@ def handle_error(context: ExceptionContext) -> Exception | None:
     elif connection is None and (remedy := driver.remedy(original)) is not None:
         # SQLite opens the file only now, when the connection is set up.
         raise wrong_settings(original, remedy)
+    elif is_refused_by_server(original, connection, unit):
+        context.is_disconnect = True  # The whole pool may lead to this server.
+        raise writes_of(context.dialect).refused(original, unit)
     elif context.is_disconnect or driver.is_outage(original):
         context.is_disconnect = True
         # A connection may also be closed when a value is refused, and the error then repeats it.
