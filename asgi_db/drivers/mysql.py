@@ -19,8 +19,10 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, PoolRese
 
 from asgi_db.drivers.base import AnyDriver, AutocommitRequests
 from asgi_db.drivers.mysql_options import translate_url
+from asgi_db.drivers.mysql_replication import MariaDBReplication
 from asgi_db.drivers.outages import REMEDIES, connection_error
 from asgi_db.drivers.protocol import BEGIN_OPTION, Abandoned, Beginning, StandIn
+from asgi_db.drivers.replication import Replication
 from asgi_db.drivers.sandbox import INTERRUPT_AGAIN, SandboxControl, SandboxRules, SandboxStandIn
 from asgi_db.drivers.statements import WRITING_WITH, Grammar
 from asgi_db.errors import SandboxError
@@ -248,6 +250,7 @@ class Asyncmy(MySQL):
     name = "asyncmy"
     is_supported = True
     sandbox: type[SandboxRules] | None = AsyncmySandbox
+    replication: Replication | None = MariaDBReplication()
 
     def __init__(self) -> None:
         self._autocommit_requests = AutocommitRequests()

@@ -17,7 +17,9 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from asgi_db.drivers.base import AnyDriver
 from asgi_db.drivers.outages import REMEDIES
+from asgi_db.drivers.postgresql_replication import PostgreSQLReplication
 from asgi_db.drivers.protocol import Abandoned, StandIn
+from asgi_db.drivers.replication import Replication
 from asgi_db.drivers.sandbox import SandboxRules
 from asgi_db.drivers.statements import WRITING_WITH, Grammar
 from asgi_db.logs import logger
@@ -173,6 +175,7 @@ class SupportedPostgreSQL(PostgreSQL):
     """PostgreSQL with a driver with which asgi-db itself connects."""
 
     is_supported = True
+    replication: Replication | None = PostgreSQLReplication()
 
     def __init__(self) -> None:
         # Neither driver has the server's limits at hand when it finds a connection closed.
