@@ -106,6 +106,7 @@ load:
 
 # Everything, which is without arguments, begins with the sweeps over all ways of cancelling.
 chaos: $(VENV)/installed $(PEERS)/installed servers
+	@$(PYTHON) -m scripts.prepare chaos
 	$(if $(ARGS),,$(PYTEST) pytest $(PARALLEL) -m sweep --whole-sweeps)
 	$(BIN)/python -m tests.chaos --peers=$(PEERS)/bin/python $(ARGS)
 

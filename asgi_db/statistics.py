@@ -153,6 +153,7 @@ class DatabaseStats:
         holders: what has the connections that are checked out, the oldest first.
         routes: the counters of each route that has used the database.
         replicas: the replicas, if it has some.
+        reads_on_primary: the units of work that only read, and that no replica could serve.
     """
 
     name: str
@@ -160,6 +161,7 @@ class DatabaseStats:
     holders: tuple[Holder, ...]
     routes: Mapping[str, RouteStats]
     replicas: tuple[ReplicaStats, ...] = ()
+    reads_on_primary: int = 0
 
 
 class Tally:

@@ -86,6 +86,10 @@ class Topology:
         finally:
             await self.primary.dispose()
 
+    def reads_on_primary(self) -> int:
+        """Return how many units only read, and no replica could serve them."""
+        return sum(servers.on_primary for servers in self._servers.copy().values())
+
     def stats(self) -> tuple[ReplicaStats, ...]:
         """Return how each replica stands, in all event loops together."""
         servers = list(self._servers.copy().values())

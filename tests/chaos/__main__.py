@@ -12,9 +12,9 @@ from pathlib import Path
 from tests import documents
 from tests.chaos import report
 from tests.chaos.report import Row
-from tests.chaos.runner import Job, run
-from tests.chaos.scenarios import ON_FILES, SCENARIOS
-from tests.contenders import CONTENDERS, DATABASES, OURS, Backend
+from tests.chaos.runner import SCENARIOS, Job, run
+from tests.chaos.world import PLACES, Place
+from tests.contenders import CONTENDERS, OURS, Contender
 from tests.options import add_choice
 
 ROOT = Path(__file__).parents[2]
@@ -29,13 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seed: int = options.seed if options.seed is not None else random.randrange(1_000_000)
     print(f"seed {seed}", file=sys.stderr, flush=True)
     jobs = [
-        Job(contender, backend, scenarios, python, seed, options.scale)
+        Job(contender, place, scenarios, python, seed, options.scale)
         for contender in CONTENDERS
         if not options.contender or contender.name in options.contender
         for python in [options.peers if contender.is_peer else sys.executable]
-        for backend in contender.backends
-        if not options.database or backend in options.database
-        if (scenarios := _scenarios(backend, options.only))
+        for place in _places(contender)
+        if not options.database or place in options.database
+        if (scenarios := _scenarios(place, options.only))
     ]
     spawn = multiprocessing.get_context("spawn")
     rows = list[Row]()
@@ -55,19 +55,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(any(row.contender == OURS and not row.outcome.is_clean for row in rows))
 
 
-def _scenarios(backend: Backend, only: Sequence[str]) -> tuple[str, ...]:
-    names = ON_FILES if backend == "sqlite" else SCENARIOS
-    return tuple(name for name in names if not only or name in only)
+def _places(contender: Contender) -> list[Place]:
+    clusters: dict[Place, bool] = {
+        "galera": "mysql" in contender.backends,
+        "standbys": contender.reads_from_replicas,
+    }
+    return [*contender.backends, *(place for place, is_right in clusters.items() if is_right)]
+
+
+def _scenarios(place: Place, only: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in SCENARIOS[place] if not only or name in only)
+
+
+def _names() -> list[str]:
+    """The scenarios, on whatever they take place, each once."""
+    return list(dict.fromkeys(name for place in PLACES for name in SCENARIOS[place]))
 
 
 def _sorted(rows: Sequence[Row]) -> list[Row]:
-    scenarios, contenders = [*SCENARIOS, *ON_FILES], [contender.name for contender in CONTENDERS]
-    databases = list(DATABASES)
+    scenarios, contenders = _names(), [contender.name for contender in CONTENDERS]
+    places = list(PLACES)
 
     def place(row: Row) -> tuple[int, int, int]:
         return (
             scenarios.index(row.scenario),
-            databases.index(row.backend),
+            places.index(row.place),
             contenders.index(row.contender.name),
         )
 
@@ -77,9 +89,9 @@ def _sorted(rows: Sequence[Row]) -> list[Row]:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make chaos ARGS=...", description=__doc__)
 
-    add_choice(parser, "--only", [*SCENARIOS, *ON_FILES], "scenarios")
+    add_choice(parser, "--only", _names(), "scenarios")
     add_choice(parser, "--contender", [one.name for one in CONTENDERS], "contenders")
-    add_choice(parser, "--database", list(DATABASES), "databases")
+    add_choice(parser, "--database", list(PLACES), "databases")
     parser.add_argument("--seed", type=int, help="that of an earlier run; chosen if left out")
     parser.add_argument("--scale", type=float, default=1, help="multiplies the numbers of tries")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="contenders at a time")

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tests import documents
-from tests.chaos.world import Outcome
-from tests.contenders import CONTENDERS, DATABASES, Backend, Contender
+from tests.chaos.world import PLACES, Outcome, Place
+from tests.contenders import CONTENDERS, Contender
 
 BEGIN = "<!-- chaos: begin -->"
 END = "<!-- chaos: end -->"
@@ -31,7 +31,7 @@ class Row:
 
     scenario: str
     contender: Contender
-    backend: Backend
+    place: Place
     outcome: Outcome
     seconds: float = 0
     seed: int = 0
@@ -40,12 +40,12 @@ class Row:
     @property
     def key(self) -> str:
         """What it is a row of."""
-        return f"{self.scenario} {self.contender.name} {self.backend}"
+        return f"{self.scenario} {self.contender.name} {self.place}"
 
     def cells(self) -> list[str]:
         """What stands in the table."""
         outcome = self.outcome
-        left = [self.scenario.replace("_", " "), self.contender.title, DATABASES[self.backend]]
+        left = [self.scenario.replace("_", " "), self.contender.title, PLACES[self.place]]
         if outcome.not_applicable:
             return [*left, "n/a", "", "", "", outcome.not_applicable]
         errors = [f"{number} × {kind}" for kind, number in Counter(outcome.errors).most_common()]

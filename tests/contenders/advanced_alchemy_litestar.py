@@ -28,6 +28,7 @@ from tests.contenders.shared import (
     URL,
     Item,
     item,
+    long,
     megabytes,
     pieces,
     sleep,
@@ -77,6 +78,11 @@ async def write_pair(id: int, seconds: float, db_session: AsyncSession) -> None:
     db_session.add(item(-id))
 
 
+@get("/long")
+async def wait(seconds: int, db_session: AsyncSession) -> Stream:
+    return Stream(pieces(lambda: db_session.scalar(long(seconds)), 1, 0))
+
+
 @get("/stream")
 async def stream(chunks: int, seconds: float, db_session: AsyncSession) -> Stream:
     return Stream(pieces(lambda: db_session.scalar(FIRST_VALUE), chunks, seconds))
@@ -108,6 +114,6 @@ async def talk(socket: WebSocket) -> None:
 
 
 app = Litestar(
-    [nothing, read, write, write_slowly, write_pair, stream, events, big, talk],
+    [nothing, read, write, write_slowly, write_pair, wait, stream, events, big, talk],
     plugins=[SQLAlchemyPlugin(config=config)],
 )

@@ -17,6 +17,7 @@ from tests.contenders.shared import (
     URL,
     Item,
     item,
+    long,
     megabytes,
     pieces,
     sleep,
@@ -76,6 +77,11 @@ async def count(session: CurrentSessionTransaction) -> None:
     """Read, then write what was read and one more."""
     counter = await session.get_one(Item, 0)
     counter.value = str(int(counter.value) + 1)
+
+
+@app.get("/long")
+async def wait(seconds: int, session: CurrentSessionReadOnly) -> StreamingResponse:
+    return StreamingResponse(pieces(lambda: session.scalar(long(seconds)), 1, 0))
 
 
 @app.get("/stream")

@@ -13,6 +13,7 @@ from tests.contenders.shared import (
     FIRST_VALUE,
     Item,
     item,
+    long,
     megabytes,
     pieces,
     sleep,
@@ -54,6 +55,10 @@ def add_routes(app: FastAPI, get_session: Callable[..., Any]) -> None:
         await session.flush()
         await asyncio.sleep(seconds)
         session.add(item(-id))
+
+    @app.get("/long")
+    async def wait(seconds: int, session: AsyncSession = given) -> StreamingResponse:
+        return StreamingResponse(pieces(lambda: session.scalar(long(seconds)), 1, 0))
 
     @app.get("/stream")
     async def stream(

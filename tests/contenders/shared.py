@@ -45,8 +45,18 @@ def sleep(seconds: float) -> TextClause:
     return text(f"SELECT {function}(:seconds)").bindparams(seconds=seconds)
 
 
+def long(seconds: int) -> TextClause:
+    """The same, of which the server does not notice by itself that nobody waits for it any more.
+
+    MariaDB's `SLEEP` looks for its client every 5 s.
+    """
+    if URL.startswith("postgresql"):
+        return sleep(seconds)
+    return text(f"SELECT SUM(SLEEP(0.1)) FROM seq_1_to_{seconds * 10}")
+
+
 async def pieces(
-    read: Callable[[], Awaitable[str | None]], chunks: int, seconds: float, form: str = "{}\n"
+    read: Callable[[], Awaitable[object]], chunks: int, seconds: float, form: str = "{}\n"
 ) -> AsyncIterator[str]:
     """A body in pieces, with a query before each."""
     for _ in range(chunks):
