@@ -79,6 +79,18 @@ def test_the_simulation_finds_what_the_calculator_says(connections: int, share: 
     assert sum(waits) / len(waits) == pytest.approx(queue.mean_wait, rel=0.15)
 
 
+def test_many_small_pools_make_more_requests_wait_than_one_large_one() -> None:
+    """As the page says of processes, each of which gets its share of the requests by chance."""
+    chance = random.Random(40)
+    uses = arrivals(600, 0.05, 100_000, chance)
+    one = simulate(40, uses)
+    shares = [[use for use in uses if chance.random() < 0.25] for _ in range(4)]
+    many = [wait for share in shares for wait in simulate(10, share)]
+    assert share_above(0, one) == pytest.approx(Queue(40, 600, 0.05).waiting, rel=0.15)
+    assert share_above(0, many) == pytest.approx(Queue(10, 150, 0.05).waiting, rel=0.15)
+    assert share_above(0, many) > 4 * share_above(0, one)
+
+
 async def test_as_many_requests_of_a_real_application_wait_as_the_simulation_says(
     postgresql_url: str,
 ) -> None:
