@@ -32,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Job(contender, place, scenarios, python, seed, options.scale)
         for contender in CONTENDERS
         if not options.contender or contender.name in options.contender
-        for python in [options.peers if contender.is_peer else sys.executable]
         for place in _places(contender)
+        for python in [_python(contender, place, options)]
         if not options.database or place in options.database
         if (scenarios := _scenarios(place, options.only))
     ]
@@ -47,12 +47,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shown = report.merge(RESULTS, []) if options.write else rows
     text = report.table(_sorted(shown))
     if options.write:
-        environments = {False: sys.executable, True: options.peers}
+        peers = [contender for contender in CONTENDERS if contender.is_peer]
+        own = [contender for contender in CONTENDERS if not contender.is_peer]
+        routing = [contender for contender in peers if contender.reads_from_replicas]
+        environments = {
+            "asgi-db and plain `Depends`": (sys.executable, own),
+            "The other libraries": (options.peers, peers),
+            "The other libraries on standbys": (options.peers_2_0, routing),
+        }
         head = report.description(shown, documents.server_versions(), environments)
         text = f"{head}\n\n{text}"
         report.write(DOCUMENT, text)
     print(text)
     return int(any(row.contender == OURS and not row.outcome.is_clean for row in rows))
+
+
+def _python(contender: Contender, place: Place, options: argparse.Namespace) -> str:
+    """The interpreter of the environment in which a contender lives."""
+    if not contender.is_peer:
+        return sys.executable
+    python: str = options.peers_2_0 if place == "standbys" else options.peers
+    return python
 
 
 def _places(contender: Contender) -> list[Place]:
@@ -100,6 +115,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=os.path.abspath,
         default=sys.executable,
         help="Python of the environment of the other libraries",
+    )
+    parser.add_argument(
+        "--peers-2-0",
+        type=os.path.abspath,
+        default=sys.executable,
+        help="the same with SQLAlchemy 2.0, for routing to standbys",
     )
     parser.add_argument(
         "--write",

@@ -4,6 +4,7 @@ import asyncio
 import json
 import socket
 import struct
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Self
@@ -34,6 +35,12 @@ class Answer:
     def is_unavailable(self) -> bool:
         """Whether it says "try again": a 503 with the seconds to wait."""
         return self.status == 503 and self.headers.get("retry-after", "").isdigit()
+
+    @property
+    def cookies(self) -> list[str]:
+        """The header with which a browser sends back the cookie of this answer, if it has one."""
+        cookie, _, _ = self.headers.get("set-cookie", "").partition(";")
+        return [f"Cookie: {cookie}"] if cookie else []
 
     @property
     def leaves_open(self) -> bool:
@@ -69,9 +76,9 @@ class Connection:
     async def open(cls, port: int) -> Self:
         return cls(*await asyncio.open_connection("127.0.0.1", port))
 
-    def send(self, method: str, path: str) -> None:
+    def send(self, method: str, path: str, *headers: str) -> None:
         """Send a request."""
-        lines = [f"{method} {path} HTTP/1.1", "Host: testserver", "Content-Length: 0"]
+        lines = [f"{method} {path} HTTP/1.1", "Host: testserver", "Content-Length: 0", *headers]
         self._writer.write("\r\n".join([*lines, "", ""]).encode())
 
     async def status(self) -> int:
@@ -98,9 +105,9 @@ class Connection:
             body = await self._reader.readexactly(int(headers.get("content-length", 0)))
         return Answer(status, headers, body)
 
-    async def ask(self, method: str, path: str) -> Answer:
+    async def ask(self, method: str, path: str, *headers: str) -> Answer:
         """Send a request, and return the whole answer."""
-        self.send(method, path)
+        self.send(method, path, *headers)
         return await self.rest(await self.status())
 
     def leave(self, *, abruptly: bool = False) -> None:
@@ -111,13 +118,15 @@ class Connection:
         self._writer.close()
 
 
-async def request(port: int, method: str, path: str, within: float = 20) -> Answer:
+async def request(
+    port: int, method: str, path: str, within: float = 20, *, headers: Sequence[str] = ()
+) -> Answer:
     """Send one request over a connection of its own, and return what comes of it."""
     connection: Connection | None = None
     try:
         async with asyncio.timeout(within):
             connection = await Connection.open(port)
-            return await connection.ask(method, path)
+            return await connection.ask(method, path, *headers)
     except TimeoutError:
         return TOO_LATE
     except (OSError, ValueError, asyncio.IncompleteReadError):

@@ -5,7 +5,7 @@ import os
 import platform
 import sqlite3
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -59,13 +59,17 @@ def table(rows: Sequence[Row]) -> str:
     return documents.table(head, [row.cells() for row in rows], range(3, 7))
 
 
-def description(rows: Sequence[Row], servers: Sequence[str], environments: dict[bool, str]) -> str:
+def description(
+    rows: Sequence[Row],
+    servers: Sequence[str],
+    environments: Mapping[str, tuple[str, Sequence[Contender]]],
+) -> str:
     """When and where the table was made, and of what.
 
     Args:
         rows: of the table.
         servers: names and versions of the database servers.
-        environments: the interpreters, by whether their contenders are peers.
+        environments: the interpreters, with the contenders in them, by words for these.
     """
     days = " and ".join(sorted({row.day for row in rows}))
     seeds = " and ".join(map(str, sorted({row.seed for row in rows})))
@@ -75,9 +79,8 @@ def description(rows: Sequence[Row], servers: Sequence[str], environments: dict[
         f"{platform.machine()}), Python {platform.python_version()}, {', '.join(servers)}, "
         f"SQLite {sqlite3.sqlite_version}; {minutes:.0f} minutes of scenarios, two at a time."
     ]
-    for is_peer, python in environments.items():
-        whose = "The other libraries" if is_peer else "asgi-db and plain `Depends`"
-        lines.append(f"{whose}: {', '.join(_versions(python, is_peer))}.")
+    for whose, (python, contenders) in environments.items():
+        lines.append(f"{whose}: {', '.join(_versions(python, contenders))}.")
     return "\n".join(lines)
 
 
@@ -103,11 +106,6 @@ def merge(saved: Path, rows: Sequence[Row]) -> list[Row]:
     return list(found.values())
 
 
-def _versions(python: str, is_peer: bool) -> list[str]:
-    names = [
-        name
-        for contender in CONTENDERS
-        if contender.is_peer is is_peer
-        for name in contender.packages
-    ]
+def _versions(python: str, contenders: Sequence[Contender]) -> list[str]:
+    names = [name for contender in contenders for name in contender.packages]
     return documents.versions(python, [*names, "starlette", "sqlalchemy", "asyncpg", "uvicorn"])
