@@ -256,6 +256,7 @@ class Database(Generic[SessionT_co]):
             holders=tuple(sorted(holders, key=lambda holder: -holder.age)),
             routes=self.statistics.routes,
             replicas=self._topology.stats(),
+            reads_on_primary=self._topology.reads_on_primary(),
         )
 
     def holders(self) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Literal, Protocol, TypeAlias
 from sqlalchemy import URL, Engine
 
 from asgi_db.histograms import BOUNDS, Histogram, no_counts
+from asgi_db.hosts import describe_hosts
 from asgi_db.logs import ErrorsOnce
 from asgi_db.trace import Trace
 
@@ -152,6 +153,7 @@ class DatabaseStats:
         holders: what has the connections that are checked out, the oldest first.
         routes: the counters of each route that has used the database.
         replicas: the replicas, if it has some.
+        reads_on_primary: the units of work that only read, and that no replica could serve.
     """
 
     name: str
@@ -159,6 +161,7 @@ class DatabaseStats:
     holders: tuple[Holder, ...]
     routes: Mapping[str, RouteStats]
     replicas: tuple[ReplicaStats, ...] = ()
+    reads_on_primary: int = 0
 
 
 class Tally:
@@ -367,6 +370,6 @@ def _sum(first: int | None, second: int | None) -> int | None:
 
 def name_of(url: URL) -> str:
     """Name a database, as OpenTelemetry names its pool: `server:port/database`."""
-    port = "" if url.port is None else f":{url.port}"
-    server = f"{url.host}{port}/" if url.host else ""
+    hosts = describe_hosts(url)
+    server = f"{hosts}/" if hosts else ""
     return f"{server}{url.database or ''}" or url.get_backend_name()

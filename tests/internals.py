@@ -6,6 +6,7 @@ for the limits of time. (`test_cli.py` also runs a program which cannot import t
 
 from asgi_db.asgi.call import session_key
 from asgi_db.asgi.retry import BODY_LIMIT
+from asgi_db.cli.capacity import FEW, Queue, pools_of_servers, smallest_pool
 from asgi_db.cli.check import PINGS
 from asgi_db.cli.commands import cli
 from asgi_db.cli.sqlite import file_system
@@ -34,6 +35,7 @@ from asgi_db.environment import database_url_from_env, engine_options_from_env
 from asgi_db.histograms import BOUNDS, BUCKETS, Histogram, no_counts
 from asgi_db.logs import logger
 from asgi_db.modes import ModeDefault, ReadOnly, Transactional, should_commit
+from asgi_db.pool.abandoned import side_connection
 from asgi_db.pool.fair import FairPool, FairQueue
 from asgi_db.pool.life import MOST_VARIANTS, EngineLife
 from asgi_db.profiles import POOL_PROFILES, PoolName, pool_profile
@@ -83,6 +85,7 @@ __all__ = [
     "DatabaseType",
     "Effect",
     "EngineLife",
+    "FEW",
     "FairPool",
     "FairQueue",
     "HISTORY",
@@ -95,6 +98,7 @@ __all__ = [
     "Outcome",
     "PINGS",
     "POOL_PROFILES",
+    "Queue",
     "PoolName",
     "PoolStats",
     "ReadOnly",
@@ -123,10 +127,13 @@ __all__ = [
     "no_counts",
     "parse_database_url",
     "pool_profile",
+    "pools_of_servers",
+    "smallest_pool",
     "register",
     "run_to_completion",
     "session_key",
     "should_commit",
+    "side_connection",
     "variant_options",
     "without_literals",
 ]

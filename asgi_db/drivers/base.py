@@ -135,6 +135,12 @@ class AnyDriver(Driver):
     def is_outage(self, error: BaseException) -> bool:
         return False
 
+    def is_in_doubt(self, error: BaseException) -> bool:
+        return False
+
+    def is_recovery_conflict(self, error: BaseException) -> bool:
+        return False
+
     def only_reads(self, error: BaseException) -> bool:
         return False
 

@@ -17,6 +17,7 @@ from sqlalchemy.exc import MissingGreenlet, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, PoolResetState
 
+from asgi_db.drivers import hosts
 from asgi_db.drivers.base import AnyDriver, AutocommitRequests
 from asgi_db.drivers.mysql_options import translate_url
 from asgi_db.drivers.mysql_replication import MariaDBReplication
@@ -83,6 +84,9 @@ class MySQL(AnyDriver):
 
     def is_outage(self, error: BaseException) -> bool:
         return _number(error) in _OUTAGES
+
+    def is_in_doubt(self, error: BaseException) -> bool:
+        return _number(error) == _ERROR_DURING_COMMIT
 
     def only_reads(self, error: BaseException) -> bool:
         return _only_reads(error)
@@ -157,6 +161,9 @@ _OUTAGES = (*_TOO_MANY, 1053, 3032, 1047)
 
 The last number is Galera's "WSREP has not yet prepared node for application use".
 """
+
+_ERROR_DURING_COMMIT = 1180
+"""A node of Galera says so, too, if it was cut off while the others were asked."""
 
 _OPTION_PREVENTS = 1290
 _READ_ONLY_OPTION = re.compile(r"read[-_ ]only", re.IGNORECASE)
@@ -260,6 +267,7 @@ class Asyncmy(MySQL):
         # begin corrects it if necessary. SQLAlchemy's own `isolation_level="AUTOCOMMIT"` would
         # change it twice per request, and listen to an event of the engine.
         return {
+            "connect_args": {"connect_timeout": hosts.CONNECT_TIMEOUT},
             "execution_options": {BEGIN_OPTION: Beginning(autocommit=False)},
             "skip_autocommit_rollback": True,
             "pool_reset_on_return": None,  # `prepare` installs its own reset.
@@ -297,8 +305,7 @@ class Asyncmy(MySQL):
         return OSError, import_module("asyncmy").errors.Error
 
     def connect(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
-        connecting: Awaitable[Any] = import_module("asyncmy").connect(*args, **kwargs)
-        return connecting
+        return _connect_in_time(*args, **kwargs)
 
     def is_closed(self, connection: Any) -> bool:
         if isinstance(connection, StandIn):
@@ -353,6 +360,12 @@ def _answer(connection: DBAPIConnection | PoolProxiedConnection, question: str) 
     finally:
         cursor.close()
     return None if row is None else row[0]
+
+
+async def _connect_in_time(*args: Any, **kwargs: Any) -> Any:
+    # asyncmy's own limit ends when the socket is connected, and a frozen server says nothing then.
+    async with asyncio.timeout(kwargs.get("connect_timeout")):
+        return await import_module("asyncmy").connect(*args, **kwargs)
 
 
 async def _latest_start(connection: AsyncConnection) -> float:

@@ -44,7 +44,7 @@ class MariaDBReplication(Replication):
             else:
                 pooled.info[_COMMITTED] = _commit(pooled)
 
-        dialect.do_commit = do_commit  # type: ignore[method-assign]
+        dialect.do_commit = do_commit  # type: ignore[method-assign, assignment]
 
     def position(self, pooled: PoolProxiedConnection) -> Position:
         found = _LAST_GTID.search(pooled.info.pop(_COMMITTED, b""))

@@ -31,6 +31,16 @@ def sqlstate(error: BaseException) -> str | None:
     return getattr(error, "sqlstate", None)
 
 
+def _raised_in(error: BaseException | None) -> str | None:
+    """Name the function of the server that has raised an error, if the driver tells."""
+    if error is None:
+        return None
+    in_psycopg = getattr(getattr(error, "diag", None), "source_function", None)
+    in_asyncpg = getattr(error, "server_source_function", None)
+    # SQLAlchemy wraps the errors of asyncpg.
+    return in_psycopg or in_asyncpg or _raised_in(error.__cause__)
+
+
 _GRAMMAR = Grammar(
     reads="SELECT|WITH|VALUES|TABLE|SHOW|EXPLAIN|FETCH|MOVE|CLOSE|COMMIT|END|ABORT|ROLLBACK"
     "|SAVEPOINT|RELEASE|UNLISTEN",
@@ -92,6 +102,16 @@ class PostgreSQL(AnyDriver):
     def is_outage(self, error: BaseException) -> bool:
         return self.code(error) in _OUTAGES
 
+    def is_in_doubt(self, error: BaseException) -> bool:
+        return self.code(error) in _IN_DOUBT
+
+    def is_recovery_conflict(self, error: BaseException) -> bool:
+        state = self.code(error)
+        if state in _CANCELED_BY_RECOVERY and "conflict with recovery" in str(error):
+            return True
+        # In another language it is told by where it was raised, as far as its code is its own.
+        return state in ("40001", "40P01") and _raised_in(error) in _RECOVERY_CONFLICT
+
     def only_reads(self, error: BaseException) -> bool:
         state = self.code(error)
         # A standby has no SERIALIZABLE, and says so when such a transaction begins.
@@ -133,6 +153,13 @@ class PostgreSQL(AnyDriver):
 
 _CONFLICTS = frozenset({"40001", "40P01", "55P03"})
 """A serialization failure, a deadlock, and a lock that was not available in time."""
+
+_CANCELED_BY_RECOVERY = frozenset({"40001", "40P01", "57014"})
+_RECOVERY_CONFLICT = frozenset({"ProcessInterrupts", "ProcessRecoveryConflictInterrupt"})
+"""Where PostgreSQL raises it, until version 15 and since then."""
+
+_IN_DOUBT = frozenset({"40003", "08007"})
+"""Statement completion unknown, and transaction resolution unknown; CockroachDB says the first."""
 
 _ONLY_READS = "25006"
 NOT_SUPPORTED = "0A000"
@@ -182,21 +209,27 @@ class SupportedPostgreSQL(PostgreSQL):
         self._idle_limits: WeakKeyDictionary[Any, tuple[str | None, ...]] = WeakKeyDictionary()
         self._read_by_choice = WeakSet[Any]()
 
+    def ends_connecting(self, error: Exception) -> bool:
+        """Whether no other host is tried; as with libpq, where one has refused the settings."""
+        is_of_host = isinstance(error, self.connect_errors) and not isinstance(error, ValueError)
+        return not is_of_host or self.is_full(error) or self.remedy(error) is not None
+
     def prepare(self, engine: Engine, *, pooler: bool, durable: bool) -> None:
         if not pooler:
             self._watch_connections(engine)
 
     def extend(self, dialect: Dialect) -> None:
-        """Prepare a statement anew if DDL has made its plan invalid, where nothing is lost by it.
+        """Send a statement again if DDL has made its plan invalid, where nothing is lost by it.
 
         In autocommit, and as the first statement of its transaction, it is simply sent again.
-        Otherwise PostgreSQL has discarded the transaction, which counts as a conflict.
+        Otherwise PostgreSQL has discarded the transaction, which counts as a conflict. So does a
+        read that a standby has cancelled, and in autocommit that is sent again, too.
         """
         for name in ("do_execute", "do_executemany", "do_execute_no_params"):
             setattr(dialect, name, functools.partial(self._execute, getattr(dialect, name)))
 
     def _execute(self, execute: Callable[..., None], cursor: Any, *arguments: Any) -> None:
-        """Execute a statement; send it again if its plan was invalid and nothing is lost by it."""
+        """Execute a statement; send it again, once, where that helps and nothing is lost by it."""
         context: ExecutionContext = arguments[-1]
         connection: Any = context.root_connection.connection.driver_connection
         # It is None if it was detached from the pool. A driver begins a transaction with its first
@@ -209,9 +242,12 @@ class SupportedPostgreSQL(PostgreSQL):
         try:
             execute(cursor, *arguments)
         except Exception as error:
-            if not (comes_first and self.has_invalid_plan(error)):
+            if not comes_first:
                 raise
-            self.forget_plans(context, error)
+            if self.has_invalid_plan(error):
+                self.forget_plans(context, error)
+            elif not (_is_autocommit(context) and self.is_recovery_conflict(error)):
+                raise
             execute(cursor, *arguments)
 
     def forget_plans(self, context: ExecutionContext, error: Exception) -> None:
@@ -316,6 +352,11 @@ _WATCH_CLIENT = """
     current_setting('idle_in_transaction_session_timeout', true),
     current_setting('idle_session_timeout', true)
 """
+
+
+def _is_autocommit(context: ExecutionContext) -> bool:
+    adapted: Any = context.root_connection.connection.dbapi_connection
+    return bool(adapted.autocommit)
 
 
 _CHOSEN_BY_USER = frozenset({"client", "session", "user", "database user"})

@@ -242,6 +242,14 @@ class Driver(Protocol):
         """Say whether the server shuts down, starts, or takes no more connections."""
         ...
 
+    def is_in_doubt(self, error: BaseException) -> bool:
+        """Say whether the server, asked to commit, does not know if it has done so."""
+        ...
+
+    def is_recovery_conflict(self, error: BaseException) -> bool:
+        """Say whether a standby has cancelled a read that was in the way of its replication."""
+        ...
+
     def only_reads(self, error: BaseException) -> bool:
         """Say whether a write was refused because its server, or its transaction, only reads."""
         ...

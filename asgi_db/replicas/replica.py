@@ -22,6 +22,9 @@ from asgi_db.tasks import in_background
 ASK_AGAIN_AFTER = 0.05
 """Seconds between two questions to a replica: how far it has come."""
 
+LOOK_AGAIN_AFTER = 1.0
+"""Seconds between two questions to a replica that no read waits for."""
+
 ANSWER_TIMEOUT = 1.0
 """Seconds that a replica has for the answer."""
 
@@ -76,17 +79,23 @@ class Replica:
 
         One question serves all that wait for it. No request waits for a replica that was down.
         """
-        if self._question is None:
-            now = time.monotonic()
-            if not self.has_room or now - self._asked < ASK_AGAIN_AFTER:
-                return False
-            if self._down_since is not None and now - self._down_since < DOWN_FOR:
-                return False
-            self._asked = now
-            self._question = in_background(self._ask())
-        if self._down_since is None:
+        self.ask(ASK_AGAIN_AFTER)
+        if self._question is not None and self._down_since is None:
             await asyncio.wait((self._question,))
         return self.has(positions)
+
+    def ask(self, after: float) -> None:
+        """Begin to ask it how far it has come; nothing waits for the answer here.
+
+        Args:
+            after: the seconds since the last question.
+        """
+        now = time.monotonic()
+        if self._question is not None or not self.has_room or now - self._asked < after:
+            return
+        if self._down_since is None or now - self._down_since >= DOWN_FOR:
+            self._asked = now
+            self._question = in_background(self._ask())
 
     def answered(self) -> None:
         """Note that it has executed a statement."""

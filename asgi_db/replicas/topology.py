@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from weakref import WeakKeyDictionary
 
 from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -47,31 +45,26 @@ class Topology:
         self._replicas = tuple(replicas)
         self._replication = replication
         self._history = History()
-        self._servers: WeakKeyDictionary[asyncio.AbstractEventLoop, Servers] = WeakKeyDictionary()
-        self._lock = threading.Lock()  # held while the servers of a loop are put together
+        self._servers: dict[asyncio.AbstractEventLoop, Servers] = {}
 
     def on(self, loop: asyncio.AbstractEventLoop) -> Choice:
         """Return the servers of an event loop for a new session; made at first use."""
         primary = self.primary.on(loop)
         servers = self._servers.get(loop)
         if servers is None or servers.primary is not primary:
-            servers = self._begin(loop, primary)
+            for closed in [each for each in self._servers.copy() if each.is_closed()]:
+                self._servers.pop(closed, None)
+            servers = self._servers[loop] = self._servers_on(loop, primary)
         return Choice(servers)
 
-    def _begin(self, loop: asyncio.AbstractEventLoop, primary: EngineLife) -> Servers:
-        with self._lock:
-            servers = self._servers.get(loop)
-            if servers is None or servers.primary is not primary:
-                replicas: list[Replica] = []
-                if self._replication is not None:
-                    follow_commits(primary.engine.sync_engine, self._replication)
-                    for engines in self._replicas:
-                        name = name_of(engines.settings.url)
-                        replicas.append(Replica(name, engines.on(loop), self._replication))
-                is_covered = self._is_covered
-                servers = Servers(primary, replicas, self._history, is_covered)
-                self._servers[loop] = servers
-            return servers
+    def _servers_on(self, loop: asyncio.AbstractEventLoop, primary: EngineLife) -> Servers:
+        replicas: list[Replica] = []
+        if self._replication is not None:
+            follow_commits(primary.engine.sync_engine, self._replication)
+            for engines in self._replicas:
+                name = name_of(engines.settings.url)
+                replicas.append(Replica(name, engines.on(loop), self._replication))
+        return Servers(primary, replicas, self._history, self._is_covered)
 
     def _is_covered(self) -> bool:
         return self.primary.active_cover is not None
@@ -93,9 +86,13 @@ class Topology:
         finally:
             await self.primary.dispose()
 
+    def reads_on_primary(self) -> int:
+        """Return how many units only read, and no replica could serve them."""
+        return sum(servers.on_primary for servers in self._servers.copy().values())
+
     def stats(self) -> tuple[ReplicaStats, ...]:
         """Return how each replica stands, in all event loops together."""
-        servers = [servers for _, servers in self._servers.copy().items()]
+        servers = list(self._servers.copy().values())
         return tuple(
             self._stats_of(engines, [one.replicas[number] for one in servers])
             for number, engines in enumerate(self._replicas)
@@ -165,8 +162,8 @@ def _engines_of(
         url = read_url(replica, "A URL in replicas=")
     if url.drivername != settings.url.drivername:
         raise ConfigurationError(
-            f"replicas= has a URL of {url.drivername}, and the primary is {settings.url.drivername}:"
-            " a replica is a server of the same kind, with the same driver."
+            f"replicas= has a URL of {url.drivername}, but the primary has"
+            f" {settings.url.drivername}: use the same driver for both."
         )
     settings = replace(settings, url=url, has_replicas=False)
     if not isinstance(replica, AsyncEngine):

@@ -28,7 +28,7 @@ class Opener(Protocol[SessionT_co]):
         """The class of its sessions."""
         ...
 
-    def life_on(self, loop: asyncio.AbstractEventLoop) -> UnitLife:
+    def life_on(self, loop: asyncio.AbstractEventLoop, /) -> UnitLife:
         """Return the engine of an event loop."""
         ...
 
