@@ -13,7 +13,7 @@ from tests import documents
 from tests.chaos import report
 from tests.chaos.report import Row
 from tests.chaos.runner import SCENARIOS, Job, run
-from tests.chaos.world import PLACES, Place
+from tests.chaos.world import CLUSTERS, PLACES, Place
 from tests.contenders import CONTENDERS, OURS, Contender
 from tests.options import add_choice
 
@@ -45,21 +45,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.scale == 1:
                 report.merge(RESULTS, result)
     shown = report.merge(RESULTS, []) if options.write else rows
-    text = report.table(_sorted(shown))
+    text = _text(_sorted(shown), options)
     if options.write:
-        peers = [contender for contender in CONTENDERS if contender.is_peer]
-        own = [contender for contender in CONTENDERS if not contender.is_peer]
-        routing = [contender for contender in peers if contender.reads_from_replicas]
-        environments = {
-            "asgi-db and plain `Depends`": (sys.executable, own),
-            "The other libraries": (options.peers, peers),
-            "The other libraries on standbys": (options.peers_2_0, routing),
-        }
-        head = report.description(shown, documents.server_versions(), environments)
-        text = f"{head}\n\n{text}"
         report.write(DOCUMENT, text)
     print(text)
     return int(any(row.contender == OURS and not row.outcome.is_clean for row in rows))
+
+
+def _text(rows: Sequence[Row], options: argparse.Namespace) -> str:
+    """The table of single servers, and that of clusters; for the document with what they are of."""
+    servers = documents.server_versions() if options.write else []
+    parts = list[str]()
+    for is_cluster, title in ((False, ""), (True, "### Clusters")):
+        shown = [row for row in rows if (row.place in CLUSTERS) is is_cluster]
+        if shown and options.write:
+            peers = options.peers_2_0 if is_cluster else options.peers
+            environments = {False: sys.executable, True: peers}
+            parts += [title, report.description(shown, servers, environments)]
+        if shown:
+            parts.append(report.table(shown))
+    return "\n\n".join(filter(None, parts))
 
 
 def _python(contender: Contender, place: Place, options: argparse.Namespace) -> str:

@@ -43,11 +43,16 @@ class Answer:
         return [f"Cookie: {cookie}"] if cookie else []
 
     @property
+    def reason(self) -> str:
+        """The reason that a 503 of asgi-db gives."""
+        with suppress(ValueError, AttributeError):
+            return str(json.loads(self.body).get("reason", ""))
+        return ""
+
+    @property
     def leaves_open(self) -> bool:
         """Whether it says that the write may or may not have been applied."""
-        with suppress(ValueError, AttributeError):
-            return bool(json.loads(self.body).get("reason") == "outcome-unknown")
-        return False
+        return self.reason == "outcome-unknown"
 
     def __str__(self) -> str:
         match self.status:

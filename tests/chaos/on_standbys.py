@@ -132,6 +132,7 @@ async def _fail_over(world: World, synchronous: str) -> Outcome:
                 outcome.survived += await world.is_served_again(server.port, ledger, within=5)
                 await asyncio.sleep(1)
             await world.settle(server, ledger, outcome)
+    outcome.remark(ledger.refused("down"), "told that the database is down")
     answers = ledger.answers.values()
     acknowledged = sum(answer is not None and answer.is_success for answer in answers)
     outcome.remark(acknowledged, "acknowledged")

@@ -5,7 +5,7 @@ import os
 import platform
 import sqlite3
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -59,17 +59,13 @@ def table(rows: Sequence[Row]) -> str:
     return documents.table(head, [row.cells() for row in rows], range(3, 7))
 
 
-def description(
-    rows: Sequence[Row],
-    servers: Sequence[str],
-    environments: Mapping[str, tuple[str, Sequence[Contender]]],
-) -> str:
+def description(rows: Sequence[Row], servers: Sequence[str], environments: dict[bool, str]) -> str:
     """When and where the table was made, and of what.
 
     Args:
         rows: of the table.
         servers: names and versions of the database servers.
-        environments: the interpreters, with the contenders in them, by words for these.
+        environments: the interpreters, by whether their contenders are peers.
     """
     days = " and ".join(sorted({row.day for row in rows}))
     seeds = " and ".join(map(str, sorted({row.seed for row in rows})))
@@ -79,8 +75,11 @@ def description(
         f"{platform.machine()}), Python {platform.python_version()}, {', '.join(servers)}, "
         f"SQLite {sqlite3.sqlite_version}; {minutes:.0f} minutes of scenarios, two at a time."
     ]
-    for whose, (python, contenders) in environments.items():
-        lines.append(f"{whose}: {', '.join(_versions(python, contenders))}.")
+    for is_peer, python in environments.items():
+        whose = "The other libraries" if is_peer else "asgi-db and plain `Depends`"
+        contenders = [row.contender for row in rows if row.contender.is_peer is is_peer]
+        if contenders:
+            lines.append(f"{whose}: {', '.join(_versions(python, contenders))}.")
     return "\n".join(lines)
 
 

@@ -30,6 +30,8 @@ PLACES: dict[Place, str] = {
     "standbys": "PostgreSQL with standbys",
 }
 
+CLUSTERS: tuple[Place, ...] = ("galera", "standbys")
+
 POOL_SIZE = 5
 
 SETTLING = 1.0
@@ -101,6 +103,12 @@ class Ledger:
         if pair:
             self._pairs.add(id)
         return id
+
+    def refused(self, reason: str) -> int:
+        """How many writes were refused for this reason."""
+        return sum(
+            answer is not None and answer.reason == reason for answer in self.answers.values()
+        )
 
     async def settle(self, url: str, outcome: Outcome) -> None:
         """Compare what clients were told with what is there."""
