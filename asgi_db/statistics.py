@@ -122,6 +122,28 @@ class Holder:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaStats:
+    """A replica, as this process sees it at one moment.
+
+    Attributes:
+        name: the server, without user and password: `db2.example.org:5432/shop`.
+        pool: the connections to it.
+        units: the units of work that have run on it.
+        behind: how often a read went elsewhere because it had not come far enough.
+        is_down: whether it has failed, and has not answered since.
+        lag: seconds since the oldest commit of this process that it is not known to have; 0 if it
+            has them all; None while this process has committed nothing.
+    """
+
+    name: str
+    pool: PoolStats
+    units: int = 0
+    behind: int = 0
+    is_down: bool = False
+    lag: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class DatabaseStats:
     """What `database.stats()` returns: the state of this process at one moment.
 
@@ -130,12 +152,14 @@ class DatabaseStats:
         pool: its connections.
         holders: what has the connections that are checked out, the oldest first.
         routes: the counters of each route that has used the database.
+        replicas: the replicas, if it has some.
     """
 
     name: str
     pool: PoolStats
     holders: tuple[Holder, ...]
     routes: Mapping[str, RouteStats]
+    replicas: tuple[ReplicaStats, ...] = ()
 
 
 class Tally:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from tests import servers
+from tests import clusters, servers
 
 # A busy machine takes its time; what takes too long altogether is ended by the timeout.
 settings.register_profile("asgi-db", deadline=None)
@@ -117,8 +117,9 @@ WITH_PSYCOPG = frozenset(
     f"test_{name}"
     for name in (
         "abandoned_queries cancellation cancellation_storm engine event_loops failed_clean_up"
-        " garbage leaks loops_without_dispose outage pgbouncer random_walks retries"
-        " sandbox server_faults shutdown streams_and_release unit_of_work wrong_settings"
+        " garbage leaks loops_without_dispose outage pgbouncer random_walks recovery_conflicts"
+        " retries sandbox server_faults servers_that_only_read shutdown streams_and_release"
+        " unit_of_work wrong_settings"
     ).split()
 )
 """The files beside the contract whose tests depend on the driver."""
@@ -192,6 +193,34 @@ def mysql_server() -> Iterator[servers.DatabaseServer]:
     """A MariaDB server for this session."""
     with servers.mariadb() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def postgresql_cluster() -> Iterator[clusters.Cluster]:
+    """A PostgreSQL primary with a prompt and a late standby; a test may hold these back."""
+    with clusters.postgresql() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def mysql_cluster() -> Iterator[clusters.Cluster]:
+    """A MariaDB primary with a late replica."""
+    with clusters.mariadb() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def postgresql_urls(postgresql_cluster: clusters.Cluster) -> Iterator[clusters.Urls]:
+    """An empty database on each server of the PostgreSQL cluster."""
+    with postgresql_cluster.fresh_database() as urls:
+        yield urls
+
+
+@pytest.fixture
+def mysql_urls(mysql_cluster: clusters.Cluster) -> Iterator[clusters.Urls]:
+    """An empty database on each server of the MariaDB cluster."""
+    with mysql_cluster.fresh_database() as urls:
+        yield urls
 
 
 @pytest.fixture

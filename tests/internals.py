@@ -6,6 +6,7 @@ for the limits of time. (`test_cli.py` also runs a program which cannot import t
 
 from asgi_db.asgi.call import session_key
 from asgi_db.asgi.retry import BODY_LIMIT
+from asgi_db.cli.capacity import FEW, Queue, pools_of_servers, smallest_pool
 from asgi_db.cli.check import PINGS
 from asgi_db.cli.commands import cli
 from asgi_db.cli.sqlite import file_system
@@ -84,6 +85,7 @@ __all__ = [
     "DatabaseType",
     "Effect",
     "EngineLife",
+    "FEW",
     "FairPool",
     "FairQueue",
     "HISTORY",
@@ -96,6 +98,7 @@ __all__ = [
     "Outcome",
     "PINGS",
     "POOL_PROFILES",
+    "Queue",
     "PoolName",
     "PoolStats",
     "ReadOnly",
@@ -124,6 +127,8 @@ __all__ = [
     "no_counts",
     "parse_database_url",
     "pool_profile",
+    "pools_of_servers",
+    "smallest_pool",
     "register",
     "run_to_completion",
     "session_key",

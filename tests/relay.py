@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import itertools
 import re
 import socket
 from collections.abc import AsyncGenerator, Callable
@@ -45,7 +46,7 @@ def nth(number: int, fate: Fate, words: bytes = b"") -> Callable[[bytes], Fate]:
 
 
 class Relay:
-    """Forwards each connection to the server of a URL.
+    """Forwards each connection to the server of a URL, or to several servers in turn.
 
     Its port is taken from the beginning; until `start` every connection is refused.
 
@@ -62,7 +63,7 @@ class Relay:
 
     def __init__(self, url: str) -> None:
         target = make_url(url)
-        self._target = str(target.host), int(target.port or 0)
+        self.turn_to(url)
         self._socket = _bound_to(0)
         self._port: int = self._socket.getsockname()[1]
         self._accepting: asyncio.Server | None = None
@@ -83,6 +84,11 @@ class Relay:
         return len(self._running)
 
     # -- what a test does to the network -------------------------------------------------------
+
+    def turn_to(self, *urls: str) -> None:
+        """Forward each new connection to the next of these servers; the open ones stay."""
+        targets = map(make_url, urls)
+        self._targets = itertools.cycle((str(url.host), int(url.port or 0)) for url in targets)
 
     async def start(self) -> None:
         """Accept connections from now on."""
@@ -141,7 +147,7 @@ class Relay:
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async with _closed_at_the_end(writer):
             try:
-                server_reader, server_writer = await asyncio.open_connection(*self._target)
+                server_reader, server_writer = await asyncio.open_connection(*next(self._targets))
             except OSError:  # nobody there: this client is sent away, as a proxy does
                 return
             async with _closed_at_the_end(server_writer):

@@ -324,6 +324,13 @@ class _Process:
             self._running = None
             (self._folder / "server").unlink()
 
+    def touch(self, name: str) -> None:
+        """Make an empty file of the server's, in its folder."""
+        file = self._folder / name
+        file.touch()
+        owner = file.parent.stat()
+        os.chown(file, owner.st_uid, owner.st_gid)
+
     def freeze(self) -> None:
         """Stop the server and its child processes where they are, and wait until all have stopped.
 
@@ -403,6 +410,21 @@ class DatabaseServer:
         self.stop(how)
         self.start()
 
+    def restart_as_standby(self) -> None:
+        """Restart a PostgreSQL server as a standby, which waits for news of a primary in vain."""
+        self.stop()
+        self._own.touch("data/standby.signal")
+        self.start()
+
+    @contextmanager
+    def stopped(self, how: HowToStop = "immediate") -> Generator[None, None, None]:
+        """It does not run until the end of the block; the same arguments as `stop`."""
+        self.stop(how)
+        try:
+            yield
+        finally:
+            self.start()
+
     @contextmanager
     def frozen(self) -> Generator[None, None, None]:
         """All its processes stand still (SIGSTOP) until the end of the block."""
@@ -427,7 +449,7 @@ class DatabaseServer:
         """The URL of a new database, dropped at the end even if clients are still connected."""
         url = run(self._create())
         try:
-            yield _with_driver(url)
+            yield with_driver(url)
         finally:
             run(self._drop(url))
 
@@ -440,7 +462,7 @@ class DatabaseServer:
         """
         url = self._emptied.pop() if self._emptied else run(self._create())
         try:
-            yield _with_driver(url)
+            yield with_driver(url)
         finally:
             if run(self._is_emptied(url)):
                 self._emptied.append(url)
@@ -508,78 +530,118 @@ def postgresql(*, own: bool = False) -> Generator[DatabaseServer, None, None]:
         own: a private one in any case, which can be restarted and frozen.
     """
     if POSTGRESQL.url and not own:
-        given = DatabaseServer(_with_driver(POSTGRESQL.url))
+        given = DatabaseServer(with_driver(POSTGRESQL.url))
         try:
             yield given
         finally:
             given.drop_emptied()
         return
-    initdb, postgres = _programs(POSTGRESQL, "initdb", "postgres")
     with temporary_folder() as folder:
-        user = _unique_user()
-        settings = {
-            "fsync": "off",
-            "listen_addresses": "127.0.0.1",
-            "max_connections": "300",
-            "shared_buffers": "32MB",
-            "unix_socket_directories": "",
-        }
-        options = [f"-c{name}={value}" for name, value in settings.items()]
-        data = f"--pgdata={folder}/data"
-        _setup(
-            [initdb, data, f"--username={user}", "--encoding=UTF8", "--locale=C", "--no-sync"],
-            folder,
-        )
-        with running(
-            lambda port: [postgres, "-D", f"{folder}/data", f"--port={port}", *options],
-            lambda port: f"postgresql+asyncpg://{user}:password@127.0.0.1:{port}/postgres",
-            folder,
-            {"fast": signal.SIGINT, "immediate": signal.SIGQUIT},  # child processes included
-        ) as server:
+        user = unique_user()
+        make_postgresql(folder, user)
+        with running_postgresql(folder, user) as server:
             yield server
+
+
+def make_postgresql(folder: Path, user: str) -> None:
+    """Make the data of a PostgreSQL server which has not run yet."""
+    (initdb,) = _programs(POSTGRESQL, "initdb")
+    data = f"--pgdata={folder}/data"
+    set_up(
+        [initdb, data, f"--username={user}", "--encoding=UTF8", "--locale=C", "--no-sync"], folder
+    )
+
+
+@contextmanager
+def running_postgresql(
+    folder: Path, user: str, **more: str
+) -> Generator[DatabaseServer, None, None]:
+    """Run a PostgreSQL server on its data, with more settings if need be."""
+    (postgres,) = _programs(POSTGRESQL, "postgres")
+    settings = {
+        "fsync": "off",
+        "listen_addresses": "127.0.0.1",
+        "max_connections": "300",
+        "shared_buffers": "32MB",
+        "unix_socket_directories": "",
+        **more,
+    }
+    options = [f"-c{name}={value}" for name, value in settings.items()]
+    with running(
+        lambda port: [postgres, "-D", f"{folder}/data", f"--port={port}", *options],
+        lambda port: f"postgresql+asyncpg://{user}:password@127.0.0.1:{port}/postgres",
+        folder,
+        {"fast": signal.SIGINT, "immediate": signal.SIGQUIT},  # child processes included
+    ) as server:
+        yield server
 
 
 @contextmanager
 def mariadb(*, own: bool = False) -> Generator[DatabaseServer, None, None]:
     """A private MariaDB server, or the one of `ASGI_DB_TEST_MYSQL_URL`; see `postgresql`."""
     if MARIADB.url and not own:
-        yield DatabaseServer(_with_driver(MARIADB.url))
+        yield DatabaseServer(with_driver(MARIADB.url))
         return
-    install, mariadbd = _programs(MARIADB, "mariadb-install-db", "mariadbd")
     with temporary_folder() as folder:
-        user = _unique_user()
-        (folder / "init.sql").write_text(
-            f"CREATE USER IF NOT EXISTS {user}@'%' IDENTIFIED BY 'password';\n"
-            f"GRANT ALL ON *.* TO {user}@'%' WITH GRANT OPTION;\n"
-        )
-        data = [
-            "--no-defaults",
-            f"--datadir={folder}/data",
-            f"--tmpdir={folder}",  # in a shared one each removes what others have there
-            "--innodb-log-file-size=16M",
-        ]
-        _setup(
-            [install, *data, "--skip-test-db", "--auth-root-authentication-method=normal"], folder
-        )
-        with running(
-            lambda port: [
-                mariadbd,
-                *data,
-                f"--port={port}",
-                "--bind-address=127.0.0.1",
-                f"--socket={folder}/socket",
-                f"--pid-file={folder}/pid",
-                f"--init-file={folder}/init.sql",
-                "--innodb-buffer-pool-size=32M",
-                "--innodb-flush-log-at-trx-commit=2",  # a commit outlives SIGKILL
-                "--max-connections=500",
-                "--skip-name-resolve",
-            ],
-            lambda port: f"mysql+asyncmy://{user}:password@127.0.0.1:{port}/mysql",
-            folder,
-            {"fast": signal.SIGTERM, "immediate": signal.SIGKILL},
-        ) as server:
+        user = unique_user()
+        make_mariadb(folder, user)
+        with running_mariadb(folder, user) as server:
             yield server
+
+
+def make_mariadb(folder: Path, user: str) -> None:
+    """Make the data of a MariaDB server which has not run yet."""
+    (install,) = _programs(MARIADB, "mariadb-install-db")
+    # The user is made when the server starts, on each server for itself.
+    (folder / "init.sql").write_text(
+        "SET SESSION sql_log_bin = 0;\n"
+        f"CREATE USER IF NOT EXISTS {user}@'%' IDENTIFIED BY 'password';\n"
+        f"GRANT ALL ON *.* TO {user}@'%' WITH GRANT OPTION;\n"
+    )
+    set_up(
+        [
+            install,
+            *_data_of_mariadb(folder),
+            "--skip-test-db",
+            "--auth-root-authentication-method=normal",
+        ],
+        folder,
+    )
+
+
+def _data_of_mariadb(folder: Path) -> list[str]:
+    return [
+        "--no-defaults",
+        f"--datadir={folder}/data",
+        f"--tmpdir={folder}",  # in a shared one each removes what others have there
+        "--innodb-log-file-size=16M",
+    ]
+
+
+@contextmanager
+def running_mariadb(folder: Path, user: str, *more: str) -> Generator[DatabaseServer, None, None]:
+    """Run a MariaDB server on its data, with more options if need be."""
+    (mariadbd,) = _programs(MARIADB, "mariadbd")
+    with running(
+        lambda port: [
+            mariadbd,
+            *_data_of_mariadb(folder),
+            f"--port={port}",
+            "--bind-address=127.0.0.1",
+            f"--socket={folder}/socket",
+            f"--pid-file={folder}/pid",
+            f"--init-file={folder}/init.sql",
+            "--innodb-buffer-pool-size=32M",
+            "--innodb-flush-log-at-trx-commit=2",  # a commit outlives SIGKILL
+            "--max-connections=500",
+            "--skip-name-resolve",
+            *more,
+        ],
+        lambda port: f"mysql+asyncmy://{user}:password@127.0.0.1:{port}/mysql",
+        folder,
+        {"fast": signal.SIGTERM, "immediate": signal.SIGKILL},
+    ) as server:
+        yield server
 
 
 @contextmanager
@@ -623,7 +685,8 @@ def _start(command: list[str], folder: Path) -> "subprocess.Popen[bytes]":
         )
 
 
-def _setup(command: list[str], folder: Path) -> None:
+def set_up(command: list[str], folder: Path) -> None:
+    """Run a program to its end in the folder, as the user who owns it."""
     if _start(command, folder).wait() != 0:
         raise RuntimeError(f"{command[0]} failed:\n{(folder / 'log').read_text()[-3000:]}")
 
@@ -665,12 +728,13 @@ def free_port() -> int:
             return port
 
 
-def _unique_user() -> str:
+def unique_user() -> str:
     """A user which no other server knows: whoever logs in has reached the right server."""
     return f"tester_{uuid4().hex[:8]}"
 
 
-def _with_driver(url: str) -> str:
+def with_driver(url: str) -> str:
+    """The URL with the driver with which the tests use this database now."""
     parsed = make_url(url)
     return _plain(parsed.set(drivername=DRIVERS[parsed.get_backend_name()]))
 

@@ -754,6 +754,46 @@ async def test_a_commit_which_the_server_refuses_is_neither(postgresql_url: str)
         await assert_full_size(database, 1)
 
 
+@each_way
+@pytest.mark.parametrize("state", ["40003", "08007"])
+async def test_the_outcome_is_unknown_when_the_server_itself_does_not_know_it(
+    postgresql_url: str, state: str, work: Work
+) -> None:
+    """CockroachDB answers COMMIT so; here a trigger does that runs when COMMIT does."""
+    async with opened(postgresql_url) as database, outside(postgresql_url) as connection:
+        await connection.execute(
+            "CREATE FUNCTION doubt() RETURNS trigger LANGUAGE plpgsql AS"
+            f" $$BEGIN RAISE EXCEPTION 'result is ambiguous' USING ERRCODE = '{state}'; END$$"
+        )
+        await connection.execute(
+            "CREATE CONSTRAINT TRIGGER doubt AFTER INSERT ON author"
+            " DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION doubt()"
+        )
+        with pytest.raises(OutcomeUnknownError, match="whether COMMIT was carried out"):
+            await work(database)
+        exchange = await call(writing(database), "/1")
+        assert reason(exchange) == "outcome-unknown"
+        await connection.execute("DROP TRIGGER doubt ON author")
+        assert (await call(writing(database), "/2")).status == 201
+        await assert_full_size(database, 1)
+
+
+@pytest.mark.parametrize("state", ["40003", "08007"])
+async def test_it_is_known_when_only_a_statement_has_failed_so(
+    postgresql_url: str, state: str
+) -> None:
+    async with opened(postgresql_url) as database:
+        with pytest.raises(DBAPIError) as caught:
+            async with database.transaction() as session:
+                await session.execute(add("ada"))
+                await session.execute(
+                    text(f"DO $$BEGIN RAISE EXCEPTION 'x' USING ERRCODE = '{state}'; END$$")
+                )
+        assert not isinstance(caught.value, OutcomeUnknownError)
+        assert await authors(postgresql_url) == []
+        await assert_full_size(database, 1)
+
+
 async def test_a_session_that_lost_a_commit_knows_the_outcome_of_the_next(server_url: str) -> None:
     """That COMMIT was sent once says nothing about the transaction after it."""
     async with relayed(server_url) as (relay, database), database.session() as session:

@@ -23,6 +23,10 @@ class Readiness:
     | answers                                | 200    | `{"status": "ready"}`                 |
     | answers, but the pool is exhausted     | 503    | a problem with `"reason": "busy"`     |
     | cannot be reached, or does not answer  | 503    | a problem with `"reason": "down"`     |
+    | only reads, and the application writes | 503    | a problem with `"reason": "down"`     |
+
+    That an application writes is seen from what it does: one whose routes all read may use a server
+    that is meant for it.
 
     It never waits for the pool, and answers within seconds even if the database hangs.
     """

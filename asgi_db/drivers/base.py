@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 from weakref import WeakSet
 
-from sqlalchemy import URL, Engine
+from sqlalchemy import URL, Connection, Engine
 from sqlalchemy.engine import Dialect
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -17,6 +17,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from asgi_db.drivers.outages import REMEDIES
 from asgi_db.drivers.protocol import Abandoned, Beginning, Driver, StandIn
+from asgi_db.drivers.replication import Replication
 from asgi_db.drivers.sandbox import SandboxRules
 from asgi_db.drivers.statements import COMMON, Effect
 from asgi_db.modes import Mode
@@ -33,9 +34,11 @@ class AnyDriver(Driver):
     settings_are_transactional = False
     lock_definitions: str | None = None
     unlock_definitions: str | None = None
+    ping = "SELECT 1"
     grammar = COMMON
     has_one_writer = False
     sandbox: type[SandboxRules] | None = None
+    replication: Replication | None = None
 
     @property
     def packages(self) -> tuple[str, ...]:
@@ -83,6 +86,13 @@ class AnyDriver(Driver):
     def _terminate(self, connection: Any) -> None:
         raise NotImplementedError
 
+    def takes_writes(self, dialect: Dialect, connection: DBAPIConnection) -> bool:
+        dialect.do_ping(connection)
+        return True
+
+    def refuses_writes(self, pooled: PoolProxiedConnection) -> bool:
+        return True
+
     def leave_to_parent(self, connection: Any) -> None:
         pass
 
@@ -123,6 +133,18 @@ class AnyDriver(Driver):
         return False
 
     def is_outage(self, error: BaseException) -> bool:
+        return False
+
+    def is_in_doubt(self, error: BaseException) -> bool:
+        return False
+
+    def is_recovery_conflict(self, error: BaseException) -> bool:
+        return False
+
+    def only_reads(self, error: BaseException) -> bool:
+        return False
+
+    def reads_by_choice(self, connection: Connection) -> bool:
         return False
 
     def is_full(self, error: BaseException) -> bool:

@@ -10,7 +10,8 @@ from collections.abc import Awaitable
 from importlib import import_module
 from typing import Any
 
-from sqlalchemy import URL, Engine, event, text
+from sqlalchemy import URL, Connection, Engine, event, text
+from sqlalchemy.engine import Dialect
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import MissingGreenlet, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -19,8 +20,10 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, PoolRese
 from asgi_db.drivers import hosts
 from asgi_db.drivers.base import AnyDriver, AutocommitRequests
 from asgi_db.drivers.mysql_options import translate_url
+from asgi_db.drivers.mysql_replication import MariaDBReplication
 from asgi_db.drivers.outages import REMEDIES, connection_error
 from asgi_db.drivers.protocol import BEGIN_OPTION, Abandoned, Beginning, StandIn
+from asgi_db.drivers.replication import Replication
 from asgi_db.drivers.sandbox import INTERRUPT_AGAIN, SandboxControl, SandboxRules, SandboxStandIn
 from asgi_db.drivers.statements import WRITING_WITH, Grammar
 from asgi_db.errors import SandboxError
@@ -66,6 +69,7 @@ class MySQL(AnyDriver):
     has_double_quoted_strings = True
     # It commits before DDL, so a lock of the transaction would be gone; the name is the server's.
     lock_definitions = f"SELECT GET_LOCK({_LOCK_NAME}, 86400)"
+    ping = "SELECT @@read_only = 0"
     unlock_definitions = f"SELECT RELEASE_LOCK({_LOCK_NAME})"
     grammar = _GRAMMAR
 
@@ -80,6 +84,23 @@ class MySQL(AnyDriver):
 
     def is_outage(self, error: BaseException) -> bool:
         return _number(error) in _OUTAGES
+
+    def is_in_doubt(self, error: BaseException) -> bool:
+        return _number(error) == _ERROR_DURING_COMMIT
+
+    def only_reads(self, error: BaseException) -> bool:
+        return _only_reads(error)
+
+    def reads_by_choice(self, connection: Connection) -> bool:
+        # The session is set, and its server is not: by `init_command`, say.
+        kind = "tx" if getattr(connection.dialect, "is_mariadb", False) else "transaction"
+        question = f"SELECT @@session.{kind}_read_only = 1 AND @@global.{kind}_read_only = 0"
+        with contextlib.suppress(Exception):  # The connection is closed, or there is no such name.
+            return bool(_answer(connection.connection, question))
+        return False
+
+    def refuses_writes(self, pooled: PoolProxiedConnection) -> bool:
+        return _refuses_writes(pooled)
 
     def is_full(self, error: BaseException) -> bool:
         return _number(error) in _TOO_MANY
@@ -135,8 +156,20 @@ _CONFLICTS = (1213, 1205)
 _TOO_MANY = (1040, 1203, 1226)
 """The server refuses more connections, or more of this user."""
 
-_OUTAGES = (*_TOO_MANY, 1053)
-"""The same, or the server is shutting down."""
+_OUTAGES = (*_TOO_MANY, 1053, 3032, 1047)
+"""The same, or the server is shutting down, in offline mode, or a node that has lost its cluster.
+
+The last number is Galera's "WSREP has not yet prepared node for application use".
+"""
+
+_ERROR_DURING_COMMIT = 1180
+"""A node of Galera says so, too, if it was cut off while the others were asked."""
+
+_OPTION_PREVENTS = 1290
+_READ_ONLY_OPTION = re.compile(r"read[-_ ]only", re.IGNORECASE)
+
+_ONLY_READS = (1836, 1874, 1792)
+"""The server, InnoDB, or the transaction only reads; a demoted server of Aurora says the last."""
 
 _WRONG_SETTINGS = {
     1049: "database",
@@ -224,6 +257,7 @@ class Asyncmy(MySQL):
     name = "asyncmy"
     is_supported = True
     sandbox: type[SandboxRules] | None = AsyncmySandbox
+    replication: Replication | None = MariaDBReplication()
 
     def __init__(self) -> None:
         self._autocommit_requests = AutocommitRequests()
@@ -261,6 +295,11 @@ class Asyncmy(MySQL):
         event.listen(engine, "reset", reset)
         self._autocommit_requests.watch(dialect)
 
+    def takes_writes(self, dialect: Dialect, connection: DBAPIConnection) -> bool:
+        if isinstance(dialect.get_driver_connection(connection), StandIn):
+            return super().takes_writes(dialect, connection)
+        return bool(_answer(connection, self.ping)) or not _refuses_writes(connection)
+
     @property
     def connect_errors(self) -> tuple[type[Exception], ...]:
         return OSError, import_module("asyncmy").errors.Error
@@ -297,6 +336,36 @@ async def _connect_in_time(*args: Any, **kwargs: Any) -> Any:
     # asyncmy's own limit ends when the socket is connected, and a frozen server says nothing then.
     async with asyncio.timeout(kwargs.get("connect_timeout")):
         return await import_module("asyncmy").connect(*args, **kwargs)
+
+
+def _only_reads(error: BaseException) -> bool:
+    number = _number(error)
+    if number == _OPTION_PREVENTS:  # perhaps another option than `--read-only`
+        return _READ_ONLY_OPTION.search(str(error)) is not None
+    return number in _ONLY_READS
+
+
+def _refuses_writes(connection: DBAPIConnection | PoolProxiedConnection) -> bool:
+    # Some may write on a server that only reads. This is refused exactly where a write is.
+    try:
+        _answer(connection, "START TRANSACTION READ WRITE")
+    except Exception as error:
+        if not _only_reads(error):
+            raise
+        return True
+    connection.rollback()
+    return False
+
+
+def _answer(connection: DBAPIConnection | PoolProxiedConnection, question: str) -> Any:
+    """Return the one value with which the server answers, if it answers with one."""
+    cursor = connection.cursor()
+    try:
+        cursor.execute(question)
+        row = cursor.fetchone() if cursor.description else None
+    finally:
+        cursor.close()
+    return None if row is None else row[0]
 
 
 async def _latest_start(connection: AsyncConnection) -> float:

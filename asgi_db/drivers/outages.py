@@ -26,6 +26,18 @@ def connection_error(error: BaseException, where: str = "", cause: str = "") -> 
     return DatabaseDownError(f"{where}the database cannot be reached ({cause})", error)
 
 
+def only_reads_error(error: BaseException | None, where: str, cause: str) -> DatabaseDownError:
+    """Make the error for a write, where the server only reads.
+
+    Args:
+        error: what the driver says, if a write was refused.
+        where: the request or block, as the beginning of the message.
+        cause: how it is known.
+    """
+    message = f"{where}this server only reads, and so is no place for what writes ({cause})"
+    return DatabaseDownError(message, error or ConnectionError(message))
+
+
 REMEDIES = {
     "certificate": "Name the authority that has signed the server's certificate, and the host for"
     " which it was signed.",

@@ -7,9 +7,9 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
-from sqlalchemy import Engine, event, text
+from sqlalchemy import Connection, Engine, event, text
 from sqlalchemy.engine import Dialect
 from sqlalchemy.engine.interfaces import ExecutionContext
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -17,7 +17,9 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from asgi_db.drivers.base import AnyDriver
 from asgi_db.drivers.outages import REMEDIES
+from asgi_db.drivers.postgresql_replication import PostgreSQLReplication
 from asgi_db.drivers.protocol import Abandoned, StandIn
+from asgi_db.drivers.replication import Replication
 from asgi_db.drivers.sandbox import SandboxRules
 from asgi_db.drivers.statements import WRITING_WITH, Grammar
 from asgi_db.logs import logger
@@ -27,6 +29,16 @@ from asgi_db.modes import Mode
 def sqlstate(error: BaseException) -> str | None:
     """Return the code of an error of the server, if it is one."""
     return getattr(error, "sqlstate", None)
+
+
+def _raised_in(error: BaseException | None) -> str | None:
+    """Name the function of the server that has raised an error, if the driver tells."""
+    if error is None:
+        return None
+    in_psycopg = getattr(getattr(error, "diag", None), "source_function", None)
+    in_asyncpg = getattr(error, "server_source_function", None)
+    # SQLAlchemy wraps the errors of asyncpg.
+    return in_psycopg or in_asyncpg or _raised_in(error.__cause__)
 
 
 _GRAMMAR = Grammar(
@@ -61,6 +73,7 @@ class PostgreSQL(AnyDriver):
     has_deferrable = True
     settings_are_transactional = True
     # The key is arbitrary, and the lock is one of this database alone.
+    ping = "SELECT current_setting('transaction_read_only') = 'off'"
     lock_definitions = "SELECT pg_advisory_xact_lock(6021023, 1)"
     grammar = _GRAMMAR
 
@@ -88,6 +101,21 @@ class PostgreSQL(AnyDriver):
 
     def is_outage(self, error: BaseException) -> bool:
         return self.code(error) in _OUTAGES
+
+    def is_in_doubt(self, error: BaseException) -> bool:
+        return self.code(error) in _IN_DOUBT
+
+    def is_recovery_conflict(self, error: BaseException) -> bool:
+        state = self.code(error)
+        if state in _CANCELED_BY_RECOVERY and "conflict with recovery" in str(error):
+            return True
+        # In another language it is told by where it was raised, as far as its code is its own.
+        return state in ("40001", "40P01") and _raised_in(error) in _RECOVERY_CONFLICT
+
+    def only_reads(self, error: BaseException) -> bool:
+        state = self.code(error)
+        # A standby has no SERIALIZABLE, and says so when such a transaction begins.
+        return state == _ONLY_READS or (state == NOT_SUPPORTED and "hot standby" in str(error))
 
     def is_full(self, error: BaseException) -> bool:
         return self.code(error) == _TOO_MANY
@@ -126,6 +154,15 @@ class PostgreSQL(AnyDriver):
 _CONFLICTS = frozenset({"40001", "40P01", "55P03"})
 """A serialization failure, a deadlock, and a lock that was not available in time."""
 
+_CANCELED_BY_RECOVERY = frozenset({"40001", "40P01", "57014"})
+_RECOVERY_CONFLICT = frozenset({"ProcessInterrupts", "ProcessRecoveryConflictInterrupt"})
+"""Where PostgreSQL raises it, until version 15 and since then."""
+
+_IN_DOUBT = frozenset({"40003", "08007"})
+"""Statement completion unknown, and transaction resolution unknown; CockroachDB says the first."""
+
+_ONLY_READS = "25006"
+NOT_SUPPORTED = "0A000"
 _TOO_MANY = "53300"
 _QUERY_CANCELED = "57014"
 
@@ -165,10 +202,12 @@ class SupportedPostgreSQL(PostgreSQL):
     """PostgreSQL with a driver with which asgi-db itself connects."""
 
     is_supported = True
+    replication: Replication | None = PostgreSQLReplication()
 
     def __init__(self) -> None:
         # Neither driver has the server's limits at hand when it finds a connection closed.
         self._idle_limits: WeakKeyDictionary[Any, tuple[str | None, ...]] = WeakKeyDictionary()
+        self._read_by_choice = WeakSet[Any]()
 
     def ends_connecting(self, error: Exception) -> bool:
         """Whether no other host is tried; as with libpq, where one has refused the settings."""
@@ -180,16 +219,17 @@ class SupportedPostgreSQL(PostgreSQL):
             self._watch_connections(engine)
 
     def extend(self, dialect: Dialect) -> None:
-        """Prepare a statement anew if DDL has made its plan invalid, where nothing is lost by it.
+        """Send a statement again if DDL has made its plan invalid, where nothing is lost by it.
 
         In autocommit, and as the first statement of its transaction, it is simply sent again.
-        Otherwise PostgreSQL has discarded the transaction, which counts as a conflict.
+        Otherwise PostgreSQL has discarded the transaction, which counts as a conflict. So does a
+        read that a standby has cancelled, and in autocommit that is sent again, too.
         """
         for name in ("do_execute", "do_executemany", "do_execute_no_params"):
             setattr(dialect, name, functools.partial(self._execute, getattr(dialect, name)))
 
     def _execute(self, execute: Callable[..., None], cursor: Any, *arguments: Any) -> None:
-        """Execute a statement; send it again if its plan was invalid and nothing is lost by it."""
+        """Execute a statement; send it again, once, where that helps and nothing is lost by it."""
         context: ExecutionContext = arguments[-1]
         connection: Any = context.root_connection.connection.driver_connection
         # It is None if it was detached from the pool. A driver begins a transaction with its first
@@ -202,9 +242,12 @@ class SupportedPostgreSQL(PostgreSQL):
         try:
             execute(cursor, *arguments)
         except Exception as error:
-            if not (comes_first and self.has_invalid_plan(error)):
+            if not comes_first:
                 raise
-            self.forget_plans(context, error)
+            if self.has_invalid_plan(error):
+                self.forget_plans(context, error)
+            elif not (_is_autocommit(context) and self.is_recovery_conflict(error)):
+                raise
             execute(cursor, *arguments)
 
     def forget_plans(self, context: ExecutionContext, error: Exception) -> None:
@@ -240,7 +283,9 @@ class SupportedPostgreSQL(PostgreSQL):
             cursor = connection.cursor()
             try:
                 cursor.execute(_WATCH_CLIENT)
-                ((_, id, *limits),) = cursor.fetchall()
+                ((_, id, chosen_by, *limits),) = cursor.fetchall()
+                if chosen_by in _CHOSEN_BY_USER:
+                    self._read_by_choice.add(driver_connection)
                 self._idle_limits[driver_connection] = tuple(limits)
             except engine.dialect.loaded_dbapi.Error:
                 if self.is_closed(driver_connection):
@@ -258,6 +303,29 @@ class SupportedPostgreSQL(PostgreSQL):
                 )
 
         event.listen(engine, "connect", connect)
+
+    def takes_writes(self, dialect: Dialect, connection: Any) -> bool:
+        driver_connection = dialect.get_driver_connection(connection)
+        if isinstance(driver_connection, StandIn) or driver_connection in self._read_by_choice:
+            return super().takes_writes(dialect, connection)
+        self.enter_autocommit(connection)
+        cursor = connection.cursor()
+        try:
+            cursor.execute(self.ping)
+            ((takes_writes,),) = cursor.fetchall()
+        finally:
+            cursor.close()
+            self.leave_autocommit(connection)
+        return bool(takes_writes)
+
+    def refuses_writes(self, pooled: PoolProxiedConnection) -> bool:
+        return pooled.driver_connection not in self._read_by_choice
+
+    def reads_by_choice(self, connection: Connection) -> bool:
+        return (
+            connection.connection.driver_connection in self._read_by_choice
+            or connection.get_execution_options().get("postgresql_readonly") is True
+        )
 
     def begin_options(self, mode: Mode, *, is_prepared: bool) -> dict[str, Any]:
         if mode.autocommit:
@@ -279,9 +347,21 @@ class SupportedPostgreSQL(PostgreSQL):
 _WATCH_CLIENT = """
     SELECT CASE WHEN current_setting('client_connection_check_interval', true) = '0'
     THEN set_config('client_connection_check_interval', '1s', false) END, pg_backend_pid(),
+    CASE WHEN current_setting('default_transaction_read_only') = 'on'
+    THEN (SELECT source FROM pg_settings WHERE name = 'default_transaction_read_only') END,
     current_setting('idle_in_transaction_session_timeout', true),
     current_setting('idle_session_timeout', true)
 """
+
+
+def _is_autocommit(context: ExecutionContext) -> bool:
+    adapted: Any = context.root_connection.connection.dbapi_connection
+    return bool(adapted.autocommit)
+
+
+_CHOSEN_BY_USER = frozenset({"client", "session", "user", "database user"})
+"""Where `default_transaction_read_only` is set if it says nothing about the server, but is a matter
+of these connections: in the URL, or for their role."""
 
 
 class PostgreSQLSandbox(SandboxRules):

@@ -22,7 +22,12 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from asgi_db.drivers import hosts
 from asgi_db.drivers.outages import REMEDIES
-from asgi_db.drivers.postgresql import PATIENCE, PostgreSQLSandbox, SupportedPostgreSQL
+from asgi_db.drivers.postgresql import (
+    NOT_SUPPORTED,
+    PATIENCE,
+    PostgreSQLSandbox,
+    SupportedPostgreSQL,
+)
 from asgi_db.drivers.protocol import StandIn
 from asgi_db.drivers.psycopg_options import translate_url
 from asgi_db.drivers.sandbox import INTERRUPT_AGAIN, SandboxControl, SandboxRules, SandboxStandIn
@@ -280,7 +285,7 @@ class Psycopg(SupportedPostgreSQL):
         _set_autocommit(connection, False)
 
     def has_invalid_plan(self, error: BaseException) -> bool:
-        if self.code(error) != _NOT_SUPPORTED:
+        if self.code(error) != NOT_SUPPORTED:
             return False
         diagnostic = getattr(error, "diag", None)
         return getattr(diagnostic, "source_function", None) == "RevalidateCachedQuery"
@@ -323,8 +328,6 @@ class Psycopg(SupportedPostgreSQL):
             return int(connection.info.backend_pid) or None
         return None
 
-
-_NOT_SUPPORTED = "0A000"
 
 _STATES = {
     r'database "[^"]*" does not exist|no such database': "3D000",

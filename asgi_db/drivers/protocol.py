@@ -6,12 +6,13 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from sqlalchemy import URL, Engine
+from sqlalchemy import URL, Connection, Engine
 from sqlalchemy.engine import Dialect
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.pool import PoolProxiedConnection
 
+from asgi_db.drivers.replication import Replication
 from asgi_db.drivers.sandbox import SandboxRules
 from asgi_db.drivers.statements import Effect
 from asgi_db.modes import Mode
@@ -87,8 +88,11 @@ class Driver(Protocol):
         lock_definitions: the statement that waits until nobody else changes the definitions of
             tables, and keeps others from doing so; none if the transaction itself does that.
         unlock_definitions: the statement that ends this; none if the transaction's end does so.
+        ping: a statement whose answer shows that the server works; its value is true where
+            transactions can write, as far as one statement can tell.
         has_one_writer: whether one transaction at a time writes, and the next one waits for it.
         sandbox: the rules of a sandbox for tests; None if there is none.
+        replication: how far replicas have come; None if there are none of this database.
     """
 
     name: str
@@ -99,8 +103,10 @@ class Driver(Protocol):
     settings_are_transactional: bool
     lock_definitions: str | None
     unlock_definitions: str | None
+    ping: str
     has_one_writer: bool
     sandbox: type[SandboxRules] | None
+    replication: Replication | None
 
     @property
     def packages(self) -> tuple[str, ...]:
@@ -168,6 +174,18 @@ class Driver(Protocol):
     def terminate(self, connection: Any) -> None:
         """Close a connection at once, without a word to the server, in any event loop or none."""
 
+    def takes_writes(self, dialect: Dialect, connection: DBAPIConnection) -> bool:
+        """Ping a connection that nobody uses, and say whether its server takes writes.
+
+        Raises:
+            Exception: of any kind: the connection is closed.
+        """
+        ...
+
+    def refuses_writes(self, pooled: PoolProxiedConnection) -> bool:
+        """Say for certain whether a server refuses writes, where `ping` has not been true."""
+        ...
+
     def leave_to_parent(self, connection: Any) -> None:
         """Let this process, which was forked, not touch a connection of its parent."""
 
@@ -222,6 +240,25 @@ class Driver(Protocol):
 
     def is_outage(self, error: BaseException) -> bool:
         """Say whether the server shuts down, starts, or takes no more connections."""
+        ...
+
+    def is_in_doubt(self, error: BaseException) -> bool:
+        """Say whether the server, asked to commit, does not know if it has done so."""
+        ...
+
+    def is_recovery_conflict(self, error: BaseException) -> bool:
+        """Say whether a standby has cancelled a read that was in the way of its replication."""
+        ...
+
+    def only_reads(self, error: BaseException) -> bool:
+        """Say whether a write was refused because its server, or its transaction, only reads."""
+        ...
+
+    def reads_by_choice(self, connection: Connection) -> bool:
+        """Say whether it was the user who has made this connection, or its role, only read.
+
+        It may ask, because a write was refused just now.
+        """
         ...
 
     def is_full(self, error: BaseException) -> bool:

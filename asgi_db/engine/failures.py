@@ -11,6 +11,7 @@ from asgi_db.drivers.describing import brief, conflict_error
 from asgi_db.drivers.outages import cause_of, connection_error, wrong_settings
 from asgi_db.drivers.protocol import Driver
 from asgi_db.engine.unit import Unit, is_closed, unit_of, where
+from asgi_db.engine.writes import is_refused_by_server, writes_of
 from asgi_db.errors import (
     DatabaseConflictError,
     DatabaseDownError,
@@ -65,16 +66,37 @@ def handle_error(context: ExceptionContext) -> Exception | None:
     elif connection is None and (remedy := driver.remedy(original)) is not None:
         # SQLite opens the file only now, when the connection is set up.
         raise wrong_settings(original, remedy)
+    elif unit is not None and unit.transaction.commit_was_sent and driver.is_in_doubt(original):
+        context.is_disconnect, context.invalidate_pool_on_disconnect = True, False
+        raise OutcomeUnknownError(
+            f"{unit.describe()}: the database does not know whether COMMIT was carried out"
+            f" ({brief(original)})",
+            original,
+        )
+    elif is_refused_by_server(original, connection, unit):
+        context.is_disconnect = True  # The whole pool may lead to this server.
+        raise writes_of(context.dialect).refused(original, unit)
     elif context.is_disconnect or driver.is_outage(original):
         context.is_disconnect = True
-        # A connection may also be closed when a value is refused, and the error then repeats it.
-        cause = cause_of(original) if driver.is_outage(original) else brief(original)
-        if connection is not None and (limit := _idle_limit(driver, connection)) is not None:
-            cause = f"{cause}; {limit}"
-        if unit is not None and unit.transaction.commit_was_sent:
-            raise _outcome_unknown(original, unit, cause)
-        raise connection_error(original, where(unit), cause)
+        raise _outage(driver, original, connection, unit)
     return own
+
+
+def _outage(
+    driver: Driver, error: BaseException, connection: Connection | None, unit: Unit | None
+) -> DatabaseDownError:
+    """Make the error for a closed connection; after COMMIT was sent, its outcome is unknown."""
+    # A connection may also be closed when a value is refused, and the error then repeats it.
+    cause = cause_of(error) if driver.is_outage(error) else brief(error)
+    if connection is not None and (limit := _idle_limit(driver, connection)) is not None:
+        cause = f"{cause}; {limit}"
+    if unit is None or not unit.transaction.commit_was_sent:
+        return connection_error(error, where(unit), cause)
+    return OutcomeUnknownError(
+        f"{unit.describe()}: the connection was closed after COMMIT had been sent, so whether it"
+        f" was carried out is unknown ({cause})",
+        error,
+    )
 
 
 def _idle_limit(driver: Driver, connection: Connection) -> str | None:
@@ -82,11 +104,3 @@ def _idle_limit(driver: Driver, connection: Connection) -> str | None:
     if connection.closed or connection.invalidated or not is_closed(connection):
         return None
     return driver.idle_limit(connection.connection.driver_connection, in_transaction=True)
-
-
-def _outcome_unknown(error: BaseException, unit: Unit, cause: str) -> OutcomeUnknownError:
-    return OutcomeUnknownError(
-        f"{unit.describe()}: the connection was closed after COMMIT had been sent, so whether it"
-        f" was carried out is unknown ({cause})",
-        error,
-    )

@@ -14,6 +14,7 @@ from asgi_db.drivers.protocol import Driver
 from asgi_db.drivers.statements import Effect, Judge
 from asgi_db.engine.unit import Unit, units
 from asgi_db.engine.writers import OneWriter
+from asgi_db.engine.writes import IS_READ_ONLY, SAYS_READ_ONLY, Writes
 from asgi_db.errors import ConcurrentUseError, ReadOnlyError
 from asgi_db.modes import Mode
 
@@ -29,6 +30,7 @@ class SettingsChanged(Exception):
 def do_execute(
     judge: Judge,
     writer: OneWriter | None,
+    writes: Writes,
     _cursor: Any,
     statement: str,
     _parameters: Any,
@@ -38,8 +40,13 @@ def do_execute(
     found = units.get(context.root_connection)
     unit = None if found is None else found()
     if unit is None:
-        if writer is not None and judge.effect_of(statement).writes:
-            writer.claim(context.root_connection.connection)
+        effect = judge.effect_of(statement)
+        if effect.writes:
+            writes.are_asked_for = True
+            if writer is not None:
+                writer.claim(context.root_connection.connection)
+        elif effect in _SETTING:
+            _note_read_only(statement, context)
         pool = context.root_connection.engine.pool
         check_loop(getattr(pool, "loop", None), "A connection of the engine was used")
         return
@@ -64,9 +71,13 @@ def do_execute(
         quotes = driver_of(context.dialect).has_double_quoted_strings
         tally.trace.begin(statement, has_double_quoted_strings=quotes)
     if effect > unit.transaction.effect:
+        if effect.writes and not mode.read_only:
+            writes.are_asked_for = True
         if writer is not None and effect.writes and not mode.commits:
             writer.claim(context.root_connection.connection)  # others have begun with it
         unit.transaction.effect = effect
+    if effect in _SETTING:
+        _note_read_only(statement, context)
     if effect is Effect.SETS:
         driver = driver_of(context.dialect)
         info = context.root_connection.connection.info
@@ -76,12 +87,23 @@ def do_execute(
 def do_execute_no_params(
     judge: Judge,
     writer: OneWriter | None,
+    writes: Writes,
     cursor: Any,
     statement: str,
     context: ExecutionContext,
 ) -> None:
     """Check a statement that has no parameters; SQLAlchemy has an event of its own for it."""
-    do_execute(judge, writer, cursor, statement, None, context)
+    do_execute(judge, writer, writes, cursor, statement, None, context)
+
+
+_SETTING = (Effect.HOLDS, Effect.SETS)
+"""What can change something of its transaction, or of its connection."""
+
+
+def _note_read_only(statement: str, context: ExecutionContext) -> None:
+    """Note a statement that lets its transaction, or its connection, only read."""
+    if SAYS_READ_ONLY.search(statement) is not None:
+        context.root_connection.info[IS_READ_ONLY] = True
 
 
 _REFUSED = (Effect.LOCKS, Effect.WRITES)

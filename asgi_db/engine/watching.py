@@ -20,6 +20,7 @@ from asgi_db.engine.failures import handle_error
 from asgi_db.engine.statements import IS_CHANGED, SettingsChanged, do_execute, do_execute_no_params
 from asgi_db.engine.unit import UNIT_INFO, Unit, unit_of
 from asgi_db.engine.writers import OneWriter, writer_of
+from asgi_db.engine.writes import IS_READ_ONLY, writes_of
 from asgi_db.statistics import WITHOUT_SESSION
 
 BEGINNING = "asgi_db_beginning"
@@ -70,10 +71,11 @@ def watch(engine: Engine) -> None:
     _wrap(dialect, driver, writer, engine.get_execution_options().get(BEGIN_OPTION))
     event.listen(engine, "do_connect", let_driver_connect)
     judge = Judge(driver.effect_of, drops_row_locks=driver.drops_row_locks)
-    check = functools.partial(do_execute, judge, writer)
+    writes = writes_of(dialect)
+    check = functools.partial(do_execute, judge, writer, writes)
     event.listen(engine, "do_execute", check)
     event.listen(engine, "do_executemany", check)
-    no_params = functools.partial(do_execute_no_params, judge, writer)
+    no_params = functools.partial(do_execute_no_params, judge, writer, writes)
     event.listen(engine, "do_execute_no_params", no_params)
     event.listen(engine, "handle_error", handle_error)
     event.listen(engine, "checkin", functools.partial(_checkin, driver))
@@ -150,6 +152,7 @@ def _checkin(
     driver: Driver, connection: DBAPIConnection | None, entry: ConnectionPoolEntry
 ) -> None:
     entry.info.pop(BEGINNING, None)
+    entry.info.pop(IS_READ_ONLY, None)
     is_changed = entry.info.pop(IS_CHANGED, False)
     if connection is not None:
         driver.leave_autocommit(connection)

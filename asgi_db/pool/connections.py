@@ -19,6 +19,7 @@ from asgi_db.drivers import driver_of
 from asgi_db.drivers.connecting import connect_is_complete
 from asgi_db.drivers.outages import connection_error
 from asgi_db.engine.unit import UNIT_INFO, Unit
+from asgi_db.engine.writes import writes_of
 from asgi_db.logs import logger
 from asgi_db.pool.fair import FairPool
 from asgi_db.pool.leaks import LeakWatch, Stack, Suspect
@@ -27,6 +28,9 @@ from asgi_db.statistics import WITHOUT_SESSION, Holder, PoolStats, Statistics
 VERIFY_AFTER_IDLE = 1.0
 """Seconds of idleness after which a pooled connection is pinged before it is used."""
 
+
+_VERIFIED = "asgi_db_verified"
+"""The key in a connection's `info` for when it was made, or pinged last."""
 
 _RETURNED = "asgi_db_returned"
 """The key in a connection's `info` for when it was last returned; one that is new has none."""
@@ -77,6 +81,7 @@ class Connections:
         self._statistics = statistics
         self._behind_pooler = pooler
         self._verify = verify
+        self._writes = writes_of(engine.dialect)
         self._open: dict[ConnectionPoolEntry, DBAPIConnection] = {}
         self._out: dict[ConnectionPoolEntry, Held] = {}
         self._leaks = None if leak_threshold is None else LeakWatch(leak_threshold, self._suspects)
@@ -91,6 +96,7 @@ class Connections:
     def _connect(self, connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
         connect_is_complete()
         self._driver.adopt(self._dialect.get_driver_connection(connection))
+        entry.info[_VERIFIED] = time.monotonic()
         self._open = self._still_open()
         self._open[entry] = connection
 
@@ -117,8 +123,11 @@ class Connections:
                 self._name_idle_limit(driver_connection)
                 raise DisconnectionError(closed)  # the pool tries another one, a few times
             raise connection_error(ConnectionError(closed))
-        if self._verify and returned is not None and now - returned > VERIFY_AFTER_IDLE:
-            self._ping(connection)
+        if self._writes.are_refused and returned is not None:
+            returned = entry.info[_VERIFIED]  # However busy it is: another server may take over.
+        if returned is not None and now - returned > VERIFY_AFTER_IDLE:
+            if self._verify or self._writes.are_refused:
+                self._ping(connection, entry)
         stack = [] if self._leaks is None else self._leaks.connection_taken()
         self._out[entry] = Held(weakref.ref(proxy), now, stack)
 
@@ -132,11 +141,18 @@ class Connections:
                 limit,
             )
 
-    def _ping(self, connection: DBAPIConnection) -> None:
+    def _ping(self, connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
         try:
-            self._dialect.do_ping(connection)
+            if self._writes.are_asked_for:
+                takes_writes = self._driver.takes_writes(self._dialect, connection)
+            else:
+                takes_writes = self._dialect.do_ping(connection)
         except Exception as error:  # of any kind: the pool replaces this and all older ones
             raise InvalidatePoolError(str(error)) from error
+        if not takes_writes:
+            raise InvalidatePoolError("this server only reads")
+        self._writes.are_refused = False
+        entry.info[_VERIFIED] = time.monotonic()
 
     def _checkin(self, _: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
         unit: Unit | None = entry.info.pop(UNIT_INFO, None)
@@ -184,14 +200,8 @@ class Connections:
     def stats(self) -> PoolStats:
         """Count the connections, also from another thread."""
         pool = self._engine.sync_engine.pool
-        size = limit = None
-        if isinstance(pool, QueuePool):
-            size = pool.size() or None
-            # There is no public way to read it; the test of pools in `test_statistics.py` breaks
-            # when this changes.
-            overflow = pool._max_overflow  # pyright: ignore[reportPrivateUsage]
-            limit = None if size is None or overflow < 0 else size + overflow
-        checked_out = self.checked_out
+        size = (pool.size() or None) if isinstance(pool, QueuePool) else None
+        limit, checked_out = self._limit, self.checked_out
         idle = len(self._still_open()) - checked_out
         return PoolStats(
             size=size,
@@ -200,6 +210,22 @@ class Connections:
             idle=max(idle, 0),
             waiting=pool.waiting() if isinstance(pool, FairPool) else None,
         )
+
+    @property
+    def _limit(self) -> int | None:
+        pool = self._engine.sync_engine.pool
+        if not isinstance(pool, QueuePool):
+            return None
+        # There is no public way to read it; the test of pools in `test_statistics.py` breaks when
+        # this changes.
+        overflow = pool._max_overflow  # pyright: ignore[reportPrivateUsage]
+        return pool.size() + overflow if pool.size() and overflow >= 0 else None
+
+    @property
+    def have_room(self) -> bool:
+        """Whether one is free, or may be opened."""
+        limit = self._limit
+        return limit is None or self.checked_out < limit
 
     async def all_returned(self) -> None:
         """Wait until every connection is back in the pool."""

@@ -6,14 +6,15 @@ import time
 from contextlib import AbstractAsyncContextManager
 
 import anyio
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from asgi_db.drivers import driver_of
 from asgi_db.drivers.describing import conflict_error
-from asgi_db.drivers.outages import connection_error, wrong_settings
+from asgi_db.drivers.outages import connection_error, only_reads_error, wrong_settings
+from asgi_db.engine.writes import writes_of
 from asgi_db.errors import DatabaseBusyError, UnavailableError
 from asgi_db.logs import logger
 from asgi_db.pool.abandoned import connection_of, side_connection
@@ -77,14 +78,18 @@ async def ping(life: EngineLife) -> None:
 
 
 async def _ask(life: EngineLife, connecting: AbstractAsyncContextManager[AsyncConnection]) -> None:
+    driver, writes = driver_of(life.engine.dialect), writes_of(life.engine.dialect)
     try:
         with anyio.fail_after(PING_TIMEOUT):
             async with connecting as connection:
-                await connection.execute(text("SELECT 1"))
+                takes_writes = await connection.scalar(text(driver.ping))
+                if writes.are_asked_for:
+                    if not takes_writes and await connection.run_sync(_refuses_writes):
+                        raise only_reads_error(None, "", "database.ping()")
+                    writes.are_refused = False
     except DBAPIError as error:
         if error.orig is None:
             raise
-        driver = driver_of(life.engine.dialect)
         if (remedy := driver.remedy(error.orig)) is not None:
             # SQLite opens the file only now, and a side connection's engine translates nothing.
             raise wrong_settings(error.orig, remedy) from error
@@ -92,3 +97,7 @@ async def _ask(life: EngineLife, connecting: AbstractAsyncContextManager[AsyncCo
             raise
         # SQLite refuses to set up a connection to a locked file.
         raise conflict_error(error, "database.ping()") from error
+
+
+def _refuses_writes(connection: Connection) -> bool:
+    return driver_of(connection.dialect).refuses_writes(connection.connection)
