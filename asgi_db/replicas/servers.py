@@ -23,8 +23,7 @@ class Servers:
         primary: the engine of the primary, with its pool.
         replicas: the replicas.
         history: the commits of this process.
-        on_primary: the units of work that only read and had to run on the primary, although no
-            mode asked for it.
+        on_primary: the units of work that could have read from a replica, and ran on the primary.
     """
 
     def __init__(
@@ -76,7 +75,6 @@ class Servers:
                     return replica
             for replica in replicas:
                 replica.behind += not replica.is_down
-        self.on_primary += 1
         self._warn()
         return None
 
