@@ -332,6 +332,12 @@ class Asyncmy(MySQL):
         super().begin(pooled, beginning)
 
 
+async def _connect_in_time(*args: Any, **kwargs: Any) -> Any:
+    # asyncmy's own limit ends when the socket is connected, and a frozen server says nothing then.
+    async with asyncio.timeout(kwargs.get("connect_timeout")):
+        return await import_module("asyncmy").connect(*args, **kwargs)
+
+
 def _only_reads(error: BaseException) -> bool:
     number = _number(error)
     if number == _OPTION_PREVENTS:  # perhaps another option than `--read-only`
@@ -360,12 +366,6 @@ def _answer(connection: DBAPIConnection | PoolProxiedConnection, question: str) 
     finally:
         cursor.close()
     return None if row is None else row[0]
-
-
-async def _connect_in_time(*args: Any, **kwargs: Any) -> Any:
-    # asyncmy's own limit ends when the socket is connected, and a frozen server says nothing then.
-    async with asyncio.timeout(kwargs.get("connect_timeout")):
-        return await import_module("asyncmy").connect(*args, **kwargs)
 
 
 async def _latest_start(connection: AsyncConnection) -> float:

@@ -13,7 +13,7 @@ from tests import documents
 from tests.chaos import report
 from tests.chaos.report import Row
 from tests.chaos.runner import SCENARIOS, Job, run
-from tests.chaos.world import PLACES, Place
+from tests.chaos.world import CLUSTERS, PLACES, Place
 from tests.contenders import CONTENDERS, OURS, Contender
 from tests.options import add_choice
 
@@ -32,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Job(contender, place, scenarios, python, seed, options.scale)
         for contender in CONTENDERS
         if not options.contender or contender.name in options.contender
-        for python in [options.peers if contender.is_peer else sys.executable]
         for place in _places(contender)
+        for python in [_python(contender, place, options)]
         if not options.database or place in options.database
         if (scenarios := _scenarios(place, options.only))
     ]
@@ -45,14 +45,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.scale == 1:
                 report.merge(RESULTS, result)
     shown = report.merge(RESULTS, []) if options.write else rows
-    text = report.table(_sorted(shown))
+    text = _text(_sorted(shown), options)
     if options.write:
-        environments = {False: sys.executable, True: options.peers}
-        head = report.description(shown, documents.server_versions(), environments)
-        text = f"{head}\n\n{text}"
         report.write(DOCUMENT, text)
     print(text)
     return int(any(row.contender == OURS and not row.outcome.is_clean for row in rows))
+
+
+def _text(rows: Sequence[Row], options: argparse.Namespace) -> str:
+    """The table of single servers, and that of clusters; for the document with what they are of."""
+    servers = documents.server_versions() if options.write else []
+    parts = list[str]()
+    for is_cluster, title in ((False, ""), (True, "### Clusters")):
+        shown = [row for row in rows if (row.place in CLUSTERS) is is_cluster]
+        if shown and options.write:
+            peers = options.peers_2_0 if is_cluster else options.peers
+            environments = {False: sys.executable, True: peers}
+            parts += [title, report.description(shown, servers, environments)]
+        if shown:
+            parts.append(report.table(shown))
+    return "\n\n".join(filter(None, parts))
+
+
+def _python(contender: Contender, place: Place, options: argparse.Namespace) -> str:
+    """The interpreter of the environment in which a contender lives."""
+    if not contender.is_peer:
+        return sys.executable
+    python: str = options.peers_2_0 if place == "standbys" else options.peers
+    return python
 
 
 def _places(contender: Contender) -> list[Place]:
@@ -100,6 +120,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=os.path.abspath,
         default=sys.executable,
         help="Python of the environment of the other libraries",
+    )
+    parser.add_argument(
+        "--peers-2-0",
+        type=os.path.abspath,
+        default=sys.executable,
+        help="the same with SQLAlchemy 2.0, for routing to standbys",
     )
     parser.add_argument(
         "--write",

@@ -75,6 +75,7 @@ async def no_quorum(world: World) -> Outcome:
                 outcome.tries += 1
                 outcome.survived += answer.is_success and not served
         await world.settle(server, ledger, outcome)
+    outcome.remark(ledger.refused("down"), "told that the database is down")
     await _compare_nodes(world, outcome)
     return outcome
 

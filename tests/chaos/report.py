@@ -77,7 +77,9 @@ def description(rows: Sequence[Row], servers: Sequence[str], environments: dict[
     ]
     for is_peer, python in environments.items():
         whose = "The other libraries" if is_peer else "asgi-db and plain `Depends`"
-        lines.append(f"{whose}: {', '.join(_versions(python, is_peer))}.")
+        contenders = [row.contender for row in rows if row.contender.is_peer is is_peer]
+        if contenders:
+            lines.append(f"{whose}: {', '.join(_versions(python, contenders))}.")
     return "\n".join(lines)
 
 
@@ -103,11 +105,6 @@ def merge(saved: Path, rows: Sequence[Row]) -> list[Row]:
     return list(found.values())
 
 
-def _versions(python: str, is_peer: bool) -> list[str]:
-    names = [
-        name
-        for contender in CONTENDERS
-        if contender.is_peer is is_peer
-        for name in contender.packages
-    ]
+def _versions(python: str, contenders: Sequence[Contender]) -> list[str]:
+    names = [name for contender in contenders for name in contender.packages]
     return documents.versions(python, [*names, "starlette", "sqlalchemy", "asyncpg", "uvicorn"])

@@ -30,6 +30,8 @@ PLACES: dict[Place, str] = {
     "standbys": "PostgreSQL with standbys",
 }
 
+CLUSTERS: tuple[Place, ...] = ("galera", "standbys")
+
 POOL_SIZE = 5
 
 SETTLING = 1.0
@@ -52,6 +54,8 @@ class Outcome:
         errors: answers other than success and "try again later", by their kind.
         remarks: what else is to be said.
         not_applicable: why the contender cannot take part, if it cannot.
+        server_loses: whether the server itself is set to lose writes that it has acknowledged, so
+            that `lost` says nothing of the contender.
     """
 
     tries: int = 0
@@ -61,11 +65,13 @@ class Outcome:
     errors: dict[str, int] = field(default_factory=dict[str, int])
     remarks: list[str] = field(default_factory=list[str])
     not_applicable: str = ""
+    server_loses: bool = False
 
     @property
     def is_clean(self) -> bool:
         """Whether everything is as it should be."""
-        return self.survived == self.tries and not (self.lost or self.leaked or self.errors)
+        lost = self.lost and not self.server_loses
+        return self.survived == self.tries and not (lost or self.leaked or self.errors)
 
     def note(self, answer: Answer) -> None:
         """Count an answer that is neither success nor "try again later"."""
@@ -97,6 +103,12 @@ class Ledger:
         if pair:
             self._pairs.add(id)
         return id
+
+    def refused(self, reason: str) -> int:
+        """How many writes were refused for this reason."""
+        return sum(
+            answer is not None and answer.reason == reason for answer in self.answers.values()
+        )
 
     async def settle(self, url: str, outcome: Outcome) -> None:
         """Compare what clients were told with what is there."""
@@ -255,8 +267,8 @@ class World:
         await ledger.settle(self.url, outcome)
 
     async def connections(self) -> list[ServerConnection]:
-        """The connections to the database, on all nodes where there are nodes."""
-        urls = [self.url, *self.elsewhere] if self.place == "galera" else [self.url]
+        """The connections to the database, on all servers that have it."""
+        urls = [self.url, *self.elsewhere]
         return [client for url in urls for client in await server_connections(url)]
 
     async def busy_connections(self, within: float) -> list[ServerConnection]:

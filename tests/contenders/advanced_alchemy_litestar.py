@@ -5,11 +5,14 @@
 
 """advanced-alchemy on Litestar, with `before_send_handler="autocommit"`.
 
+Where there are replicas, it uses the library's routing.
+
 Its plugin ends sessions with the response; sockets use its session factory.
 """
 
 import asyncio
 
+from advanced_alchemy.config.routing import RoutingConfig
 from advanced_alchemy.extensions.litestar import (
     AsyncSessionConfig,
     EngineConfig,
@@ -22,9 +25,10 @@ from litestar.response import Stream
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from tests.contenders.shared import (
+    ENGINE,
     EVENT,
     FIRST_VALUE,
-    POOL,
+    REPLICA_URLS,
     URL,
     Item,
     item,
@@ -34,10 +38,14 @@ from tests.contenders.shared import (
     sleep,
 )
 
+where = {"connection_string": URL}
+if REPLICA_URLS:
+    routing = RoutingConfig(primary_connection_string=URL, read_replicas=REPLICA_URLS)
+    where = {"routing_config": routing}
 config = SQLAlchemyAsyncConfig(
-    connection_string=URL,
+    **where,
     session_config=AsyncSessionConfig(expire_on_commit=False),
-    engine_config=EngineConfig(**POOL),
+    engine_config=EngineConfig(**ENGINE),
     before_send_handler="autocommit",
 )
 

@@ -13,7 +13,9 @@ from asgi_db_fastapi import CurrentSession, CurrentSessionReadOnly, CurrentSessi
 from tests.contenders.shared import (
     EVENT,
     FIRST_VALUE,
+    IS_POOLED,
     POOL,
+    REPLICA_URLS,
     URL,
     Item,
     item,
@@ -26,7 +28,12 @@ from tests.contenders.shared import (
 TIMEOUT = float(os.environ.get("TIMEOUT", "5")) or None
 """Seconds that a unit may take; with 0 there is no limit, as with the other libraries."""
 
-database = Database(URL, engine_options=POOL)
+database = Database(
+    URL,
+    replicas=REPLICA_URLS,
+    engine_options=POOL,
+    pooler="transaction" if IS_POOLED else None,
+)
 app = FastAPI()
 app.add_middleware(DBSessionMiddleware, database=database)
 

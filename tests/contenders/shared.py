@@ -6,17 +6,29 @@ They are imported by the server that serves them, where `DATABASE_URL` is the da
 import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 from sqlalchemy import BigInteger, String, TextClause, select, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 URL = os.environ["DATABASE_URL"]
 
+REPLICA_URLS = os.environ.get("REPLICA_URLS", "").split()
+"""The same database on replicas, for the contenders which read there; see `Contender`."""
+
+IS_POOLED = bool(os.environ.get("IS_POOLED"))
+"""Whether there is a PgBouncer in transaction pooling before each server."""
+
 POOL = {
     "pool_size": int(os.environ.get("POOL_SIZE", "5")),
     "max_overflow": 0,
     "pool_timeout": int(os.environ.get("POOL_TIMEOUT", "2")),
 }
+
+ENGINE: dict[str, Any] = {**POOL}
+"""The settings of an engine: asyncpg's caches do not suit a PgBouncer."""
+if IS_POOLED:
+    ENGINE["connect_args"] = {"statement_cache_size": 0, "prepared_statement_cache_size": 0}
 
 
 class Base(DeclarativeBase):
