@@ -35,6 +35,7 @@ from asgi_db.environment import database_url_from_env, engine_options_from_env
 from asgi_db.histograms import BOUNDS, BUCKETS, Histogram, no_counts
 from asgi_db.logs import logger
 from asgi_db.modes import ModeDefault, ReadOnly, Transactional, should_commit
+from asgi_db.pool.abandoned import side_connection
 from asgi_db.pool.fair import FairPool, FairQueue
 from asgi_db.pool.life import MOST_VARIANTS, EngineLife
 from asgi_db.profiles import POOL_PROFILES, PoolName, pool_profile
@@ -137,6 +138,7 @@ __all__ = [
     "run_to_completion",
     "session_key",
     "should_commit",
+    "side_connection",
     "variant_options",
     "without_literals",
 ]

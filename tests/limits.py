@@ -14,6 +14,7 @@ Limit = Literal[
     "attempt",
     "cleanup",
     "commit",
+    "connect",
     "connect_grace",
     "delivery",
     "dispose",
@@ -25,6 +26,7 @@ Limit = Literal[
     "ping",
     "sandbox_close",
     "sandbox_wait",
+    "silent_for",
     "sqlite_busy",
     "verify_after_idle",
 ]
@@ -36,6 +38,7 @@ _CONSTANTS: dict[Limit, tuple[str, ...]] = {
         "asgi_db.unit.ending.CLEANUP_TIMEOUT",
     ),
     "commit": ("asgi_db.unit.ending.COMMIT_TIMEOUT",),
+    "connect": ("asgi_db.drivers.hosts.CONNECT_TIMEOUT",),
     "connect_grace": ("asgi_db.drivers.connecting.CONNECT_GRACE",),
     "delivery": ("asgi_db.asgi.late_cancellation.DELIVERY_TIMEOUT",),
     "dispose": ("asgi_db.pool.life.DISPOSE_TIMEOUT",),
@@ -47,6 +50,7 @@ _CONSTANTS: dict[Limit, tuple[str, ...]] = {
     "ping": ("asgi_db.pool.ping.PING_TIMEOUT",),
     "sandbox_close": ("asgi_db.testing.shared.CLOSE_TIMEOUT",),
     "sandbox_wait": ("asgi_db.testing.shared.WAIT_TIMEOUT",),
+    "silent_for": ("asgi_db.drivers.hosts.SILENT_FOR",),
     "sqlite_busy": ("asgi_db.drivers.sqlite.SQLITE_BUSY_TIMEOUT",),
     "verify_after_idle": ("asgi_db.pool.connections.VERIFY_AFTER_IDLE",),
 }
@@ -59,6 +63,7 @@ class Limits(TypedDict, total=False):
     attempt: float
     cleanup: float
     commit: float
+    connect: float
     connect_grace: float
     delivery: float
     dispose: float
@@ -70,6 +75,7 @@ class Limits(TypedDict, total=False):
     ping: float
     sandbox_close: float
     sandbox_wait: float
+    silent_for: float
     sqlite_busy: float
     verify_after_idle: float
 

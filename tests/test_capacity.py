@@ -63,8 +63,9 @@ def test_the_smallest_pool_is_enough_and_one_connection_less_is_not(in_use: floa
 
 def test_a_server_that_is_a_replica_too_gets_two_pools_of_each_process() -> None:
     url = make_url("postgresql://app@/shop?host=pg1:5432&host=pg2:5432")
-    replicas = [make_url("postgresql://app@pg2:5432/shop"), make_url("postgresql://app@pg3/shop")]
-    assert pools_of_servers(url, replicas) == {"pg1:5432": 1, "pg2:5432": 2, "pg3": 1}
+    replicas = [make_url("postgresql://app@pg2/shop"), make_url("postgresql://app@pg3:5433/shop")]
+    found = pools_of_servers(url, replicas)
+    assert found == {"pg1:5432": 1, "pg2:5432": 2, "pg3:5433": 1}
 
 
 # -- the simulation ------------------------------------------------------------------------------
@@ -76,6 +77,18 @@ def test_the_simulation_finds_what_the_calculator_says(connections: int, share: 
     waits = simulate(connections, arrivals(queue.rate, 1, 200_000, random.Random(connections)))
     assert share_above(0, waits) == pytest.approx(queue.waiting, rel=0.05)
     assert sum(waits) / len(waits) == pytest.approx(queue.mean_wait, rel=0.15)
+
+
+def test_many_small_pools_make_more_requests_wait_than_one_large_one() -> None:
+    """As the page says of processes, each of which gets its share of the requests by chance."""
+    chance = random.Random(40)
+    uses = arrivals(600, 0.05, 100_000, chance)
+    one = simulate(40, uses)
+    shares = [[use for use in uses if chance.random() < 0.25] for _ in range(4)]
+    many = [wait for share in shares for wait in simulate(10, share)]
+    assert share_above(0, one) == pytest.approx(Queue(40, 600, 0.05).waiting, rel=0.15)
+    assert share_above(0, many) == pytest.approx(Queue(10, 150, 0.05).waiting, rel=0.15)
+    assert share_above(0, many) > 4 * share_above(0, one)
 
 
 async def test_as_many_requests_of_a_real_application_wait_as_the_simulation_says(

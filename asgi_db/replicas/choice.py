@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from sqlalchemy import Connection, Engine
 
+from asgi_db.drivers.outages import WrongSettingsError
 from asgi_db.drivers.replication import Position, latest
-from asgi_db.errors import ConfigurationError, DatabaseDownError
+from asgi_db.errors import DatabaseConflictError, DatabaseDownError
 from asgi_db.modes import Mode
 from asgi_db.replicas.replica import Replica
 from asgi_db.replicas.servers import Servers
@@ -80,12 +81,17 @@ class Choice:
         read from one replica goes on at the primary, which is never behind it.
         """
         replica = self._replica
-        if replica is None or not isinstance(error, (DatabaseDownError, ConfigurationError)):
+        if replica is None:
             return False
-        replica.failed(error)
-        self._replica = None
-        if not self.has_read:
-            self._replica = await self._servers.replica_for(self.needed)
+        if isinstance(error, DatabaseConflictError):  # with what it replicates
+            self._replica = None
+        elif isinstance(error, (DatabaseDownError, WrongSettingsError)):
+            replica.failed(error)
+            self._replica = None
+            if not self.has_read:
+                self._replica = await self._servers.replica_for(self.needed)
+        else:
+            return False
         return True
 
     def has_answered(self) -> None:
