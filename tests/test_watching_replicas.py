@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 import time
@@ -21,11 +22,13 @@ from sqlalchemy import URL, make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_db import Database, DBSessionMiddleware, by_method, read_only
+from asgi_db.dashboard import Dashboard
 from asgi_db.drivers.replication import Position
 from asgi_db.prometheus import DatabaseCollector
 from asgi_db.types import Receive, Scope, Send
 from tests.clusters import Cluster, Urls
 from tests.internals import MOST_LAG, Commit, History, Lag
+from tests.test_dashboard import events, get, part
 from tests.test_opentelemetry import Telemetry
 from tests.test_prometheus import SCRAPE
 
@@ -365,6 +368,34 @@ async def test_statements_on_a_replica_of_the_users_own_have_spans_too(
     finally:
         for engine in primary, replica:
             await engine.dispose()
+
+
+# -- the dashboard -----------------------------------------------------------------------------
+
+
+@on_one_kind
+async def test_the_dashboard_shows_the_replicas_and_follows_them(
+    urls: Urls, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asgi_db.dashboard.application.INTERVAL", 0.01)
+    monkeypatch.setattr("asgi_db.dashboard.application.STREAM", 0.1)
+    nowhere = make_url(urls.primary).set(host="127.0.0.1", port=1)
+    database = Database(urls.primary, replicas=[urls.late, nowhere])
+    dashboard = Dashboard(database)
+    async with database, client_of(database) as client:
+        cluster.late.pause()
+        for _ in range(3):
+            await client.get("/")
+        _, _, body = await get(dashboard, accept="text/event-stream")
+        late, dead = name_of(urls.late), name_of(nowhere)
+        assert f">{late}<" in events(body)[0][1]["replicas"]
+        await client.post("/")
+        await client.get("/")
+        _, _, page = await get(dashboard)
+        assert re.search(
+            rf" {late} 75 % 3 1 [\d.]+ m?s 0 1 {dead} down 0 % 0 0 – 0 0 Primary 25 % 1 – – 0 1$",
+            part(page, "replicas"),
+        )
 
 
 def name_of(url: str | URL) -> str:
