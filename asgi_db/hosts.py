@@ -76,7 +76,9 @@ def hosts_of(url: URL) -> tuple[Host, ...]:
     named = _listed(query.get("host", ()))
     if not any(named):
         named = [url.host or ""] if is_host_name(url.host or "") else _listed((url.host or "",))
-    ports = _listed(query.get("port", ())) or ["" if url.port is None else str(url.port)]
+    if url.port is not None and not is_port(url.port):
+        raise ValueError(_NO_PORT)
+    ports = _listed(query.get("port", ())) or [str(url.port or "")]
     for_each = [_port(port) for port in ports]
     if not any(named):
         return ()
@@ -117,8 +119,11 @@ def _port(written: str) -> int | None:
         return None
     port = int(written) if re.fullmatch(r"\s*[0-9]{1,5}\s*", written) else 0
     if not is_port(port):
-        raise ValueError("has a port that is not from 1 to 65535: correct it")
+        raise ValueError(_NO_PORT)
     return port
+
+
+_NO_PORT = "has a port that is not from 1 to 65535: correct it"
 
 
 def with_hosts(url: URL, hosts: Sequence[Host], default_port: int) -> URL:

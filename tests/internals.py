@@ -35,9 +35,11 @@ from asgi_db.environment import database_url_from_env, engine_options_from_env
 from asgi_db.histograms import BOUNDS, BUCKETS, Histogram, no_counts
 from asgi_db.logs import logger
 from asgi_db.modes import ModeDefault, ReadOnly, Transactional, should_commit
+from asgi_db.pool.abandoned import side_connection
 from asgi_db.pool.fair import FairPool, FairQueue
 from asgi_db.pool.life import MOST_VARIANTS, EngineLife
 from asgi_db.profiles import POOL_PROFILES, PoolName, pool_profile
+from asgi_db.replicas.history import MOST_LAG, Commit, History, Lag
 from asgi_db.sampling import Sampler
 from asgi_db.settings import DatabaseType, parse_database_url
 from asgi_db.sqlalchemy_versions import NEW_OPERATIONS, has_begun
@@ -81,6 +83,7 @@ __all__ = [
     "BUCKETS",
     "Beginning",
     "Block",
+    "Commit",
     "DatabaseType",
     "Effect",
     "EngineLife",
@@ -88,8 +91,11 @@ __all__ = [
     "FairPool",
     "FairQueue",
     "HISTORY",
+    "History",
     "Histogram",
     "KINDS",
+    "Lag",
+    "MOST_LAG",
     "MOST_SHOWN",
     "MOST_UNITS",
     "ModeDefault",
@@ -132,6 +138,7 @@ __all__ = [
     "run_to_completion",
     "session_key",
     "should_commit",
+    "side_connection",
     "variant_options",
     "without_literals",
 ]

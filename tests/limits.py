@@ -15,6 +15,7 @@ Limit = Literal[
     "attempt",
     "cleanup",
     "commit",
+    "connect",
     "connect_grace",
     "delivery",
     "dispose",
@@ -28,6 +29,7 @@ Limit = Literal[
     "position",
     "sandbox_close",
     "sandbox_wait",
+    "silent_for",
     "sqlite_busy",
     "verify_after_idle",
 ]
@@ -40,6 +42,7 @@ _CONSTANTS: dict[Limit, tuple[str, ...]] = {
         "asgi_db.unit.ending.CLEANUP_TIMEOUT",
     ),
     "commit": ("asgi_db.unit.ending.COMMIT_TIMEOUT",),
+    "connect": ("asgi_db.drivers.hosts.CONNECT_TIMEOUT",),
     "connect_grace": ("asgi_db.drivers.connecting.CONNECT_GRACE",),
     "delivery": ("asgi_db.asgi.late_cancellation.DELIVERY_TIMEOUT",),
     "dispose": ("asgi_db.pool.life.DISPOSE_TIMEOUT",),
@@ -53,6 +56,7 @@ _CONSTANTS: dict[Limit, tuple[str, ...]] = {
     "position": ("asgi_db.replicas.commits.POSITION_TIMEOUT",),
     "sandbox_close": ("asgi_db.testing.shared.CLOSE_TIMEOUT",),
     "sandbox_wait": ("asgi_db.testing.shared.WAIT_TIMEOUT",),
+    "silent_for": ("asgi_db.drivers.hosts.SILENT_FOR",),
     "sqlite_busy": ("asgi_db.drivers.sqlite.SQLITE_BUSY_TIMEOUT",),
     "verify_after_idle": ("asgi_db.pool.connections.VERIFY_AFTER_IDLE",),
 }
@@ -66,6 +70,7 @@ class Limits(TypedDict, total=False):
     attempt: float
     cleanup: float
     commit: float
+    connect: float
     connect_grace: float
     delivery: float
     dispose: float
@@ -79,6 +84,7 @@ class Limits(TypedDict, total=False):
     position: float
     sandbox_close: float
     sandbox_wait: float
+    silent_for: float
     sqlite_busy: float
     verify_after_idle: float
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
+import socket
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import pytest
 from sqlalchemy import URL, make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from asgi_db import ConfigurationError, Database, create_database_url
+from asgi_db import ConfigurationError, Database, DatabaseDownError, create_database_url
 from tests import servers
-from tests.internals import database_url_from_env, parse_database_url
+from tests.internals import database_url_from_env, parse_database_url, side_connection
+from tests.limits import limit, set_limits
+from tests.relay import Relay
 
 DRIVERS = ["asyncpg", "psycopg"]
+BACKENDS = ["postgresql+asyncpg", "postgresql+psycopg", "mysql+asyncmy"]
 
 
 def connect_arguments(url: URL) -> dict[str, Any]:
@@ -200,3 +209,233 @@ async def test_a_host_that_refuses_is_skipped(postgresql_url: str, driver: str, 
     async with engine.connect() as connection:
         assert await connection.scalar(text("SELECT inet_server_port()")) == reached
     await engine.dispose()
+
+
+SHORT = {"asyncpg": 0.5, "psycopg": 2, "asyncmy": 1}
+"""The shortest timeout that a driver takes, or that is useful."""
+
+
+@contextmanager
+def frozen() -> Generator[socket.socket]:
+    """A host that takes connections, and never says anything."""
+    with socket.create_server(("127.0.0.1", servers.free_port())) as silent:
+        yield silent
+
+
+def port_of(listening: socket.socket) -> int:
+    port: int = listening.getsockname()[1]
+    return port
+
+
+async def port_reached(database: Database) -> int | None:
+    """The port of the server to which a new connection is made."""
+    async with side_connection(database.engine) as connection:
+        return cast("int", await connection.scalar(text("SELECT inet_server_port()")))
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize(
+    ("driver", "wanted"),
+    [
+        ("asyncpg", "any"),
+        ("asyncpg", "primary"),
+        ("asyncpg", "read-write"),
+        ("asyncpg", "prefer-standby"),
+        ("psycopg", "primary"),
+        ("psycopg", "prefer-standby"),
+    ],
+)
+async def test_a_frozen_host_does_not_take_the_time_of_the_next(
+    postgresql_url: str, driver: str, wanted: str
+) -> None:
+    with frozen() as silent:
+        url = hosts_before(postgresql_url, port_of(silent), servers.free_port(), driver=driver)
+        url += f"?connect_timeout={SHORT[driver]}&target_session_attrs={wanted}"
+        async with Database(url) as database:
+            started = time.monotonic()
+            assert await port_reached(database) == make_url(postgresql_url).port
+            first = time.monotonic() - started
+            assert first >= SHORT[driver]
+            started = time.monotonic()
+            for _ in range(10):
+                assert await port_reached(database) == make_url(postgresql_url).port
+            assert time.monotonic() - started < 10 * SHORT[driver], "it is not waited for again"
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_the_startup_and_a_ping_get_past_a_frozen_host(
+    postgresql_url: str, driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of their attempts is shorter than the time that a host has."""
+    set_limits(monkeypatch, ping=0.7)
+    with frozen() as silent:
+        url = hosts_before(postgresql_url, port_of(silent), driver=driver) + "?connect_timeout=2"
+        async with Database(url, wait_for=30) as database:
+            await database.ping()
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_a_host_that_answers_again_is_the_first_again(
+    postgresql_url: str, driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_limits(monkeypatch, silent_for=0)
+    async with Relay(postgresql_url) as relay:
+        relay.freeze()
+        port = make_url(relay.url).port or 0
+        url = hosts_before(postgresql_url, port, driver=driver)
+        async with Database(f"{url}?connect_timeout={SHORT[driver]}") as database:
+            await port_reached(database)
+            relay.thaw()
+            before = relay.connections
+            await port_reached(database)
+            assert relay.connections == before + 1
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize("backend", BACKENDS)
+async def test_a_server_has_ten_seconds_by_default(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert limit("connect") == 10
+    short = SHORT[backend.partition("+")[2]]
+    set_limits(monkeypatch, connect=short)
+    with frozen() as silent:
+        database = Database(f"{backend}://app:pw@127.0.0.1:{port_of(silent)}/shop")
+        started = time.monotonic()
+        async with database:
+            with pytest.raises(DatabaseDownError):
+                await database.engine.connect()
+        assert short <= time.monotonic() - started < short + 8
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize("backend", BACKENDS)
+async def test_the_url_and_connect_args_may_change_that(backend: str) -> None:
+    short = SHORT[backend.partition("+")[2]]
+    with frozen() as silent:
+        url = f"{backend}://app:pw@127.0.0.1:{port_of(silent)}/shop"
+        name = "timeout" if "asyncpg" in backend else "connect_timeout"
+        in_arguments = Database(url, engine_options={"connect_args": {name: short}})
+        for database in (Database(f"{url}?connect_timeout={short}"), in_arguments):
+            started = time.monotonic()
+            async with database:
+                with pytest.raises(DatabaseDownError):
+                    await database.engine.connect()
+            assert short <= time.monotonic() - started < short + 7
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_if_none_can_be_reached_each_is_named_with_the_reason(
+    postgresql_url: str, driver: str
+) -> None:
+    refusing = servers.free_port()
+    with frozen() as silent:
+        frozen_port = port_of(silent)
+        url = hosts_before(postgresql_url, refusing, frozen_port, driver=driver)
+        url += f"?target_session_attrs=standby&connect_timeout={SHORT[driver]}"
+        async with Database(url) as database:
+            with pytest.raises(DatabaseDownError) as raised:
+                await database.engine.connect()
+    message = str(raised.value)
+    own = make_url(postgresql_url).port
+    assert re.search(f"127.0.0.1:{refusing}: [^;]*(refused|failed)", message), message
+    assert re.search(f"127.0.0.1:{frozen_port}: [^;]*[tT]imeout", message), message
+    assert re.search(f"127.0.0.1:{own}: [^;]*(attribute|standby)", message), message
+    assert "password" not in message
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_a_single_host_that_does_not_fit_is_down(postgresql_url: str, driver: str) -> None:
+    url = make_url(postgresql_url).set(drivername=f"postgresql+{driver}")
+    async with Database(url.update_query_dict({"target_session_attrs": "standby"})) as database:
+        with pytest.raises(DatabaseDownError, match="attribute|standby"):
+            await database.engine.connect()
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_after_a_refused_login_no_other_host_is_tried(
+    postgresql_url: str, driver: str
+) -> None:
+    """As with libpq: a wrong setting is to be noticed, and not only when the other host is down."""
+    async with Relay(postgresql_url) as relay:
+        first = make_url(relay.url).port or 0
+        url = parse_database_url(hosts_before(postgresql_url, first, driver=driver))
+        async with Database(url.set(database="no_such_database")) as database:
+            with pytest.raises(ConfigurationError, match="Create it with CREATE DATABASE"):
+                await database.engine.connect()
+        assert relay.connections == 1
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_a_cancelled_connect_leaves_nothing_open(postgresql_url: str, driver: str) -> None:
+    with frozen() as silent:
+        silent.setblocking(False)
+        loop = asyncio.get_running_loop()
+        url = hosts_before(postgresql_url, port_of(silent), driver=driver) + "?connect_timeout=2"
+        async with Database(url) as database:
+            connecting = asyncio.ensure_future(port_reached(database))
+            accepted, _ = await loop.sock_accept(silent)
+            connecting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await connecting
+        with accepted:
+            accepted.setblocking(False)
+            while await asyncio.wait_for(loop.sock_recv(accepted, 4096), 15):
+                pass  # what it had said before it was closed
+        await servers.assert_disconnected(postgresql_url)
+
+
+@pytest.mark.parametrize("form", ["URL", "connect_args", "environment"])
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("hosts", ["one host", "several hosts"])
+async def test_wrong_session_attributes_are_a_wrong_setting(
+    postgresql_url: str, driver: str, hosts: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never a 503, which would have clients try again for ever."""
+    before = [servers.free_port()] if hosts == "several hosts" else []
+    url = hosts_before(postgresql_url, *before, driver=driver)
+    if form == "URL":
+        with pytest.raises(ConfigurationError, match="target_session_attrs=.* one of .*primary"):
+            Database(f"{url}?target_session_attrs=bogus")
+        return
+    options: dict[str, Any] = {}
+    if form == "environment":
+        monkeypatch.setenv("PGTARGETSESSIONATTRS", "bogus")
+    else:
+        options = {"connect_args": {"target_session_attrs": "bogus"}}
+    async with Database(url, engine_options=options) as database:
+        with pytest.raises(ConfigurationError, match="target_session_attrs|bogus"):
+            await database.engine.connect()
+
+
+@pytest.mark.parametrize("backend", ["mysql", "mariadb"])
+def test_mysql_knows_no_session_attributes(backend: str) -> None:
+    with pytest.raises(ConfigurationError, match="target_session_attrs=, which is no option of"):
+        Database(f"{backend}://app@db/shop?target_session_attrs=primary")
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize(
+    ("wanted", "fits"),
+    [
+        ("any", True),
+        ("read-write", True),
+        ("primary", True),
+        ("prefer-standby", True),
+        ("read-only", False),
+        ("standby", False),
+    ],
+)
+async def test_each_of_the_session_attributes_is_known_to_both_drivers(
+    postgresql_url: str, driver: str, wanted: str, fits: bool
+) -> None:
+    url = hosts_before(postgresql_url, servers.free_port(), driver=driver)
+    async with Database(f"{url}?target_session_attrs={wanted}") as database:
+        if fits:
+            assert await port_reached(database) == make_url(postgresql_url).port
+        else:
+            with pytest.raises(DatabaseDownError):
+                await port_reached(database)

@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import functools
 import os
+import random
 import re
 import socket
+import traceback
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from importlib import import_module
@@ -18,6 +20,7 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.engine.interfaces import DBAPIConnection, ExecutionContext
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
+from asgi_db.drivers import hosts
 from asgi_db.drivers.outages import REMEDIES
 from asgi_db.drivers.postgresql import (
     NOT_SUPPORTED,
@@ -175,7 +178,10 @@ class Psycopg(SupportedPostgreSQL):
     sandbox: type[SandboxRules] | None = PsycopgSandbox
 
     def options(self, url: URL, *, pooler: bool) -> dict[str, Any]:
-        return {"connect_args": {"prepare_threshold": None}} if pooler else {}
+        arguments: dict[str, Any] = {"prepare_threshold": None} if pooler else {}
+        if "PGCONNECT_TIMEOUT" not in os.environ:
+            arguments["connect_timeout"] = hosts.CONNECT_TIMEOUT
+        return {"connect_args": arguments}
 
     def translate(self, url: URL) -> tuple[URL, dict[str, Any]]:
         return translate_url(url)
@@ -223,8 +229,17 @@ class Psycopg(SupportedPostgreSQL):
         return OSError, import_module("psycopg").Error
 
     def connect(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
-        connecting: Awaitable[Any] = connection_class().connect(*args, **kwargs)
-        return connecting
+        names = str(kwargs.get("host") or "").split(",")
+        if len(names) < 2 or "hostaddr" in kwargs:
+            return _connect(*args, **kwargs)
+        # With psycopg every new connection would wait for a host that does not answer.
+        ports = str(kwargs.get("port") or "").split(",")
+        in_order = hosts.paired(names, ports if len(ports) > 1 else ports[0])
+        if kwargs.get("load_balance_hosts") == "random":
+            random.shuffle(in_order)
+        return hosts.connect_to_first(
+            in_order, _connect, *args, ends=self.ends_connecting, **kwargs
+        )
 
     def is_closed(self, connection: Any) -> bool:
         if isinstance(connection, StandIn):
@@ -336,6 +351,16 @@ _REMEDIES = {
     r"root certificate file .* does not exist|could not (?:read|load) .* certificate": "option",
 }
 """What libpq and psycopg say of settings with which nothing can be connected to."""
+
+
+async def _connect(*args: Any, **kwargs: Any) -> Any:
+    try:
+        return await connection_class().connect(*args, **kwargs)
+    except BaseException as error:
+        # The frames of the traceback hold the socket of a connection that was not made, which
+        # would stay open until they are collected as garbage.
+        traceback.clear_frames(error.__traceback__)
+        raise
 
 
 def _set_or_leave(set_it: Any, connection: DBAPIConnection, value: bool) -> None:

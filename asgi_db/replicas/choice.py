@@ -62,7 +62,8 @@ class Choice:
         Args:
             mode: the mode in which it begins.
         """
-        if not mode.may_use_replica or self.committed is not None:
+        may_use_replica = mode.may_use_replica and self.committed is None
+        if not may_use_replica:
             self._replica = None
         elif not (self._is_chosen and self.is_of_request):
             self.has_read = False
@@ -70,6 +71,8 @@ class Choice:
         self._is_chosen = True
         if self._replica is not None:
             self._replica.begins()
+        elif may_use_replica:
+            self._servers.on_primary += 1
 
     async def move(self, error: Exception) -> bool:
         """Choose another server after an operation has failed; return whether to run it again.

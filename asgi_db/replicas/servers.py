@@ -19,7 +19,7 @@ class Servers:
         primary: the engine of the primary, with its pool.
         replicas: the replicas.
         history: the commits of this process.
-        on_primary: the units of work that only read, and that no replica could serve.
+        on_primary: the units of work that could have read from a replica, and ran on the primary.
     """
 
     def __init__(
@@ -77,7 +77,6 @@ class Servers:
                     "The primary serves all reads, because no replica can be used: %s.",
                     ", ".join(map(_state_of, self.replicas)),
                 )
-        self.on_primary += 1
         return None
 
 
