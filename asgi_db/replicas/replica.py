@@ -117,7 +117,7 @@ class Replica:
                 "The replica %s cannot be used: %s. What it would have read is read from another"
                 " one, or from the primary.",
                 self.name,
-                brief(error),
+                brief(error).rstrip("."),
             )
         self._down_since = time.monotonic()
 
