@@ -53,7 +53,7 @@ _INSTALL = {
 _accepted: set[str] = set()
 """Drivers that were registered besides those above, for any database."""
 _MYSQL = ("mysql", "mariadb")
-PORTS = {"postgresql": 5432, "mysql": 3306, "mariadb": 3306}
+_PORTS = {"postgresql": 5432, "mysql": 3306, "mariadb": 3306}
 _ONE_HOST = (
     "names several hosts, and asyncmy connects to one: name the primary server, or a proxy that"
     " finds it, such as MaxScale, ProxySQL or HAProxy"
@@ -170,7 +170,7 @@ class UrlParts:
             database=self._server_database(),
             query={"charset": self._mysql_charset()} if self.type in _MYSQL else {},
         )
-        return with_hosts(url, self._hosts(backend), PORTS[backend])
+        return with_hosts(url, self._hosts(backend), _PORTS[backend])
 
     def _hosts(self, backend: str) -> tuple[Host, ...]:
         names = [name.strip() for name in (self.host or "localhost").split(",")]
@@ -352,7 +352,7 @@ def _with_place(url: URL, backend: str, label: str) -> URL:
         problem = _ONE_HOST
     if problem:
         raise ConfigurationError(f"{label} {problem}.")
-    return with_hosts(url, hosts, PORTS[backend]) if hosts else url
+    return with_hosts(url, hosts, _PORTS[backend]) if hosts else url
 
 
 def _with_defaults(url: URL, backend: str) -> URL:

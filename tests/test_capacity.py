@@ -63,9 +63,8 @@ def test_the_smallest_pool_is_enough_and_one_connection_less_is_not(in_use: floa
 
 def test_a_server_that_is_a_replica_too_gets_two_pools_of_each_process() -> None:
     url = make_url("postgresql://app@/shop?host=pg1:5432&host=pg2:5432")
-    replicas = [make_url("postgresql://app@pg2/shop"), make_url("postgresql://app@pg3:5433/shop")]
-    found = pools_of_servers(url, replicas)
-    assert found == {"pg1:5432": 1, "pg2:5432": 2, "pg3:5433": 1}
+    replicas = [make_url("postgresql://app@pg2:5432/shop"), make_url("postgresql://app@pg3/shop")]
+    assert pools_of_servers(url, replicas) == {"pg1:5432": 1, "pg2:5432": 2, "pg3": 1}
 
 
 # -- the simulation ------------------------------------------------------------------------------
@@ -106,8 +105,8 @@ async def test_as_many_requests_of_a_real_application_wait_as_the_simulation_say
     waited, expected = (share_above(hold / 10, waits) for waits in (run.waits, simulated))
     assert waited == pytest.approx(expected, abs=0.1)
     assert run.wait == pytest.approx(sum(simulated) / 200, rel=0.4)
-    assert run.in_use == pytest.approx(run.computed.utilization, rel=0.2)
-    # With one connection more or less, the simulation says something else than what was measured.
-    for other in (connections - 1, connections + 1):
-        waits = simulate(other, run.uses)
-        assert sum(waits) / 200 != pytest.approx(run.wait, rel=0.4)
+    # A busy machine makes requests hold for longer, until there are too few connections.
+    assert run.in_use == pytest.approx(min(run.computed.utilization, 1), rel=0.25)
+    # With one connection more or less, the simulation is further from what was measured.
+    waits = {n: sum(simulate(n, run.uses)) / 200 for n in (3, connections, 5)}
+    assert min(waits, key=lambda n: abs(waits[n] - run.wait)) == connections

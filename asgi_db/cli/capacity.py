@@ -11,8 +11,6 @@ from math import inf
 from sqlalchemy import URL
 
 from asgi_db.cli.report import Plan, Report
-from asgi_db.hosts import Host, hosts_of
-from asgi_db.settings import PORTS
 
 FEW = 0.01
 """The share of requests that may wait for a connection without a warning."""
@@ -109,27 +107,24 @@ def pools_of_servers(url: URL, replicas: Iterable[URL]) -> dict[str, int]:
     Each host of the URL may be, or become, the primary server. One that is a replica too gets the
     connections of both pools after a failover.
     """
-    pools: Counter[str] = Counter(servers_of(url))
+    pools: Counter[str] = Counter(_servers(url))
     for replica in replicas:
-        pools.update(servers_of(replica))
+        pools.update(_servers(replica))
     return dict(pools)
 
 
-def most_pools(url: URL, primary: URL, replicas: Iterable[URL]) -> int:
-    """Return how many pools of one process may lead to one of the servers of a URL."""
-    pools = pools_of_servers(primary, replicas)
-    return max(pools[server] for server in servers_of(url))
-
-
-def servers_of(url: URL) -> list[str]:
-    """Return the servers of a URL, each with its port, by which one is told from another."""
-    port = PORTS[url.get_backend_name()]
-    hosts = hosts_of(url) or (Host("localhost", None),)
-    return list(
-        dict.fromkeys(
-            str(host if host.is_socket else Host(host.name, host.port or port)) for host in hosts
-        )
-    )
+def _servers(url: URL) -> list[str]:
+    hosts = url.normalized_query.get("host", ()) or (url.host or "localhost",)
+    hosts = tuple(host for part in hosts for host in part.split(","))
+    ports = [port for part in url.normalized_query.get("port", ()) for port in part.split(",")]
+    default = ports[0] if len(ports) == 1 else str(url.port or "")
+    names: list[str] = []
+    for number, host in enumerate(hosts):
+        port = ports[number] if len(ports) == len(hosts) else default
+        name = host if ":" in host or not port else f"{host}:{port}"
+        if name not in names:
+            names.append(name)
+    return names
 
 
 def check_servers(report: Report, plan: Plan, replicas: Sequence[URL]) -> None:

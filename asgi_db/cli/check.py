@@ -48,7 +48,7 @@ async def check(database: Database, plan: Plan) -> Report:
             else:
                 await _check_server(report, database, plan)
     except (SQLAlchemyError, OSError, ConfigurationError) as error:
-        report.error(f"The database cannot be used: {describe(error)}.", remedy_of(error, plan.url))
+        report.error(f"The database cannot be used: {describe(error)}.", _remedy(error, plan.url))
     return report
 
 
@@ -116,8 +116,7 @@ _REMEDIES: dict[str | int, str] = {"53300": _FULL, 1040: _FULL, 1203: _FULL}
 """The remedies, by SQLSTATEs of PostgreSQL and error numbers of MySQL."""
 
 
-def remedy_of(error: BaseException, url: URL) -> str:
-    """Say what to do about an error of a connection."""
+def _remedy(error: BaseException, url: URL) -> str:
     if url.get_backend_name() == "sqlite":
         return (
             "Check that the file is an SQLite database, and the permissions of it and its folder."

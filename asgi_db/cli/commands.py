@@ -14,13 +14,11 @@ import click
 from sqlalchemy import URL, MetaData, Table
 from sqlalchemy.exc import SQLAlchemyError
 
-from asgi_db.cli.capacity import Load, check_load, check_servers, most_pools
+from asgi_db.cli.capacity import Load, check_load, check_servers, pools_of_servers
 from asgi_db.cli.check import check, describe
-from asgi_db.cli.replicas import check_replicas
 from asgi_db.cli.report import Plan, Report, Severity
 from asgi_db.cli.tables import existing, load_metadata
 from asgi_db.database import Database
-from asgi_db.environment import replica_urls_from_env
 from asgi_db.errors import ConfigurationError
 from asgi_db.pool.abandoned import connection_of
 from asgi_db.profiles import POOL_PROFILES, PoolName, pool_profile
@@ -108,12 +106,11 @@ def check_command(
 
     The exit code is 1 if there is an error: something with which the application cannot work.
     """
-    database = _database(url)
-    replicas = _replicas(database.url)
+    database, replicas = _database(url), _replicas()
     load = _load_of(database.url, rate, hold, reads, replicas)
-    pools = most_pools(database.url, database.url, replicas) if replicas else 1
+    pools = max(pools_of_servers(database.url, replicas).values())
     plan = Plan(database.url, pool, pool_profile(pool), processes, pools)
-    report = asyncio.run(_check(database, plan, replicas))
+    report = asyncio.run(check(database, plan))
     check_servers(report, plan, replicas)
     if load is not None:
         check_load(report, plan, load, replicas)
@@ -122,18 +119,10 @@ def check_command(
         sys.exit(1)
 
 
-async def _check(database: Database, plan: Plan, replicas: Sequence[URL]) -> Report:
-    report = await check(database, plan)
-    await check_replicas(report, plan, replicas)
-    return report
-
-
-def _replicas(url: URL) -> list[URL]:
+def _replicas() -> list[URL]:
     try:
-        urls = replica_urls_from_env(os.environ)
-        replicas = [read_url(replica, "DATABASE_REPLICA_URLS") for replica in urls]
-        Database(url, replicas=replicas)  # refuses what cannot be a replica of this database
-        return replicas
+        urls = os.environ.get("DATABASE_REPLICA_URLS", "").split()
+        return [read_url(url, "DATABASE_REPLICA_URLS") for url in urls]
     except ConfigurationError as error:
         raise click.ClickException(str(error)) from None
 
