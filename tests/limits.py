@@ -23,6 +23,7 @@ Limit = Literal[
     "hooks",
     "longest_delay",
     "longest_turn",
+    "most_lag",
     "ping",
     "sandbox_close",
     "sandbox_wait",
@@ -47,6 +48,7 @@ _CONSTANTS: dict[Limit, tuple[str, ...]] = {
     "hooks": ("asgi_db.unit.hooks.HOOKS_TIMEOUT",),
     "longest_delay": ("asgi_db.asgi.retry.LONGEST_DELAY",),
     "longest_turn": ("asgi_db.asgi.turns.LONGEST_TURN",),
+    "most_lag": ("asgi_db.cli.replicas.MOST_LAG",),
     "ping": ("asgi_db.pool.ping.PING_TIMEOUT",),
     "sandbox_close": ("asgi_db.testing.shared.CLOSE_TIMEOUT",),
     "sandbox_wait": ("asgi_db.testing.shared.WAIT_TIMEOUT",),
@@ -72,6 +74,7 @@ class Limits(TypedDict, total=False):
     hooks: float
     longest_delay: float
     longest_turn: float
+    most_lag: float
     ping: float
     sandbox_close: float
     sandbox_wait: float
