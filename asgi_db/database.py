@@ -256,6 +256,7 @@ class Database(Generic[SessionT_co]):
             holders=tuple(sorted(holders, key=lambda holder: -holder.age)),
             routes=self.statistics.routes,
             replicas=self._topology.stats(),
+            reads_on_primary=self._topology.reads_on_primary(),
         )
 
     def holders(self) -> list[str]:
@@ -263,8 +264,8 @@ class Database(Generic[SessionT_co]):
         return self.life.holders()
 
     def engines(self) -> list[AsyncEngine]:
-        """Return the engines that have been made: one for each event loop that uses one."""
-        return [life.engine for life in self._engines.all()]
+        """Return the engines that have been made for the event loops, also for the replicas."""
+        return [life.engine for life in self._topology.all()]
 
     # -- sessions outside requests -------------------------------------------------------------
 

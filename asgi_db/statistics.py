@@ -131,8 +131,9 @@ class ReplicaStats:
         units: the units of work that have run on it.
         behind: how often a read went elsewhere because it had not come far enough.
         is_down: whether it has failed, and has not answered since.
-        lag: seconds since the oldest commit of this process that it is not known to have; 0 if it
-            has them all; None while this process has committed nothing.
+        lag: how late it was when it last answered, in seconds: the age of the oldest commit of this
+            process that it did not have; 0 if it had them all; None while nothing has been
+            committed or asked. Only reads ask it.
     """
 
     name: str
@@ -153,6 +154,8 @@ class DatabaseStats:
         holders: what has the connections that are checked out, the oldest first.
         routes: the counters of each route that has used the database.
         replicas: the replicas, if it has some.
+        reads_on_primary: the units of work that could have read from a replica, and ran on the
+            primary because none was there, had come far enough or had a connection free.
     """
 
     name: str
@@ -160,6 +163,7 @@ class DatabaseStats:
     holders: tuple[Holder, ...]
     routes: Mapping[str, RouteStats]
     replicas: tuple[ReplicaStats, ...] = ()
+    reads_on_primary: int = 0
 
 
 class Tally:
@@ -348,6 +352,16 @@ class Statistics:
 def total(pools: Iterable[PoolStats]) -> PoolStats:
     """Add up the pools of a database, which has one in each event loop that uses it."""
     return functools.reduce(_plus, pools, None) or PoolStats()
+
+
+def pools_of(databases: Iterable[DatabaseStats]) -> dict[str, PoolStats]:
+    """Return the pools of databases and of their replicas by name; equal names are added up."""
+    by_name = defaultdict[str, list[PoolStats]](list)
+    for database in databases:
+        by_name[database.name].append(database.pool)
+        for replica in database.replicas:
+            by_name[replica.name].append(replica.pool)
+    return {name: total(pools) for name, pools in by_name.items()}
 
 
 def _plus(first: PoolStats | None, second: PoolStats) -> PoolStats:

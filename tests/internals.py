@@ -39,6 +39,7 @@ from asgi_db.pool.abandoned import side_connection
 from asgi_db.pool.fair import FairPool, FairQueue
 from asgi_db.pool.life import MOST_VARIANTS, EngineLife
 from asgi_db.profiles import POOL_PROFILES, PoolName, pool_profile
+from asgi_db.replicas.history import MOST_LAG, Commit, History, Lag
 from asgi_db.sampling import Sampler
 from asgi_db.settings import DatabaseType, parse_database_url
 from asgi_db.sqlalchemy_versions import NEW_OPERATIONS, has_begun
@@ -82,6 +83,7 @@ __all__ = [
     "BUCKETS",
     "Beginning",
     "Block",
+    "Commit",
     "DatabaseType",
     "Effect",
     "EngineLife",
@@ -89,8 +91,11 @@ __all__ = [
     "FairPool",
     "FairQueue",
     "HISTORY",
+    "History",
     "Histogram",
     "KINDS",
+    "Lag",
+    "MOST_LAG",
     "MOST_SHOWN",
     "MOST_UNITS",
     "ModeDefault",

@@ -1,7 +1,9 @@
 """Reads that go to replicas: on which server a unit of work runs, and what the client is told."""
 
 import asyncio
+import gc
 import re
+import weakref
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -492,3 +494,76 @@ async def test_a_session_class_of_the_user(urls: Urls, servers: Servers) -> None
         assert isinstance(session, Own)
         assert isinstance(session.sync_session, Sync)
         assert await servers.of(session) == "replica"
+
+
+# -- what is left behind -----------------------------------------------------------------------
+
+
+async def test_a_finished_request_leaves_nothing(database: Database, servers: Servers) -> None:
+    async with client_of(make_app(database, servers)) as client:
+
+        async def serve() -> None:
+            await client.post("/items/1")
+            await client.get("/items")
+            await client.get("/snapshot")
+
+        await serve()
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(5):
+                await serve()
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            gc.collect()
+            left = {type(each).__name__ for each in gc.garbage}
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+        assert not left & {"RoutedExchange", "DBSession", "UnitOfWork", "Choice"}
+
+
+async def test_a_loop_that_has_ended_leaves_no_servers(urls: Urls, servers: Servers) -> None:
+    database = Database(urls.primary, replicas=urls.replicas)
+
+    async def use() -> weakref.ref[AsyncEngine]:
+        async with database.session(read_only) as session:
+            assert await servers.of(session) == "replica"
+        engine = weakref.ref(database.engine)
+        await database.dispose()
+        return engine
+
+    engines = [await asyncio.to_thread(asyncio.run, use()) for _ in range(2)]
+    async with database.session(read_only) as session:
+        assert await servers.of(session) == "replica"
+    await database.dispose()
+    gc.collect()
+    assert [engine() for engine in engines] == [None, None]
+
+
+async def test_the_primary_serves_what_no_replica_can(
+    urls: Urls, servers: Servers, caplog: pytest.LogCaptureFixture
+) -> None:
+    nowhere = make_url(urls.primary).set(port=1).render_as_string(hide_password=False)
+    database = Database(urls.primary, replicas=[nowhere])
+    async with database, client_of(make_app(database, servers)) as client:
+        for _ in range(3):
+            assert (await client.get("/read_only")).json() == "primary"
+        (replica,) = database.stats().replicas
+        assert replica.is_down
+        assert replica.units == 0
+        assert database.stats().reads_on_primary == 3
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 2
+    assert "cannot be used" in warnings[0]
+    assert "The primary serves all reads" in warnings[1]
+
+
+async def test_a_replica_that_refuses_the_login_costs_no_request_an_error(
+    urls: Urls, servers: Servers
+) -> None:
+    wrong = make_url(urls.replicas[0]).set(password="wrong", username="nobody")
+    database = Database(urls.primary, replicas=[wrong, urls.replicas[0]])
+    async with database, client_of(make_app(database, servers)) as client:
+        for _ in range(4):
+            assert (await client.get("/read_only")).json() == "replica"

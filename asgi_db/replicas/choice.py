@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from sqlalchemy import Connection, Engine
 
+from asgi_db.drivers.outages import WrongSettingsError
 from asgi_db.drivers.replication import Position, latest
-from asgi_db.errors import ConfigurationError, DatabaseDownError
+from asgi_db.errors import DatabaseConflictError, DatabaseDownError
 from asgi_db.modes import Mode
 from asgi_db.replicas.replica import Replica
 from asgi_db.replicas.servers import Servers
@@ -61,7 +62,8 @@ class Choice:
         Args:
             mode: the mode in which it begins.
         """
-        if not mode.may_use_replica or self.committed is not None:
+        may_use_replica = mode.may_use_replica and self.committed is None
+        if not may_use_replica:
             self._replica = None
         elif not (self._is_chosen and self.is_of_request):
             self.has_read = False
@@ -69,6 +71,8 @@ class Choice:
         self._is_chosen = True
         if self._replica is not None:
             self._replica.units += 1
+        elif may_use_replica:
+            self._servers.on_primary += 1
 
     async def move(self, error: Exception) -> bool:
         """Choose another server after an operation has failed; return whether to run it again.
@@ -77,12 +81,17 @@ class Choice:
         read from one replica goes on at the primary, which is never behind it.
         """
         replica = self._replica
-        if replica is None or not isinstance(error, (DatabaseDownError, ConfigurationError)):
+        if replica is None:
             return False
-        replica.failed(error)
-        self._replica = None
-        if not self.has_read:
-            self._replica = await self._servers.replica_for(self.needed)
+        if isinstance(error, DatabaseConflictError):  # with what it replicates
+            self._replica = None
+        elif isinstance(error, (DatabaseDownError, WrongSettingsError)):
+            replica.failed(error)
+            self._replica = None
+            if not self.has_read:
+                self._replica = await self._servers.replica_for(self.needed)
+        else:
+            return False
         return True
 
     def has_answered(self) -> None:

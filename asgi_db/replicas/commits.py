@@ -19,7 +19,7 @@ from asgi_db.drivers.protocol import Driver, StandIn
 from asgi_db.drivers.replication import UNKNOWN, Position, Replication
 from asgi_db.drivers.statements import Effect
 from asgi_db.engine.unit import UNIT_INFO, Unit
-from asgi_db.logs import logger
+from asgi_db.logs import Seldom
 from asgi_db.replicas.choice import Choice
 from asgi_db.sqlalchemy_versions import await_
 
@@ -32,6 +32,7 @@ class _LivingUnit(Unit, Protocol):
 
 
 _followed: WeakSet[Dialect] = WeakSet()
+_warnings = Seldom()
 
 
 def follow_commits(engine: Engine, replication: Replication) -> None:
@@ -78,9 +79,9 @@ def _position(driver: Driver, replication: Replication, pooled: PoolProxiedConne
     try:
         return await_(ask_in_time())
     except (Exception, asyncio.CancelledError) as error:
-        # The connection may be in the middle of the question.
-        pooled.invalidate()
-        logger.warning(
+        if driver.code(error) is None:  # It is no answer of the server, which may come later.
+            pooled.invalidate()
+        _warnings.warning(
             "The position of a COMMIT could not be found out (%s), so its client reads from the"
             " primary for a while.",
             brief(error),

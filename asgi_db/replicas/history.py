@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from asgi_db.drivers.replication import Position
@@ -15,9 +16,15 @@ _APART = 1.0
 """Seconds between two commits that are kept."""
 
 
-class _Commit(NamedTuple):
+class Commit(NamedTuple):
+    """A commit of this process, and when it was."""
+
     at: float
     position: Position
+
+    def is_in(self, reached: Mapping[str, int]) -> bool:
+        """Return whether a server has it that has reached this, for each system."""
+        return reached.get(self.position.system, -1) >= self.position.number
 
 
 class History:
@@ -28,30 +35,52 @@ class History:
     """
 
     def __init__(self) -> None:
-        self._commits: deque[_Commit] = deque()
+        self.commits: deque[Commit] = deque()
 
     def add(self, position: Position) -> None:
         """Note a commit of this moment."""
         now = time.monotonic()
-        if not self._commits or now - self._commits[-1].at >= _APART:
-            self._commits.append(_Commit(now, position))
+        if not self.commits or now - self.commits[-1].at >= _APART:
+            self.commits.append(Commit(now, position))
+            self._forget_old()
 
     def due(self) -> Position | None:
         """Return the position that each replica must have reached by now, if there is one."""
-        commits, latest = self._commits, time.monotonic() - MOST_LAG
+        latest = self._forget_old()
+        return self.commits[0].position if self.commits and self.commits[0].at <= latest else None
+
+    def _forget_old(self) -> float:
+        """Keep one commit that is due; return until when a commit is."""
+        commits, latest = self.commits, time.monotonic() - MOST_LAG
         while len(commits) > 1 and commits[1].at <= latest:
             commits.popleft()
-        return commits[0].position if commits and commits[0].at <= latest else None
+        return latest
 
-    def lag(self, reached: dict[str, int]) -> float | None:
-        """Return how many seconds ago the first commit was that is not reached; None if unknown.
 
-        Args:
-            reached: the position that was reached, for each system.
-        """
-        if not self._commits:
-            return None
-        for at, position in self._commits.copy():
-            if reached.get(position.system, -1) < position.number:
-                return time.monotonic() - at
-        return 0.0
+class Lag:
+    """How late one replica was when it last answered.
+
+    Only reads ask a replica, so that nothing is known of the time since then.
+
+    Attributes:
+        seconds: the age of the oldest commit of this process that it did not have then; 0 if it had
+            them all; None if it has not answered, or there was no commit.
+    """
+
+    seconds: float | None = None
+    _missing: Commit | None = None
+
+    def __init__(self, history: History) -> None:
+        self._history = history
+
+    def answered(self, reached: Mapping[str, int]) -> None:
+        """Note what the replica has reached, for each system."""
+        commits = self._history.commits.copy()
+        missing = next((commit for commit in commits if not commit.is_in(reached)), None)
+        # The history has forgotten what a replica that is very late was missing first.
+        earlier = self._missing
+        if earlier is not None and missing is commits[0] and not earlier.is_in(reached):
+            missing = earlier
+        self._missing = missing
+        if commits:
+            self.seconds = 0.0 if missing is None else time.monotonic() - missing.at

@@ -17,6 +17,7 @@ from asgi_db.logs import logger
 from asgi_db.modes import read_only
 from asgi_db.pool.abandoned import connection_of
 from asgi_db.pool.life import EngineLife
+from asgi_db.replicas.history import History, Lag
 from asgi_db.tasks import in_background
 
 ASK_AGAIN_AFTER = 0.05
@@ -44,13 +45,17 @@ class Replica:
         reached: the position that it is known to have reached, for each system.
         units: the units of work that have run on it.
         behind: how often it had not come far enough.
+        lag: how late it is.
     """
 
-    def __init__(self, name: str, life: EngineLife, replication: Replication) -> None:
+    def __init__(
+        self, name: str, life: EngineLife, replication: Replication, history: History
+    ) -> None:
         self.name = name
         self.life = life
         self.reached: dict[str, int] = {}
         self.units = self.behind = 0
+        self.lag = Lag(history)
         self._replication = replication
         self._question: asyncio.Future[Any] | None = None
         self._asked = self._heard = -HEARD_FOR
@@ -124,6 +129,7 @@ class Replica:
                     rows = await connection.run_sync(self._read_answer)
             for system, number in self._replication.reached(rows):
                 self.reached[system] = max(number, self.reached.get(system, -1))
+            self.lag.answered(self.reached)
         except Exception as error:
             self.failed(error)
         else:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Sequence
 
 from asgi_db.drivers.replication import Position
-from asgi_db.logs import logger
+from asgi_db.logs import Seldom
 from asgi_db.pool.life import EngineLife
-from asgi_db.replicas.history import History
+from asgi_db.replicas.history import MOST_LAG, History
 from asgi_db.replicas.replica import LOOK_AGAIN_AFTER, Replica
-
-WARN_AGAIN_AFTER = 60.0
-"""Seconds between two warnings that no replica could be read from."""
 
 
 class Servers:
@@ -23,8 +19,7 @@ class Servers:
         primary: the engine of the primary, with its pool.
         replicas: the replicas.
         history: the commits of this process.
-        on_primary: the units of work that only read and had to run on the primary, although no
-            mode asked for it.
+        on_primary: the units of work that could have read from a replica, and ran on the primary.
     """
 
     def __init__(
@@ -45,7 +40,7 @@ class Servers:
         self.on_primary = 0
         self._is_covered = is_covered
         self._turns = itertools.count()
-        self._warned = -WARN_AGAIN_AFTER
+        self._warnings = Seldom()
 
     async def replica_for(self, needed: Position | None) -> Replica | None:
         """Return the replica for a unit of work that only reads; None if it is for the primary.
@@ -58,7 +53,8 @@ class Servers:
         """
         if not self.replicas or self._is_covered():
             return None
-        positions = tuple(filter(None, (needed, self.history.due())))
+        due = self.history.due()
+        positions = tuple(filter(None, (needed, due)))
         first = next(self._turns) % len(self.replicas)
         replicas = [*self.replicas[first:], *self.replicas[:first]]
         found = [replica for replica in replicas if replica.has(positions)]
@@ -76,16 +72,14 @@ class Servers:
                     return replica
             for replica in replicas:
                 replica.behind += not replica.is_down
-        self.on_primary += 1
-        self._warn()
+            if not any(replica.has((due,) if due else ()) for replica in replicas):
+                self._warnings.warning(
+                    "The primary serves all reads, because no replica can be used: %s.",
+                    ", ".join(map(_state_of, self.replicas)),
+                )
         return None
 
-    def _warn(self) -> None:
-        if all(replica.is_down for replica in self.replicas):
-            now = time.monotonic()
-            if now - self._warned >= WARN_AGAIN_AFTER:
-                self._warned = now
-                logger.warning(
-                    "No replica can be used, so the primary serves all reads: %s",
-                    ", ".join(replica.name for replica in self.replicas),
-                )
+
+def _state_of(replica: Replica) -> str:
+    state = "is down" if replica.is_down else f"is more than {MOST_LAG:.0f} s late"
+    return f"{replica.name} {state}"

@@ -63,7 +63,8 @@ class Topology:
             follow_commits(primary.engine.sync_engine, self._replication)
             for engines in self._replicas:
                 name = name_of(engines.settings.url)
-                replicas.append(Replica(name, engines.on(loop), self._replication))
+                life = engines.on(loop)
+                replicas.append(Replica(name, life, self._replication, self._history))
         return Servers(primary, replicas, self._history, self._is_covered)
 
     def _is_covered(self) -> bool:
@@ -94,8 +95,12 @@ class Topology:
             for number, engines in enumerate(self._replicas)
         )
 
+    def reads_on_primary(self) -> int:
+        """Return how many units could have read from a replica, and ran on the primary."""
+        return sum(one.on_primary for one in self._servers.copy().values())
+
     def _stats_of(self, engines: Engines, replicas: list[Replica]) -> ReplicaStats:
-        lags = [lag for one in replicas if (lag := self._history.lag(one.reached)) is not None]
+        lags = [lag for one in replicas if (lag := one.lag.seconds) is not None]
         return ReplicaStats(
             name=name_of(engines.settings.url),
             pool=total(life.connections.stats() for life in engines.all()),
