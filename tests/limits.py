@@ -11,6 +11,7 @@ from typing import Literal, TypedDict, Unpack, cast
 import pytest
 
 Limit = Literal[
+    "ask_again_after",
     "attempt",
     "cleanup",
     "commit",
@@ -23,7 +24,9 @@ Limit = Literal[
     "hooks",
     "longest_delay",
     "longest_turn",
+    "most_lag",
     "ping",
+    "position",
     "sandbox_close",
     "sandbox_wait",
     "silent_for",
@@ -32,6 +35,7 @@ Limit = Literal[
 ]
 
 _CONSTANTS: dict[Limit, tuple[str, ...]] = {
+    "ask_again_after": ("asgi_db.replicas.replica.ASK_AGAIN_AFTER",),
     "attempt": ("asgi_db.pool.abandoned.ATTEMPT_TIMEOUT",),
     "cleanup": (
         "asgi_db.unit.standing.CLEANUP_TIMEOUT",
@@ -47,7 +51,9 @@ _CONSTANTS: dict[Limit, tuple[str, ...]] = {
     "hooks": ("asgi_db.unit.hooks.HOOKS_TIMEOUT",),
     "longest_delay": ("asgi_db.asgi.retry.LONGEST_DELAY",),
     "longest_turn": ("asgi_db.asgi.turns.LONGEST_TURN",),
+    "most_lag": ("asgi_db.cli.replicas.MOST_LAG", "asgi_db.replicas.history.MOST_LAG"),
     "ping": ("asgi_db.pool.ping.PING_TIMEOUT",),
+    "position": ("asgi_db.replicas.commits.POSITION_TIMEOUT",),
     "sandbox_close": ("asgi_db.testing.shared.CLOSE_TIMEOUT",),
     "sandbox_wait": ("asgi_db.testing.shared.WAIT_TIMEOUT",),
     "silent_for": ("asgi_db.drivers.hosts.SILENT_FOR",),
@@ -60,6 +66,7 @@ _CONSTANTS: dict[Limit, tuple[str, ...]] = {
 class Limits(TypedDict, total=False):
     """The limits that a test sets, in seconds."""
 
+    ask_again_after: float
     attempt: float
     cleanup: float
     commit: float
@@ -72,7 +79,9 @@ class Limits(TypedDict, total=False):
     hooks: float
     longest_delay: float
     longest_turn: float
+    most_lag: float
     ping: float
+    position: float
     sandbox_close: float
     sandbox_wait: float
     silent_for: float
