@@ -8,7 +8,7 @@ import functools
 import os
 import re
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from importlib import import_module
 from typing import Any
@@ -19,12 +19,8 @@ from sqlalchemy.engine.interfaces import DBAPIConnection, ExecutionContext
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from asgi_db.drivers.outages import REMEDIES
-from asgi_db.drivers.postgresql import (
-    NOT_SUPPORTED,
-    PATIENCE,
-    PostgreSQLSandbox,
-    SupportedPostgreSQL,
-)
+from asgi_db.drivers.postgresql import NOT_SUPPORTED, PATIENCE, SupportedPostgreSQL
+from asgi_db.drivers.postgresql_sandbox import PostgreSQLSandbox
 from asgi_db.drivers.protocol import StandIn
 from asgi_db.drivers.psycopg_options import translate_url
 from asgi_db.drivers.sandbox import INTERRUPT_AGAIN, SandboxControl, SandboxRules, SandboxStandIn
@@ -312,6 +308,29 @@ class Psycopg(SupportedPostgreSQL):
         with contextlib.suppress(AttributeError, import_module("psycopg").Error):
             return int(connection.info.backend_pid) or None
         return None
+
+    def interrupt(self, connection: Any) -> Coroutine[Any, Any, None] | None:
+        # libpq sends it to the address of the connection, with its secret, since version 17. It has
+        # to be made before the connection is closed.
+        is_behind_pooler = getattr(connection, "is_behind_pooler", False)
+        if is_behind_pooler or not import_module("psycopg").capabilities.has_cancel_safe():
+            return None
+        with contextlib.suppress(import_module("psycopg").Error):
+            request = connection.pgconn.cancel_conn()
+            request.start()
+            return _send(request)
+        return None
+
+
+async def _send(request: Any) -> None:
+    # psycopg has no public way to send it after the connection is closed; the test of a second host
+    # in `test_abandoned_elsewhere.py` breaks when this changes. Whatever the error is: the
+    # statement is also ended over another connection.
+    sending = import_module("psycopg.generators").cancel(request)
+    with contextlib.suppress(Exception):
+        async with asyncio.timeout(PATIENCE):
+            waiting = import_module("psycopg.waiting")
+            await waiting.wait_conn_async(sending, interval=_LOOK_AGAIN)
 
 
 _STATES = {
