@@ -18,6 +18,7 @@ ENVIRONMENT := py$(VERSION)$(if $(VERSIONS),-$(VERSIONS))
 VENV := .build/$(ENVIRONMENT)
 BIN := $(VENV)/bin
 PEERS := .build/peers-py$(VERSION)
+PEERS_2_0 := .build/peers-sqlalchemy-2-0-py$(VERSION)
 BESIDE := .build/beside-$(ENVIRONMENT)
 ECOSYSTEM := .build/ecosystem-py$(VERSION)
 ECOSYSTEM_2_0 := .build/ecosystem-sqlalchemy-2-0-py$(VERSION)
@@ -105,9 +106,10 @@ load:
 	@$(PYTHON) -m scripts.load $(ARGS)
 
 # Everything, which is without arguments, begins with the sweeps over all ways of cancelling.
-chaos: $(VENV)/installed $(PEERS)/installed servers
+chaos: $(VENV)/installed $(PEERS)/installed $(PEERS_2_0)/installed servers
+	@$(PYTHON) -m scripts.prepare chaos
 	$(if $(ARGS),,$(PYTEST) pytest $(PARALLEL) -m sweep --whole-sweeps)
-	$(BIN)/python -m tests.chaos --peers=$(PEERS)/bin/python $(ARGS)
+	$(BIN)/python -m tests.chaos --peers=$(PEERS)/bin/python --peers-2-0=$(PEERS_2_0)/bin/python $(ARGS)
 
 bench: $(PEERS)/bench servers
 	@$(PYTHON) -m scripts.prepare load
@@ -201,6 +203,13 @@ $(ECOSYSTEM_2_0)/installed: dist/built pyproject.toml
 $(PEERS)/installed: pyproject.toml
 	@$(PYTHON) -m scripts.prepare venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --group chaos
+	@touch $@
+
+# advanced-alchemy's routing does not work with SQLAlchemy 2.1.
+$(PEERS_2_0)/installed: export PIP_CONSTRAINT = $(CURDIR)/tests/constraints/sqlalchemy-2.0.txt
+$(PEERS_2_0)/installed: pyproject.toml
+	@$(PYTHON) -m scripts.prepare venv $(PEERS_2_0)
+	$(PEERS_2_0)/bin/python -m pip install --quiet --group chaos
 	@touch $@
 
 # All that `make bench` compares, this library too, is in one environment, in the same versions.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import os
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, cast
@@ -14,20 +15,26 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from typing_extensions import TypeVar
 
 from asgi_db.engine.variants import isolation_options, refuse_autocommit
-from asgi_db.environment import database_url_from_env, engine_options_from_env
+from asgi_db.environment import (
+    database_url_from_env,
+    engine_options_from_env,
+    replica_urls_from_env,
+)
 from asgi_db.errors import ConfigurationError
 from asgi_db.logs import logger
 from asgi_db.modes import Mode, Transactional, as_mode, is_number, plain, transactional
 from asgi_db.pool.definitions import define
-from asgi_db.pool.engines import Engines, EngineSettings
+from asgi_db.pool.engines import EngineSettings
 from asgi_db.pool.life import EngineLife
 from asgi_db.pool.ping import ping, wait_for_database
 from asgi_db.profiles import PoolName, PoolProfile, pool_profile
+from asgi_db.replicas.topology import topology
 from asgi_db.settings import Secret, create_database_url, parse_database_url
 from asgi_db.statistics import DatabaseStats, PoolStats, Statistics, name_of, total
 from asgi_db.tasks import running_loop
 from asgi_db.unit.block import Block
 from asgi_db.unit.maker import SessionMaker
+from asgi_db.unit.origin import UnitLife
 from asgi_db.unit.session import DBSession
 from asgi_db.unit.session_class import choose_session
 
@@ -57,6 +64,7 @@ class Database(Generic[SessionT_co]):
         url: str | URL | Secret | None = None,
         *,
         engine: AsyncEngine | None = None,
+        replicas: Sequence[str | URL | Secret | AsyncEngine] = (),
         pool: PoolName | PoolProfile = "medium",
         engine_options: Mapping[str, Any] | None = None,
         session_options: Mapping[str, Any] | None = None,
@@ -72,6 +80,9 @@ class Database(Generic[SessionT_co]):
                 the working directory is used.
             engine: an engine of your own instead; it is used as it is, and never disposed. Errors
                 of its `async_creator`, if it has one, are not translated.
+            replicas: the URLs of the primary's replicas, or with `engine=` their engines. A unit in
+                `read_only` runs on one that has everything which its client was told is committed.
+                Beside a URL from the environment, `DATABASE_REPLICA_URLS` names them.
             pool: the pool profile, "low", "medium" or "high", or a `PoolProfile` of your own.
             engine_options: for SQLAlchemy's `create_async_engine`; they override the profile.
             session_options: what SQLAlchemy's `async_sessionmaker` takes, over `autoflush=False`
@@ -96,27 +107,38 @@ class Database(Generic[SessionT_co]):
             self.url = parse_database_url(url)
         else:
             self.url = database_url_from_env(os.environ) or _embedded()
+            replicas = replicas or replica_urls_from_env(os.environ)
             options = {**engine_options_from_env(os.environ), **options}
         defaults = {"autoflush": False, "expire_on_commit": False}
         self._dialect = type(engine.dialect) if engine is not None else self.url.get_dialect()
-        choice = choose_session({**defaults, **(session_options or {})}, self._dialect)
+        choice = choose_session(
+            {**defaults, **(session_options or {})}, self._dialect, has_replicas=bool(replicas)
+        )
         self.session_class = cast(type[SessionT_co], choice.class_)
         self.session_options = choice.options
         self.statistics = Statistics()  # `asgi_db.opentelemetry` observes them
         self._wait_for = wait_for
         profile = pool if isinstance(pool, PoolProfile) else pool_profile(pool)
-        settings = EngineSettings(self.url, profile, options, pooler, leak_threshold)
+        settings = EngineSettings(
+            self.url, profile, options, pooler, leak_threshold, has_replicas=bool(replicas)
+        )
         if engine is None:
             settings.check()
-        self._engines = Engines(settings, self.statistics, given=engine)
-        self.life_on = self._engines.on  # without a step in between: each request asks it
+        self.has_replicas = bool(replicas)
+        self._topology = topology(settings, self.statistics, replicas, given=engine)
+        self._engines = self._topology.primary
+        # Without a step in between: each request asks it.
+        self.life_on: Callable[[asyncio.AbstractEventLoop], UnitLife] = (
+            self._topology.on if replicas else self._engines.on
+        )
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ, **options: Any) -> Self:
         """Make a database from environment variables alone.
 
         Reads `DATABASE_URL`, or `DATABASE_TYPE`, `_USER`, `_PASSWORD`, `_HOST`, `_PORT`,
-        `_SCHEMA` (the name of the database) and `_CHARSET`; and `DATABASE_ECHO`, `_POOL_ECHO`.
+        `_SCHEMA` (the name of the database) and `_CHARSET`; and `DATABASE_ECHO`, `_POOL_ECHO`,
+        `_REPLICA_URLS`.
 
         Args:
             environ: the variables.
@@ -130,6 +152,7 @@ class Database(Generic[SessionT_co]):
             raise ConfigurationError("Set DATABASE_URL, or DATABASE_TYPE and its companions.")
         engine_options = engine_options_from_env(environ)
         engine_options.update(options.pop("engine_options", None) or {})
+        options["replicas"] = options.get("replicas") or replica_urls_from_env(environ)
         return cls(url, engine_options=engine_options, **options)
 
     def __repr__(self) -> str:
@@ -171,7 +194,7 @@ class Database(Generic[SessionT_co]):
 
         The database can be used again afterwards. An engine of your own is left alone.
         """
-        await self._engines.dispose()
+        await self._topology.dispose()
 
     async def __aenter__(self) -> Self:
         try:
@@ -225,14 +248,15 @@ class Database(Generic[SessionT_co]):
 
         It opens nothing and needs no event loop: a thread may call it, too.
         """
-        lives = self._engines.all()
-        all_lives = (*lives, *self._engines.others.all())
-        holders = [holder for life in all_lives for holder in life.connections.holders()]
+        lives = [*self._topology.all(), *self._engines.others.all()]
+        holders = [holder for life in lives for holder in life.connections.holders()]
         return DatabaseStats(
             name=name_of(self.url),
             pool=self.pool_stats(),
             holders=tuple(sorted(holders, key=lambda holder: -holder.age)),
             routes=self.statistics.routes,
+            replicas=self._topology.stats(),
+            reads_on_primary=self._topology.reads_on_primary(),
         )
 
     def holders(self) -> list[str]:
@@ -240,8 +264,8 @@ class Database(Generic[SessionT_co]):
         return self.life.holders()
 
     def engines(self) -> list[AsyncEngine]:
-        """Return the engines that have been made: one for each event loop that uses one."""
-        return [life.engine for life in self._engines.all()]
+        """Return the engines that have been made for the event loops, also for the replicas."""
+        return [life.engine for life in self._topology.all()]
 
     # -- sessions outside requests -------------------------------------------------------------
 
@@ -307,13 +331,15 @@ class Database(Generic[SessionT_co]):
     def redirect(self, url: str | URL) -> None:
         """Let the database be at another URL, for a test run; all other settings stay.
 
-        For a `Database` that an application makes with a URL of its own when it is imported.
+        For a `Database` that an application makes with a URL of its own when it is imported. Its
+        replicas are those of the other URL, and are left out.
 
         Raises:
             ConfigurationError: it has an engine already, or the URL cannot be used.
         """
         url = parse_database_url(url)
         self._engines.redirect(url)
+        self._topology.leave_replicas()
         self.url = url
 
     def capture_statements(self) -> AbstractContextManager[CapturedStatements]:
@@ -327,7 +353,7 @@ class Database(Generic[SessionT_co]):
         """
         from asgi_db.testing.captured import capture
 
-        return capture(self._engines)
+        return capture(self._topology.all, self._engines)
 
     def sandbox(self) -> Sandbox:
         """Begin a sandbox, for a test: nothing that is written in its block stays.

@@ -66,6 +66,11 @@ def database_url_from_env(environ: Mapping[str, str]) -> URL | None:
     return read_url(built, "DATABASE_TYPE")
 
 
+def replica_urls_from_env(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Read the URLs of the replicas from `DATABASE_REPLICA_URLS`, where blanks separate them."""
+    return tuple(environ.get("DATABASE_REPLICA_URLS", "").split())
+
+
 def _env_port(port: str | None) -> int | None:
     if port is None:
         return None

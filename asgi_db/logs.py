@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import time
 import traceback
 from collections.abc import Generator, Hashable
 from typing import Any
@@ -49,6 +50,23 @@ def about_a_raised_error() -> Generator[None]:
 
 def _drop(_event: object, _hint: object) -> None:
     """Answer Sentry that an event is not to be sent."""
+
+
+class Seldom:
+    """Logs a warning at most once a minute, where every request may have one."""
+
+    def __init__(self) -> None:
+        self._last: float | None = None
+
+    def warning(self, message: str, *args: object) -> None:
+        """Log a warning, unless there was one in the last minute."""
+        now = time.monotonic()
+        if self._last is None or now - self._last >= _SELDOM:
+            self._last = now
+            logger.warning(message, *args)
+
+
+_SELDOM = 60.0
 
 
 class ErrorsOnce:

@@ -50,6 +50,7 @@ class Mode:
         read_only: the database refuses writes.
         deferrable: wait for a snapshot that needs no locks (PostgreSQL, with SERIALIZABLE).
         snapshot: several statements see one consistent view.
+        fresh: reads from the primary, never from a replica.
         commit_on: replaces the rule "any status below 400 commits".
         timeout: seconds from the first statement to the end of the unit; no limit if None.
         retries: how often a request is run again after a conflict with another transaction.
@@ -68,6 +69,7 @@ class Mode:
     read_only: bool = False
     deferrable: bool = False
     snapshot: bool = False
+    fresh: bool = False
     commit_on: CommitRule | None = None
     timeout: float | None = None
     retries: int = 0
@@ -97,6 +99,11 @@ class Mode:
         object.__setattr__(self, "autocommit", self._is_autocommit())
 
     def _is_autocommit(self) -> bool:
+        return False
+
+    @property
+    def may_use_replica(self) -> bool:
+        """Whether a unit in this mode may read from a replica; see `Database(replicas=…)`."""
         return False
 
     def covers(self, other: Mode) -> bool:
@@ -227,18 +234,24 @@ class ReadOnly(Mode):
 
     name: ClassVar[str] = "read_only"
     strength: ClassVar[int] = 0
-    options: ClassVar[tuple[str, ...]] = ("snapshot", "timeout")
+    options: ClassVar[tuple[str, ...]] = ("snapshot", "fresh", "timeout")
 
     read_only: bool = True
 
     def _is_autocommit(self) -> bool:
         return not self.snapshot
 
+    @property
+    def may_use_replica(self) -> bool:
+        return not self.fresh
+
     @overload
     def __call__(self, target: Target, /) -> Target: ...
 
     @overload
-    def __call__(self, *, snapshot: bool = False, timeout: float | None = None) -> ReadOnly: ...
+    def __call__(
+        self, *, snapshot: bool = False, fresh: bool = False, timeout: float | None = None
+    ) -> ReadOnly: ...
 
     def __call__(self, *target: Any, **options: Any) -> Any:
         """Set this mode on a route, or make a variant of it.
@@ -246,6 +259,7 @@ class ReadOnly(Mode):
         Args:
             snapshot: several statements see one consistent view, and server-side cursors work;
                 the connection is held from the first statement to the end of the unit.
+            fresh: read from the primary, also where `Database(replicas=…)` names replicas.
             timeout: seconds from the first statement to the end of the unit.
         """
         return self._mark_or_vary(target, options)

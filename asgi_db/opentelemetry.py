@@ -15,7 +15,15 @@ from asgi_db.database import Database
 from asgi_db.drivers.describing import brief
 from asgi_db.histograms import BUCKETS
 from asgi_db.logs import ErrorsOnce
-from asgi_db.statistics import WITHOUT_SESSION, DatabaseStats, RouteStats, Tally
+from asgi_db.statistics import (
+    WITHOUT_SESSION,
+    DatabaseStats,
+    PoolStats,
+    ReplicaStats,
+    RouteStats,
+    Tally,
+    pools_of,
+)
 
 try:
     from opentelemetry.instrumentation.sqlalchemy import (  # pyright: ignore[reportMissingTypeStubs]
@@ -53,6 +61,7 @@ __all__ = ["instrument"]
 POOL_NAME = "db.client.connection.pool.name"
 
 _ROUTE = "asgi_db.route"
+_REPLICA = "asgi_db.replica"
 
 
 def instrument(
@@ -76,7 +85,7 @@ def instrument(
     tracer = get_tracer("asgi_db", tracer_provider=tracer_provider)
     for database in databases:
         database.statistics.observers += (_Recorder(database, meter, tracer),)
-    for make_instruments in (_observe_pools, _observe_routes):
+    for make_instruments in (_observe_pools, _observe_routes, _observe_replicas):
         make_instruments(meter, databases)
     instrumentor: Any = SQLAlchemyInstrumentor()
     if not instrumentor.is_instrumented_by_opentelemetry:
@@ -163,6 +172,9 @@ def _histogram(meter: Meter, name: str, description: str) -> Histogram:
 Read = Callable[[DatabaseStats], Iterable[tuple[float | None, dict[str, str]]]]
 """Reads the values of one instrument, with their attributes; None if there is no value."""
 
+ReadPool = Callable[[PoolStats], Iterable[tuple[float | None, dict[str, str]]]]
+"""The same for an instrument of the pools: of a database's own, and of its replicas'."""
+
 
 def _callback(databases: Sequence[Database], read: Read) -> list[Any]:
     def observe(_: CallbackOptions) -> Iterable[Observation]:
@@ -176,36 +188,46 @@ def _callback(databases: Sequence[Database], read: Read) -> list[Any]:
 
 
 def _observe_pools(meter: Meter, databases: Sequence[Database]) -> None:
+    def of_pools(read: ReadPool) -> list[Any]:
+        def observe(_: CallbackOptions) -> Iterable[Observation]:
+            pools = pools_of(database.stats() for database in databases)
+            for name, pool in pools.items():
+                for value, attributes in read(pool):
+                    if value is not None:
+                        yield Observation(value, {POOL_NAME: name, **attributes})
+
+        return [observe]
+
     state = "db.client.connection.state"
-    instruments: list[tuple[str, str, Read, str]] = [
+    instruments: list[tuple[str, str, ReadPool, str]] = [
         (
             "count",
             "{connection}",
-            lambda s: [(s.pool.checked_out, {state: "used"}), (s.pool.idle, {state: "idle"})],
+            lambda pool: [(pool.checked_out, {state: "used"}), (pool.idle, {state: "idle"})],
             "The number of connections that are currently in the state.",
         ),
         (
             "max",
             "{connection}",
-            lambda s: [(s.pool.limit, {})],
+            lambda pool: [(pool.limit, {})],
             "The maximum number of open connections allowed.",
         ),
         (
             "idle.max",
             "{connection}",
-            lambda s: [(s.pool.size, {})],
+            lambda pool: [(pool.size, {})],
             "The maximum number of idle open connections allowed.",
         ),
         (
             "pending_requests",
             "{request}",
-            lambda s: [(s.pool.waiting, {})],
+            lambda pool: [(pool.waiting, {})],
             "The number of current pending requests for an open connection.",
         ),
     ]
     for name, unit, read, description in instruments:
         meter.create_observable_up_down_counter(
-            f"db.client.connection.{name}", _callback(databases, read), unit, description
+            f"db.client.connection.{name}", of_pools(read), unit, description
         )
     meter.create_observable_counter(
         "db.client.connection.timeouts",
@@ -253,6 +275,44 @@ def _reader(field: str) -> Read:
     return lambda stats: [
         (value(counters), {_ROUTE: route}) for route, counters in stats.routes.items()
     ]
+
+
+def _observe_replicas(meter: Meter, databases: Sequence[Database]) -> None:
+    def of_each(read: Callable[[ReplicaStats], float | None]) -> list[Any]:
+        return _callback(
+            databases, lambda s: [(read(each), {_REPLICA: each.name}) for each in s.replicas]
+        )
+
+    meter.create_observable_counter(
+        "asgi_db.replica.units",
+        of_each(lambda replica: replica.units),
+        "{unit}",
+        "Units of work that have run on a replica.",
+    )
+    meter.create_observable_counter(
+        "asgi_db.replica.behind",
+        of_each(lambda replica: replica.behind),
+        "{unit}",
+        "How often a read went elsewhere because the replica had not come far enough.",
+    )
+    meter.create_observable_gauge(
+        "asgi_db.replica.down",
+        of_each(lambda replica: int(replica.is_down)),
+        "1",
+        "1 if a replica has failed, and has not answered since.",
+    )
+    meter.create_observable_gauge(
+        "asgi_db.replica.lag",
+        of_each(lambda replica: replica.lag),
+        "s",
+        "How late a replica was when it last answered.",
+    )
+    meter.create_observable_counter(
+        "asgi_db.reads_on_primary",
+        _callback(databases, lambda s: [(s.reads_on_primary, {})] if s.replicas else []),
+        "{unit}",
+        "Units of work that could have read from a replica, and ran on the primary.",
+    )
 
 
 # -- spans that never fail ---------------------------------------------------------------------

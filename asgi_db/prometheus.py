@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
+from typing import Literal
 
 from asgi_db.database import Database
 from asgi_db.histograms import BUCKETS, Histogram
@@ -18,11 +19,11 @@ from asgi_db.sampling import Sampler
 from asgi_db.statistics import (
     WITHOUT_SESSION,
     DatabaseStats,
-    PoolStats,
+    ReplicaStats,
     RouteStats,
     Tally,
     name_of,
-    total,
+    pools_of,
 )
 
 try:
@@ -63,6 +64,16 @@ GAUGES = {
     "limit": "The greatest number of connections.",
     "waiting": "Tasks that wait for a connection.",
 }
+READS_ON_PRIMARY = "asgi_db_reads_on_primary"
+READS_ON_PRIMARY_TEXT = "Units of work that could have read from a replica, and ran on the primary."
+REPLICA_COUNTERS = {
+    "units": "Units of work that have run on a replica.",
+    "behind": "How often a read went elsewhere because the replica had not come far enough.",
+}
+REPLICA_GAUGES = {
+    "down": "1 if a replica has failed, and has not answered since.",
+    "lag_seconds": "How late a replica was when it last answered.",
+}
 
 
 class DatabaseCollector(Collector):
@@ -85,13 +96,9 @@ class DatabaseCollector(Collector):
         # The variable is read when prometheus_client is imported, so it does not change later.
         if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
             self._databases = ()
-            by_name = defaultdict[str, list[Database]](list)
+            sampler = Sampler(_Samples(databases).take)
             for database in databases:
-                by_name[name_of(database.url)].append(database)
-            for name, same in by_name.items():
-                counting = _Counting(name, same)
-                for database in same:
-                    database.statistics.observers += (counting,)
+                database.statistics.observers += (_Counting(name_of(database.url), sampler),)
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics; `prometheus_client` usually calls this from a thread of its own."""
@@ -99,14 +106,13 @@ class DatabaseCollector(Collector):
         if stats:
             yield from _of_pools(stats)
             yield from _of_routes(stats)
+        if any(each.replicas for each in stats):
+            yield from _of_replicas(stats)
 
 
 def _of_pools(all_stats: list[DatabaseStats]) -> Iterator[Metric]:
     open_now = GaugeMetricFamily(CONNECTIONS, _CONNECTIONS_TEXT, labels=["database", "state"])
-    by_name = defaultdict[str, list[PoolStats]](list)
-    for stats in all_stats:
-        by_name[stats.name].append(stats.pool)
-    pools = {name: total(pools) for name, pools in by_name.items()}
+    pools = pools_of(all_stats)
     for name, pool in pools.items():
         open_now.add_metric([name, "used"], pool.checked_out)
         open_now.add_metric([name, "idle"], pool.idle)
@@ -117,6 +123,55 @@ def _of_pools(all_stats: list[DatabaseStats]) -> Iterator[Metric]:
             if (value := getattr(pool, field)) is not None:
                 gauge.add_metric([name], value)
         yield gauge
+
+
+def _of_replicas(all_stats: list[DatabaseStats]) -> Iterator[Metric]:
+    on_primary = CounterMetricFamily(READS_ON_PRIMARY, READS_ON_PRIMARY_TEXT, labels=["database"])
+    yield _with_samples(on_primary, _reads_on_primary(all_stats))
+    labels = ["database", "replica"]
+    for field, text in REPLICA_COUNTERS.items():
+        counter = CounterMetricFamily(f"asgi_db_replica_{field}", text, labels=labels)
+        yield _with_samples(counter, _counts_of_replicas(all_stats, field))
+    for field, text in REPLICA_GAUGES.items():
+        gauge = GaugeMetricFamily(f"asgi_db_replica_{field}", text, labels=labels)
+        for values, value in _states_of_replicas(all_stats, field).items():
+            gauge.add_metric(values, value)
+        yield gauge
+
+
+def _replicas(all_stats: list[DatabaseStats]) -> Iterable[tuple[tuple[str, ...], ReplicaStats]]:
+    for stats in all_stats:
+        for replica in stats.replicas:
+            yield (stats.name, replica.name), replica
+
+
+def _reads_on_primary(all_stats: list[DatabaseStats]) -> Mapping[tuple[str, ...], float]:
+    sums = defaultdict[tuple[str, ...], float](float)
+    for stats in all_stats:
+        if stats.replicas:
+            sums[stats.name,] += stats.reads_on_primary
+    return sums
+
+
+def _counts_of_replicas(
+    all_stats: list[DatabaseStats], field: str
+) -> Mapping[tuple[str, ...], float]:
+    sums = defaultdict[tuple[str, ...], float](float)
+    for labels, replica in _replicas(all_stats):
+        sums[labels] += getattr(replica, field)
+    return sums
+
+
+def _states_of_replicas(
+    all_stats: list[DatabaseStats], field: str
+) -> Mapping[tuple[str, ...], float]:
+    """Return the worst value of each replica that has one: databases of one name share it."""
+    worst: dict[tuple[str, ...], float] = {}
+    for labels, replica in _replicas(all_stats):
+        value = replica.lag if field == "lag_seconds" else float(replica.is_down)
+        if value is not None:
+            worst[labels] = max(value, worst.get(labels, value))
+    return worst
 
 
 def _of_routes(all_stats: list[DatabaseStats]) -> Iterator[Metric]:
@@ -194,10 +249,27 @@ class _Metrics:
             field: _gauge(f"asgi_db_pool_{field}", text, "database")
             for field, text in GAUGES.items()
         }
+        self.reads_on_primary = prometheus_client.Counter(
+            READS_ON_PRIMARY, READS_ON_PRIMARY_TEXT, ["database"], registry=None
+        )
+        labels = ["database", "replica"]
+        self.of_replicas = {
+            field: prometheus_client.Counter(
+                f"asgi_db_replica_{field}", text, labels, registry=None
+            )
+            for field, text in REPLICA_COUNTERS.items()
+        }
+        self.replicas = {
+            # One process that cannot use a replica, or finds it late, is enough to know.
+            field: _gauge(f"asgi_db_replica_{field}", text, *labels, together="livemax")
+            for field, text in REPLICA_GAUGES.items()
+        }
 
 
-def _gauge(name: str, text: str, *labels: str) -> prometheus_client.Gauge:
-    return prometheus_client.Gauge(name, text, labels, registry=None, multiprocess_mode="livesum")
+def _gauge(
+    name: str, text: str, *labels: str, together: Literal["livesum", "livemax"] = "livesum"
+) -> prometheus_client.Gauge:
+    return prometheus_client.Gauge(name, text, labels, registry=None, multiprocess_mode=together)
 
 
 _metrics = functools.cache(_Metrics)
@@ -205,12 +277,11 @@ _metrics = functools.cache(_Metrics)
 
 
 class _Counting:
-    """Counts the events of the databases of one name."""
+    """Counts the events of one database."""
 
-    def __init__(self, name: str, databases: list[Database]) -> None:
+    def __init__(self, name: str, sampler: Sampler) -> None:
         self._name = name
-        self._databases = databases
-        self._sampler = Sampler(self._set_gauges)
+        self._sampler = sampler
 
     def connection_taken(self, waited: float) -> None:
         self._sampler.used()
@@ -236,11 +307,42 @@ class _Counting:
     def retried(self, route: str) -> None:
         _metrics().counters["retries"].labels(self._name, route).inc()
 
-    def _set_gauges(self) -> None:
+
+class _Samples:
+    """Writes once a second what is no event: the pools, and how the replicas stand."""
+
+    def __init__(self, databases: Sequence[Database]) -> None:
+        self._databases = databases
+        self._counted: dict[tuple[str, ...], float] = {}
+
+    def take(self) -> None:
         metrics = _metrics()
-        pool = total(database.pool_stats() for database in self._databases)
-        metrics.connections.labels(self._name, "used").set(pool.checked_out)
-        metrics.connections.labels(self._name, "idle").set(pool.idle)
-        for field, gauge in metrics.gauges.items():
-            if (value := getattr(pool, field)) is not None:
-                gauge.labels(self._name).set(value)
+        all_stats = [_servers_of(database) for database in self._databases]
+        for name, pool in pools_of(all_stats).items():
+            metrics.connections.labels(name, "used").set(pool.checked_out)
+            metrics.connections.labels(name, "idle").set(pool.idle)
+            for field, gauge in metrics.gauges.items():
+                if (value := getattr(pool, field)) is not None:
+                    gauge.labels(name).set(value)
+        self._count(metrics.reads_on_primary, READS_ON_PRIMARY, _reads_on_primary(all_stats))
+        for field, counter in metrics.of_replicas.items():
+            self._count(counter, field, _counts_of_replicas(all_stats, field))
+        for field, gauge in metrics.replicas.items():
+            for labels, state in _states_of_replicas(all_stats, field).items():
+                gauge.labels(*labels).set(state)
+
+    def _count(
+        self, counter: prometheus_client.Counter, name: str, sums: Mapping[tuple[str, ...], float]
+    ) -> None:
+        """Add what has been counted since the last time."""
+        for labels, value in sums.items():
+            before = self._counted.get((name, *labels), 0)
+            # A database that has been disposed begins anew.
+            counter.labels(*labels).inc(value - before if value >= before else value)
+            self._counted[(name, *labels)] = value
+
+
+def _servers_of(database: Database) -> DatabaseStats:
+    if database.has_replicas:
+        return database.stats()
+    return DatabaseStats(name_of(database.url), database.pool_stats(), (), {})

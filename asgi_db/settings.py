@@ -14,14 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from ipaddress import IPv6Address
 from os import PathLike
 from typing import Any, Literal, Protocol, TypeAlias, cast, get_args, runtime_checkable
 
-from sqlalchemy import URL, make_url
+from sqlalchemy import URL
 from sqlalchemy.exc import ArgumentError
 
 from asgi_db.errors import ConfigurationError
+from asgi_db.hosts import Host, hosts_of, is_host_name, is_port, make_url_of_hosts, with_hosts
 
 
 @runtime_checkable
@@ -53,6 +53,11 @@ _INSTALL = {
 _accepted: set[str] = set()
 """Drivers that were registered besides those above, for any database."""
 _MYSQL = ("mysql", "mariadb")
+_PORTS = {"postgresql": 5432, "mysql": 3306, "mariadb": 3306}
+_ONE_HOST = (
+    "names several hosts, and asyncmy connects to one: name the primary server, or a proxy that"
+    " finds it, such as MaxScale, ProxySQL or HAProxy"
+)
 _MEMORY = ":memory:"
 _TYPES: tuple[DatabaseType, ...] = get_args(DatabaseType)
 TYPES = ", ".join(f'"{name}"' for name in _TYPES)
@@ -78,7 +83,8 @@ def create_database_url(
     `SecretStr`, is unwrapped. The URL's `str` and `repr` hide the password.
 
     Args:
-        host: name or address of the server; default `localhost`.
+        host: name or address of the server, or of several PostgreSQL servers, separated by commas;
+            default `localhost`.
         port: 1 to 65535; by default it is left out, so that the driver takes its own.
         database: name of the database; for SQLite the file, by default a database in memory.
         charset: character set of a MySQL or MariaDB connection; ignored for the others.
@@ -154,21 +160,26 @@ class UrlParts:
     def _server_url(self) -> URL:
         if self.password is not None and not self.user:
             raise self._error("password", f"is set without a user: set {self._name('user')} too")
-        if self.host and not _is_host(self.host):
-            remedy = f"and the port goes into {self._name('port')}"
-            raise self._error("host", f"must be a host name or an IP address alone, {remedy}")
-        if self.port is not None and not _is_port(self.port):
+        if self.port is not None and not is_port(self.port):
             raise self._error("port", "must be a whole number from 1 to 65535")
         backend, _, driver = self.type.partition("+")
-        return URL.create(
+        url = URL.create(
             f"{backend}+{driver or _DRIVERS[backend][0]}",
             username=self.user or None,
             password=self.password,
-            host=self.host or "localhost",
-            port=self.port,
             database=self._server_database(),
             query={"charset": self._mysql_charset()} if self.type in _MYSQL else {},
         )
+        return with_hosts(url, self._hosts(backend), _PORTS[backend])
+
+    def _hosts(self, backend: str) -> tuple[Host, ...]:
+        names = [name.strip() for name in (self.host or "localhost").split(",")]
+        if not all(map(is_host_name, names)):
+            remedy = f"and the port goes into {self._name('port')}"
+            raise self._error("host", f"must be a host name or an IP address alone, {remedy}")
+        if len(names) > 1 and backend in _MYSQL:
+            raise self._error("host", _ONE_HOST)
+        return tuple(Host(name, self.port) for name in names)
 
     def _server_database(self) -> str:
         if not self.database:
@@ -207,20 +218,6 @@ class UrlParts:
 
     def _error(self, part: str, problem: str) -> ConfigurationError:
         return ConfigurationError(f"{self._name(part)} {problem}.")
-
-
-def _is_host(host: str) -> bool:
-    # SQLAlchemy renders the host unescaped, so "/" or "@" in it would change the URL's meaning.
-    if ":" not in host:
-        return re.fullmatch(r"[\w.-]+", host) is not None
-    try:
-        return re.fullmatch(r"[\w.:%-]+", host) is not None and bool(IPv6Address(host))
-    except ValueError:
-        return False
-
-
-def _is_port(port: object) -> bool:
-    return isinstance(port, int) and not isinstance(port, bool) and 1 <= port <= 65535
 
 
 def _is_charset(name: object) -> bool:
@@ -275,7 +272,7 @@ def read_url(url: str | URL | Secret, label: str) -> URL:
             f"{schemes} or just {backend}://."
         )
     driver = driver or supported[0]
-    _check_place(parsed, backend, label)
+    parsed = _with_place(parsed, backend, label)
     if find_spec(driver) is None:
         raise ConfigurationError(
             f"{label} needs the driver {driver}, which is not installed: "
@@ -311,7 +308,7 @@ def _make_url(url: str) -> URL | None:
     # The caller raises, outside the `except`: SQLAlchemy's error may quote a part of the password,
     # and would stay reachable as the `__context__` of ours even with `from None`.
     try:
-        return make_url(url)
+        return make_url_of_hosts(url)
     except (ArgumentError, ValueError):
         return None
 
@@ -335,16 +332,27 @@ def _hide_credentials(url: URL) -> URL:
     ).difference_update_query(["user", "password"])
 
 
-def _check_place(url: URL, backend: str, label: str) -> None:
-    if backend != "sqlite":
-        if url.port is not None and not _is_port(url.port):
-            raise ConfigurationError(f"{label} has a port that is not from 1 to 65535: correct it.")
-    elif any(part is not None for part in (url.username, url.password, url.host, url.port)):
-        raise ConfigurationError(
-            f"{label} names a host or a user, which SQLite has not: write three slashes before a "
-            "relative path, sqlite:///shop.db, and four before an absolute one, "
-            "sqlite:////srv/shop.db."
-        )
+def _with_place(url: URL, backend: str, label: str) -> URL:
+    """Return the URL with its hosts in the form that SQLAlchemy understands."""
+    if backend == "sqlite":
+        if any(part is not None for part in (url.username, url.password, url.host, url.port)):
+            raise ConfigurationError(
+                f"{label} names a host or a user, which SQLite has not: write three slashes before"
+                " a relative path, sqlite:///shop.db, and four before an absolute one, "
+                "sqlite:////srv/shop.db."
+            )
+        return url
+    problem = ""
+    hosts: tuple[Host, ...] = ()
+    try:
+        hosts = hosts_of(url)
+    except ValueError as error:
+        problem = str(error)
+    if len(hosts) > 1 and backend in _MYSQL:
+        problem = _ONE_HOST
+    if problem:
+        raise ConfigurationError(f"{label} {problem}.")
+    return with_hosts(url, hosts, _PORTS[backend]) if hosts else url
 
 
 def _with_defaults(url: URL, backend: str) -> URL:

@@ -17,6 +17,7 @@ from typing import Literal, Protocol, TypeAlias
 from sqlalchemy import URL, Engine
 
 from asgi_db.histograms import BOUNDS, Histogram, no_counts
+from asgi_db.hosts import describe_hosts
 from asgi_db.logs import ErrorsOnce
 from asgi_db.trace import Trace
 
@@ -121,6 +122,29 @@ class Holder:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaStats:
+    """A replica, as this process sees it at one moment.
+
+    Attributes:
+        name: the server, without user and password: `db2.example.org:5432/shop`.
+        pool: the connections to it.
+        units: the units of work that have run on it.
+        behind: how often a read went elsewhere because it had not come far enough.
+        is_down: whether it has failed, and has not answered since.
+        lag: how late it was when it last answered, in seconds: the age of the oldest commit of this
+            process that it did not have; 0 if it had them all; None while nothing has been
+            committed or asked. Only reads ask it.
+    """
+
+    name: str
+    pool: PoolStats
+    units: int = 0
+    behind: int = 0
+    is_down: bool = False
+    lag: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class DatabaseStats:
     """What `database.stats()` returns: the state of this process at one moment.
 
@@ -129,12 +153,17 @@ class DatabaseStats:
         pool: its connections.
         holders: what has the connections that are checked out, the oldest first.
         routes: the counters of each route that has used the database.
+        replicas: the replicas, if it has some.
+        reads_on_primary: the units of work that could have read from a replica, and ran on the
+            primary because none was there, had come far enough or had a connection free.
     """
 
     name: str
     pool: PoolStats
     holders: tuple[Holder, ...]
     routes: Mapping[str, RouteStats]
+    replicas: tuple[ReplicaStats, ...] = ()
+    reads_on_primary: int = 0
 
 
 class Tally:
@@ -325,6 +354,16 @@ def total(pools: Iterable[PoolStats]) -> PoolStats:
     return functools.reduce(_plus, pools, None) or PoolStats()
 
 
+def pools_of(databases: Iterable[DatabaseStats]) -> dict[str, PoolStats]:
+    """Return the pools of databases and of their replicas by name; equal names are added up."""
+    by_name = defaultdict[str, list[PoolStats]](list)
+    for database in databases:
+        by_name[database.name].append(database.pool)
+        for replica in database.replicas:
+            by_name[replica.name].append(replica.pool)
+    return {name: total(pools) for name, pools in by_name.items()}
+
+
 def _plus(first: PoolStats | None, second: PoolStats) -> PoolStats:
     if first is None:
         return second
@@ -343,6 +382,6 @@ def _sum(first: int | None, second: int | None) -> int | None:
 
 def name_of(url: URL) -> str:
     """Name a database, as OpenTelemetry names its pool: `server:port/database`."""
-    port = "" if url.port is None else f":{url.port}"
-    server = f"{url.host}{port}/" if url.host else ""
+    hosts = describe_hosts(url)
+    server = f"{hosts}/" if hosts else ""
     return f"{server}{url.database or ''}" or url.get_backend_name()

@@ -11,7 +11,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from asgi_db.prometheus import CONNECTIONS, COUNTERS, GAUGES, HISTOGRAMS, UNITS
+from asgi_db.prometheus import (
+    CONNECTIONS,
+    COUNTERS,
+    GAUGES,
+    HISTOGRAMS,
+    READS_ON_PRIMARY,
+    READS_ON_PRIMARY_TEXT,
+    REPLICA_COUNTERS,
+    REPLICA_GAUGES,
+    UNITS,
+)
 
 FOLDER = Path(__file__).parent / "grafana"
 
@@ -33,6 +43,13 @@ def gauge(name: str) -> str:
 def histogram(name: str, part: str) -> str:
     """Return the name of a part of a histogram: bucket, sum or count."""
     return f"asgi_db_{name}_seconds_{part}" if name in HISTOGRAMS else _unknown(name)
+
+
+def of_replicas(name: str) -> str:
+    """Return the name of a counter or a gauge of the replicas."""
+    if name in REPLICA_COUNTERS:
+        return f"asgi_db_replica_{name}_total"
+    return f"asgi_db_replica_{name}" if name in REPLICA_GAUGES else _unknown(name)
 
 
 def _unknown(name: str) -> str:
@@ -150,8 +167,8 @@ def _panels() -> list[dict[str, Any]]:
     board.row("Now")
     board.panel(
         "Pool in use",
-        "Connections in use, of all that there may be. At 1 requests wait.",
-        (f"sum({used}) / sum({limit})", ""),
+        "Connections in use, of all that there may be, in the fullest pool. At 1 requests wait.",
+        (f"max(sum by (database) ({used}) / sum by (database) ({limit}))", ""),
         kind="stat",
         unit="percentunit",
         width=6,
@@ -246,7 +263,33 @@ def _panels() -> list[dict[str, Any]]:
         (rate(counter("retries"), _OF_ROUTE, "route"), "{{route}}"),
         unit="ops",
     )
+    _add_replicas(board)
     return board.panels
+
+
+def _add_replicas(board: Board) -> None:
+    """Add what is empty for a database without replicas."""
+    board.row("Replicas")
+    board.panel(
+        "Reads by server",
+        f"Units of work on each replica, beside: {READS_ON_PRIMARY_TEXT}",
+        (rate(of_replicas("units"), _OF, "replica"), "{{replica}}"),
+        (rate(READS_ON_PRIMARY + "_total", _OF, "database"), "{{database}} (primary)"),
+        unit="ops",
+    )
+    board.panel(
+        "Not far enough",
+        REPLICA_COUNTERS["behind"],
+        (rate(of_replicas("behind"), _OF, "replica"), "{{replica}}"),
+        unit="ops",
+    )
+    for name, title, unit in ("lag_seconds", "Lag", "s"), ("down", "Down", "short"):
+        board.panel(
+            title,
+            REPLICA_GAUGES[name],
+            (f"max by (replica) ({of_replicas(name)}{{{_OF}}})", "{{replica}}"),
+            unit=unit,
+        )
 
 
 def _variable(name: str, query: str) -> dict[str, Any]:
@@ -349,12 +392,31 @@ def _alerts() -> Iterable[tuple[str, str, str, str, str]]:
         "warning",
         "One request in twenty holds a connection for more than a second.",
     )
+    yield (
+        "AsgiDbReplicaDown",
+        f"max by (database, replica) ({of_replicas('down')}) > 0",
+        "5m",
+        "warning",
+        "A replica cannot be used, so others and the primary have its reads.",
+    )
+    by_replicas, by_primary = (
+        f"sum by (database) (rate({metric}[5m]))"
+        for metric in (of_replicas("units"), READS_ON_PRIMARY + "_total")
+    )
+    yield (
+        "AsgiDbAllReadsOnPrimary",
+        f"{by_primary} > 0 and {by_replicas} == 0",
+        "5m",
+        "warning",
+        "The primary serves all reads: its replicas are down, or have not come far enough.",
+    )
 
 
 def rules() -> str:
     """Return the rules file."""
     lines = ["groups:", "  - name: asgi-db", "    rules:"]
     for name, expression, duration, severity, text in _alerts():
+        whose = "replica" if "replica)" in expression else "route"
         lines += [
             f"      - alert: {name}",
             f"        expr: {json.dumps(expression)}",
@@ -362,7 +424,7 @@ def rules() -> str:
             "        labels:",
             f"          severity: {severity}",
             "        annotations:",
-            f'          summary: "{{{{ $labels.database }}}} {{{{ $labels.route }}}}: {text}"',
+            f'          summary: "{{{{ $labels.database }}}} {{{{ $labels.{whose} }}}}: {text}"',
         ]
     return "\n".join(lines) + "\n"
 

@@ -43,7 +43,11 @@ class Shop:
         self.say: Callable[[str], None] = print
         self.client = httpx.Client(timeout=10, trust_env=False)
         url = create_database_url("sqlite", database=str(self.file))
-        settings = {"DATABASE_URL": url.render_as_string(), "POOL_SIZE": str(POOL_SIZE)}
+        settings = {
+            "DATABASE_URL": url.render_as_string(),
+            "DATABASE_REPLICA_URLS": "",
+            "POOL_SIZE": str(POOL_SIZE),
+        }
         command = [sys.executable, "-m", "uvicorn", "--port", "0", "shop:app"]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(

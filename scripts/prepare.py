@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from tests.programs import CHROMIUM, ECOSYSTEM, SERVERS, VALGRIND, WRK, Program
+from tests.programs import CHAOS, CHROMIUM, ECOSYSTEM, SERVERS, VALGRIND, WRK, Program
 
 # Run as root. A fresh machine has no package lists; another `make` may hold the lock. Only the
 # programs are wanted: PostgreSQL is to make no cluster, and so no service; the services of
@@ -53,12 +53,14 @@ def main(arguments: list[str]) -> None:
             install_missing([*SERVERS, CHROMIUM])
         case ["ecosystem"]:
             install_missing(ECOSYSTEM)
+        case ["chaos"]:
+            install_missing(CHAOS)
         case ["load"]:
             install_missing([WRK])
         case ["count"]:
             install_missing([VALGRIND])
         case _:
-            commands = "venv DIRECTORY | servers | ecosystem | load | count"
+            commands = "venv DIRECTORY | servers | ecosystem | chaos | load | count"
             sys.exit(f"usage: python -m scripts.prepare ({commands})")
 
 

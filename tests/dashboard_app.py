@@ -6,7 +6,7 @@ import asyncio
 import random
 import socket
 import threading
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
@@ -57,10 +57,10 @@ class Shop:
         held: set while `/held` waits; it ends when `release` is set.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, replicas: Sequence[str] = ()) -> None:
         self.held, self.release = threading.Event(), threading.Event()
         pool = PoolProfile(8, max_overflow=2, pool_timeout=2)
-        self.database = Database(url, pool=pool, leak_threshold=2)
+        self.database = Database(url, replicas=replicas, pool=pool, leak_threshold=2)
         self._socket = socket.create_server(("127.0.0.1", 0))
         port = self._socket.getsockname()[1]
         self.address = f"http://127.0.0.1:{port}"

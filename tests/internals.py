@@ -6,6 +6,7 @@ for the limits of time. (`test_cli.py` also runs a program which cannot import t
 
 from asgi_db.asgi.call import session_key
 from asgi_db.asgi.retry import BODY_LIMIT
+from asgi_db.cli.capacity import FEW, Queue, pools_of_servers, smallest_pool
 from asgi_db.cli.check import PINGS
 from asgi_db.cli.commands import cli
 from asgi_db.cli.sqlite import file_system
@@ -35,9 +36,11 @@ from asgi_db.environment import database_url_from_env, engine_options_from_env
 from asgi_db.histograms import BOUNDS, BUCKETS, Histogram, no_counts
 from asgi_db.logs import logger
 from asgi_db.modes import ModeDefault, ReadOnly, Transactional, should_commit
+from asgi_db.pool.abandoned import side_connection
 from asgi_db.pool.fair import FairPool, FairQueue
 from asgi_db.pool.life import MOST_VARIANTS, EngineLife
 from asgi_db.profiles import POOL_PROFILES, PoolName, pool_profile
+from asgi_db.replicas.history import MOST_LAG, Commit, History, Lag
 from asgi_db.sampling import Sampler
 from asgi_db.settings import DatabaseType, parse_database_url
 from asgi_db.sqlalchemy_versions import NEW_OPERATIONS, has_begun
@@ -81,17 +84,22 @@ __all__ = [
     "BUCKETS",
     "Beginning",
     "Block",
+    "Commit",
     "DatabaseType",
     "Effect",
     "Reached",
     "Server",
     "reached",
     "EngineLife",
+    "FEW",
     "FairPool",
     "FairQueue",
     "HISTORY",
+    "History",
     "Histogram",
     "KINDS",
+    "Lag",
+    "MOST_LAG",
     "MOST_SHOWN",
     "MOST_UNITS",
     "ModeDefault",
@@ -99,6 +107,7 @@ __all__ = [
     "Outcome",
     "PINGS",
     "POOL_PROFILES",
+    "Queue",
     "PoolName",
     "PoolStats",
     "ReadOnly",
@@ -127,10 +136,13 @@ __all__ = [
     "no_counts",
     "parse_database_url",
     "pool_profile",
+    "pools_of_servers",
+    "smallest_pool",
     "register",
     "run_to_completion",
     "session_key",
     "should_commit",
+    "side_connection",
     "variant_options",
     "without_literals",
 ]

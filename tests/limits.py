@@ -11,9 +11,11 @@ from typing import Literal, TypedDict, Unpack, cast
 import pytest
 
 Limit = Literal[
+    "ask_again_after",
     "attempt",
     "cleanup",
     "commit",
+    "connect",
     "connect_grace",
     "delivery",
     "dispose",
@@ -22,20 +24,25 @@ Limit = Literal[
     "hooks",
     "longest_delay",
     "longest_turn",
+    "most_lag",
     "ping",
+    "position",
     "sandbox_close",
     "sandbox_wait",
+    "silent_for",
     "sqlite_busy",
     "verify_after_idle",
 ]
 
 _CONSTANTS: dict[Limit, tuple[str, ...]] = {
+    "ask_again_after": ("asgi_db.replicas.replica.ASK_AGAIN_AFTER",),
     "attempt": ("asgi_db.pool.abandoned.ATTEMPT_TIMEOUT",),
     "cleanup": (
         "asgi_db.unit.standing.CLEANUP_TIMEOUT",
         "asgi_db.unit.ending.CLEANUP_TIMEOUT",
     ),
     "commit": ("asgi_db.unit.ending.COMMIT_TIMEOUT",),
+    "connect": ("asgi_db.drivers.hosts.CONNECT_TIMEOUT",),
     "connect_grace": ("asgi_db.drivers.connecting.CONNECT_GRACE",),
     "delivery": ("asgi_db.asgi.late_cancellation.DELIVERY_TIMEOUT",),
     "dispose": ("asgi_db.pool.life.DISPOSE_TIMEOUT",),
@@ -44,9 +51,12 @@ _CONSTANTS: dict[Limit, tuple[str, ...]] = {
     "hooks": ("asgi_db.unit.hooks.HOOKS_TIMEOUT",),
     "longest_delay": ("asgi_db.asgi.retry.LONGEST_DELAY",),
     "longest_turn": ("asgi_db.asgi.turns.LONGEST_TURN",),
+    "most_lag": ("asgi_db.replicas.history.MOST_LAG",),
     "ping": ("asgi_db.pool.ping.PING_TIMEOUT",),
+    "position": ("asgi_db.replicas.commits.POSITION_TIMEOUT",),
     "sandbox_close": ("asgi_db.testing.shared.CLOSE_TIMEOUT",),
     "sandbox_wait": ("asgi_db.testing.shared.WAIT_TIMEOUT",),
+    "silent_for": ("asgi_db.drivers.hosts.SILENT_FOR",),
     "sqlite_busy": ("asgi_db.drivers.sqlite.SQLITE_BUSY_TIMEOUT",),
     "verify_after_idle": ("asgi_db.pool.connections.VERIFY_AFTER_IDLE",),
 }
@@ -56,9 +66,11 @@ _CONSTANTS: dict[Limit, tuple[str, ...]] = {
 class Limits(TypedDict, total=False):
     """The limits that a test sets, in seconds."""
 
+    ask_again_after: float
     attempt: float
     cleanup: float
     commit: float
+    connect: float
     connect_grace: float
     delivery: float
     dispose: float
@@ -67,9 +79,12 @@ class Limits(TypedDict, total=False):
     hooks: float
     longest_delay: float
     longest_turn: float
+    most_lag: float
     ping: float
+    position: float
     sandbox_close: float
     sandbox_wait: float
+    silent_for: float
     sqlite_busy: float
     verify_after_idle: float
 

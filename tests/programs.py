@@ -65,6 +65,20 @@ class Server(Program):
 
 
 @dataclass(frozen=True)
+class Library(Program):
+    """A library that a server loads, under its path."""
+
+    @property
+    def library(self) -> str:
+        """Its path."""
+        return self.programs[0]
+
+    @property
+    def missing(self) -> list[str]:
+        return [program for program in self.programs if not Path(program).exists()]
+
+
+@dataclass(frozen=True)
 class Browser(Program):
     """A browser, which the tests drive where the system has a package of it."""
 
@@ -115,3 +129,8 @@ CHROMIUM = Browser(
 )
 VALGRIND = Program(name="valgrind", programs=["valgrind"], packages=["valgrind"])
 """It counts for `make count`; no test needs it."""
+GALERA = Library(
+    name="Galera", programs=["/usr/lib/galera/libgalera_smm.so"], packages=["galera-4"]
+)
+CHAOS = [*SERVERS, GALERA]
+"""What `make chaos` needs."""

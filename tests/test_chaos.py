@@ -97,6 +97,18 @@ def test_only_success_and_try_again_are_no_errors(answer: Answer, errors: dict[s
     assert outcome.is_clean is (not errors)
 
 
+def test_what_the_server_loses_is_no_fault_of_the_contender() -> None:
+    assert not Outcome(tries=1, survived=1, lost=3).is_clean
+    assert Outcome(tries=1, survived=1, lost=3, server_loses=True).is_clean
+    assert not Outcome(tries=1, survived=1, leaked=1, server_loses=True).is_clean
+
+
+def test_a_client_sends_its_cookie_back() -> None:
+    answer = Answer(201, {"set-cookie": "asgi-db-db=5f:17; Max-Age=30; Path=/; HttpOnly"})
+    assert answer.cookies == ["Cookie: asgi-db-db=5f:17"]
+    assert Answer(201).cookies == []
+
+
 def test_the_table_goes_between_the_markers(tmp_path: Path) -> None:
     document = tmp_path / "page.md"
     document.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")

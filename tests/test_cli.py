@@ -192,6 +192,111 @@ def test_more_connections_than_the_server_allows_are_an_error(limited_url: str) 
     assert re.search(r"^connections +up to 15 for 1 process .*, of 20 ", done.stdout, re.MULTILINE)
 
 
+def fact(output: str, name: str) -> str:
+    """What the report says under this name."""
+    found = re.search(rf"^{re.escape(name)}  +(.*)$", output, re.MULTILINE)
+    assert found, output
+    return found[1]
+
+
+def test_check_says_how_much_of_the_pools_a_load_uses_and_what_waits(limited_url: str) -> None:
+    load = ("--pool", "low", "--hold", "0.1", "--rate")
+    done = asgi_db("check", "--url", limited_url, *load, "100")
+    assert done.returncode == 0, done.stdout
+    assert fact(done.stdout, "load, the pool") == (
+        "100 requests/s use 67 % of each pool (10 of 15); full at 150"
+    )
+    assert fact(done.stdout, "wait, the pool") == (
+        "10 % of the requests wait, 2.04 ms in the mean;"
+        " 19 connections in each pool keep it below 1.0 %"
+    )
+    problem = "The pool makes 10 % of the requests wait for a connection, 2.04 ms in the mean"
+    assert_found(done.stdout, "warning", problem, "19 connections in each pool, 19 at the server")
+
+    done = asgi_db("check", "--url", limited_url, *load, "50")
+    assert done.returncode == 0
+    assert "0 % of the requests wait" in fact(done.stdout, "wait, the pool")
+    assert "requests wait for a connection" not in done.stdout
+
+    done = asgi_db("check", "--url", limited_url, *load, "150")
+    assert done.returncode == 1
+    problem = "The pool is full at 150 requests/s, and gets 150: requests wait ever longer"
+    assert_found(done.stdout, "error", problem, "session.release()")
+    assert fact(done.stdout, "wait, the pool") == "ever longer"
+
+
+def test_two_processes_share_a_load_but_not_their_connections(postgresql_url: str) -> None:
+    load = ("--pool", "low", "--hold", "0.1", "--rate", "200", "--processes", "2")
+    done = asgi_db("check", "--url", postgresql_url, *load)
+    assert "200 requests/s use 67 % of each pool (10 of 15); full at 300" in done.stdout
+    assert_found(done.stdout, "warning", "The pool makes 10 %", "in each pool, 38 at the server")
+
+
+REPLICAS = f"postgresql://app:{SECRET}@pg2/shop postgresql://app:{SECRET}@pg3/shop"
+
+
+def test_check_says_how_many_connections_each_server_has_to_admit(postgresql_url: str) -> None:
+    check = ("check", "--url", postgresql_url, "--pool", "low", "--processes", "2")
+    place = f"127.0.0.1:{make_url(postgresql_url).port}"
+    done = asgi_db(*check, DATABASE_REPLICA_URLS=REPLICAS)
+    assert fact(done.stdout, "each server") == f"up to 30 at {place}, 30 at pg2, 30 at pg3"
+    assert fact(done.stdout, "all servers") == "up to 90, with 2 replicas"
+    # The primary may be listed as a replica too: after a failover one server is both.
+    done = asgi_db(*check, DATABASE_REPLICA_URLS=f"{REPLICAS} postgresql://app@{place}/shop")
+    assert fact(done.stdout, "each server").startswith(f"up to 60 at {place}, 30 at pg2")
+    expected = 'up to 60 for 2 processes with pool="low" and 2 pools each, of '
+    assert fact(done.stdout, "connections").startswith(expected)
+    assert "each server" not in asgi_db(*check).stdout
+
+
+def test_check_divides_the_load_among_the_primary_and_its_replicas(postgresql_url: str) -> None:
+    load = ("--pool", "low", "--hold", "0.1", "--rate", "200", "--reads", "0.9")
+    url = ("--url", postgresql_url)
+    done = asgi_db("check", *url, *load, DATABASE_REPLICA_URLS=REPLICAS)
+    assert done.returncode == 0, done.stdout
+    assert fact(done.stdout, "load, the primary").startswith("20 requests/s use 13 % of each pool")
+    assert fact(done.stdout, "load, each replica").startswith("90 requests/s use 60 % of each pool")
+    assert fact(done.stdout, "load, the primary alone").startswith("200 requests/s use 133 %")
+    problem = "While no replica serves, the primary is full at 150 requests/s, and gets 200"
+    assert_found(done.stdout, "warning", problem, "32 connections in each pool")
+    assert "primary alone" not in asgi_db("check", *url, *load[:-2]).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rate", "10"], "--rate needs --hold"),
+        (["--hold", "0.1"], "--hold needs --rate"),
+        (["--reads", "0.5"], "--reads needs --rate and --hold"),
+        (["--rate", "0", "--hold", "1"], "--rate"),
+        (["--rate", "nan", "--hold", "1"], "--rate"),
+        (["--rate", "10", "--hold", "inf"], "--hold"),
+        (["--rate", "10", "--hold", "-1"], "--hold"),
+        (["--rate", "10", "--hold", "0.1", "--reads", "1.5"], "--reads"),
+        (["--rate", "10", "--hold", "0.1", "--reads", "nan"], "--reads"),
+        (["--rate", "10", "--hold", "0.1", "--reads", "1"], "DATABASE_REPLICA_URLS names none"),
+        (["--rate", "5000", "--hold", "30"], "--rate times --hold is 150,000 connections"),
+    ],
+)
+def test_a_load_that_cannot_be_is_an_error_that_names_the_option(
+    arguments: list[str], message: str
+) -> None:
+    done = asgi_db("check", "--url", f"postgresql://app:{SECRET}@127.0.0.1:1/shop", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_load_on_sqlite_and_a_wrong_replica_are_errors_too() -> None:
+    load = ("--rate", "10", "--hold", "0.1")
+    assert (
+        "one transaction writes at a time" in asgi_db("check", "--url", "sqlite://", *load).stderr
+    )
+    done = asgi_db("check", "--url", "sqlite://", DATABASE_REPLICA_URLS="oracle://app@db/shop")
+    assert done.returncode == 1
+    assert 'DATABASE_REPLICA_URLS names the unknown database "oracle"' in done.stderr
+
+
 def test_check_notices_a_pooler_and_works_through_it(
     postgresql_server: DatabaseServer, postgresql_url: str
 ) -> None:

@@ -228,6 +228,22 @@ async def test_without_a_request_the_page_is_whole_too() -> None:
     assert "No connection is out of the pool." in page
 
 
+async def test_replicas_have_a_section_where_there_are_some() -> None:
+    url = "postgresql://app:secret@db{}.example.org/shop"
+    without = Database(url.format(1))
+    database = Database(url.format(1), replicas=[url.format("2"), url.format("3")])
+    _, _, page = await get(Dashboard(without))
+    assert "replica" not in re.sub(r"<style.*?</style>", "", page, flags=re.DOTALL)
+    _, _, page = await get(Dashboard(database))
+    assert "secret" not in page
+    table = part(page, "replicas")
+    assert table.startswith(
+        "Server Share of reads Units Behind Lag In use Idle db2.example.org/shop"
+    )
+    assert "db3.example.org/shop 0 % 0 0 – 0 0 Primary 0 % 0 – – 0 0" in table
+    assert page.count('aria-labelledby="replicas-title"') == 2
+
+
 async def test_the_page_says_what_has_happened(database: Database) -> None:
     dashboard = Dashboard(database)
 
@@ -369,6 +385,7 @@ async def test_each_event_has_the_parts_that_have_changed(database: Database) ->
     first, *others = (parts for _, parts in found)
     assert set(first) == {"tiles", "pool", "load", "holders", "routes", "units", "conflicts"}
     assert "conflicts" not in {name for parts in others for name in parts}
+    assert "replicas" not in {name for parts in others for name in parts}
     assert "async with database.session()" in "".join(p.get("routes", "") for p in others)
 
 

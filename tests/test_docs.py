@@ -34,7 +34,8 @@ from asgi_db import (
 )
 from asgi_db.errors import ReadOnlyError
 from asgi_db.types import Message, Receive, Scope, Send
-from tests.internals import POOL_PROFILES
+from tests.clusters import Cluster, Urls
+from tests.internals import POOL_PROFILES, Queue, smallest_pool
 from tests.nested import WITHOUT_SLOW_PLUGINS
 from tests.pgbouncer import pgbouncer, through
 from tests.servers import DatabaseServer, assert_disconnected, assert_idle, run, sql
@@ -486,15 +487,13 @@ SEVERAL = "how-to/several-databases.md"
 
 @covers(SEVERAL)
 def test_the_database_outside_is_never_committed_without_the_one_inside(
-    load: Load, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+    load: Load, sqlite_url: str
 ) -> None:
-    monkeypatch.setenv("REPLICA_URL", sqlite_url)
     modules = load(TUTORIAL, SEVERAL)
     analytics_url = "sqlite:///analytics.db"
     with serve(modules["visits"].app) as client:
         assert client.post("/orders?number=A1").status_code == 201
         assert (client.get("/visits").json(), items(sqlite_url)) == (1, ["tea"])
-        assert client.get("/orders/number").json() == 1  # from the replica
         assert client.post("/visits?number=A0").status_code == 201
         assert (client.get("/visits").json(), items(sqlite_url)) == (2, ["tea", "a visit"])
         failing = "CREATE TRIGGER no BEFORE INSERT ON {} BEGIN SELECT RAISE(ABORT, 'no'); END"
@@ -506,6 +505,58 @@ def test_the_database_outside_is_never_committed_without_the_one_inside(
         sql(analytics_url, failing.format("visits"))
         assert client.post("/orders?number=A3").status_code == 500
         assert (client.get("/visits").json(), items(sqlite_url)) == (3, ["tea", "a visit"])
+
+
+SERVERS = "how-to/more-than-one-server.md"
+
+
+@covers(SERVERS)
+def test_a_client_never_sees_less_than_it_was_told(
+    load: Load,
+    postgresql_cluster: Cluster,
+    postgresql_urls: Urls,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cluster, urls = postgresql_cluster, postgresql_urls
+    monkeypatch.setenv("DATABASE_REPLICA_URLS", " ".join(urls.replicas))
+    modules = load(TUTORIAL, SERVERS, url=urls.primary)
+    create_tables(urls.primary, modules["tables"].Base)
+    cluster.wait_until_caught_up()
+    replicated = modules["replicated"]
+    with serve(replicated.app) as client:
+        assert client.get("/orders").json() == []
+        assert sum(one.units for one in replicated.database.stats().replicas) == 1
+        for replica in cluster.replicas:
+            replica.pause()
+        response = client.post("/orders?number=A1&item=tea", headers={"Origin": SHOP})
+        position = response.headers["asgi-db-db"]
+        assert re.fullmatch("[0-9a-f]+:[0-9]+", position)
+        cookie = f"asgi-db-db={position}; Max-Age=30; Path=/; HttpOnly; SameSite=Lax"
+        assert response.headers["set-cookie"] == cookie
+        assert "asgi-db-db" in response.headers["access-control-expose-headers"]
+        assert client.get("/orders").json() == ["tea"]
+        client.cookies.clear()
+        assert client.get("/orders", headers={"asgi-db-db": position}).json() == ["tea"]
+        assert client.get("/orders/last").json() == "tea"
+        assert client.get("/orders").json() == []  # of a client who was told nothing
+        asked = {"Origin": SHOP, "Access-Control-Request-Method": "GET"}
+        asked["Access-Control-Request-Headers"] = "asgi-db-db"
+        assert client.options("/orders", headers=asked).status_code == 200
+    for url in (urls.primary, *urls.replicas):
+        run(assert_disconnected(url))
+
+
+SHOP = "https://shop.example.com"
+
+
+def test_the_numbers_of_the_page_about_several_servers_are_computed_as_it_says() -> None:
+    page = (DOCS / SERVERS).read_text()
+    for processes, connections in [(1, 40), (2, 20), (4, 10), (8, 5)]:
+        queue = Queue(connections, 600 / processes, 0.05)
+        assert queue.utilization == pytest.approx(0.75)
+        enough = processes * smallest_pool(queue.in_use)
+        shown = f"{100 * queue.waiting:.1f} % | {1000 * queue.mean_wait:.1f} ms | {enough}"
+        assert f"| {processes} | {connections} | {shown} |" in page
 
 
 LIBRARIES = "how-to/libraries.md"

@@ -266,7 +266,8 @@ def test_the_shop_opens_again_with_what_it_holds(load: Load, database_url: str) 
 
 @covers("demo")
 def test_the_demonstration_keeps_all_its_promises() -> None:
-    process = python(EXAMPLES / "demo.py", DATABASE_URL="postgresql://nowhere/nothing")
+    nowhere = "postgresql://nowhere/nothing"
+    process = python(EXAMPLES / "demo.py", DATABASE_URL=nowhere, DATABASE_REPLICA_URLS=nowhere)
     assert process.returncode == 0, process.stdout
     assert process.stdout.count("\n✓ ") == 6
     assert process.stdout.endswith("\nAll as promised.\n")

@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from sqlalchemy import text
 
 from asgi_db import Database
 from asgi_db.prometheus import DatabaseCollector
+from asgi_db.statistics import DatabaseStats, PoolStats, ReplicaStats
 
 DOCS = Path(__file__).parents[1] / "docs"
 PROGRAM = runpy.run_path(str(DOCS / "monitoring.py"))
@@ -39,8 +41,15 @@ def expressions() -> Iterator[str]:
         yield json.loads(expression)
 
 
+class Replicated(Database):
+    """A database that has been read from a replica, as far as its statistics go."""
+
+    def stats(self) -> DatabaseStats:
+        return replace(super().stats(), replicas=(ReplicaStats("db2", PoolStats(), lag=0.1),))
+
+
 async def test_each_metric_and_label_that_is_asked_for_is_scraped(sqlite_url: str) -> None:
-    async with Database(sqlite_url) as database:
+    async with Replicated(sqlite_url) as database:
         async with database.transaction() as session:
             await session.execute(text("SELECT 1"))
         registry = CollectorRegistry()
@@ -90,7 +99,7 @@ def test_panels_do_not_overlap_and_have_numbers_of_their_own() -> None:
 
 
 def test_a_metric_that_does_not_exist_is_an_error() -> None:
-    for make in PROGRAM["counter"], PROGRAM["gauge"]:
+    for make in PROGRAM["counter"], PROGRAM["gauge"], PROGRAM["of_replicas"]:
         with pytest.raises(LookupError):
             make("renamed")
     with pytest.raises(LookupError):

@@ -242,6 +242,49 @@ def test_a_database_made_at_import_with_a_url_of_its_own_is_redirected(
     assert not (tmp_path / "real.db").exists()
 
 
+READING = """
+import asyncio
+from shop import database
+
+def test_nothing_is_read_from_a_replica(asgi_db_database):
+    async def read():
+        async with database, database.session(read_only) as session:
+            assert await session.scalar(text("SELECT 1")) == 1
+    assert database.stats().replicas == ()
+    asyncio.run(read())
+"""
+
+
+@pytest.mark.parametrize(
+    ("database", "named"),
+    [
+        ("Database()", None),
+        ("Database(os.environ['SHOP_DATABASE_URL'])", NAMED),
+        ("Database(os.environ['SHOP_DATABASE_URL'], replicas=replica_urls)", NAMED),
+        ("Database.from_env()", None),
+        ("Database({url!r}, replicas=[{url!r}])", None),
+    ],
+)
+def test_no_test_reads_from_a_replica_of_another_database(
+    tmp_path: Path,
+    postgresql_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    database: str,
+    named: str | None,
+) -> None:
+    nowhere = "postgresql+asyncpg://nowhere.example.org/shop"
+    monkeypatch.setenv("DATABASE_REPLICA_URLS", f"{nowhere} {nowhere}2")
+    imports = "import os\nfrom sqlalchemy import text\nfrom asgi_db import Database, read_only\n"
+    (tmp_path / "shop.py").write_text(
+        f"{imports}replica_urls = [{nowhere!r}]\ndatabase = {database.format(url=nowhere)}\n"
+    )
+    (tmp_path / "test_shop.py").write_text(imports + READING)
+    settings = ["[pytest]", "pythonpath = .", f"asgi_db_url = {postgresql_url}", PLACE]
+    (tmp_path / "pytest.ini").write_text("\n".join([*settings, *([named] if named else [])]))
+    output = run_pytest(tmp_path, "-p", "no:asyncio")
+    assert "1 passed" in output, output
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import re
 import sys
 import traceback
 import uuid
@@ -311,6 +312,10 @@ url_forms = st.sampled_from(
         "postgresql://app:{}@db:99999/shop",
         "postgresql://ap/p:{}@db/shop",
         "postgresql://app:{}",
+        "postgresql://app:{}@a:1,b:2/shop",
+        "postgresql://app:{}@a,b:port/shop",
+        "postgresql+psycopg://app@/shop?host=a,b&port=1&password={}",
+        "mysql://app:{}@a,b/shop",
         "postgresql+psycopg2://app:{}@db/shop",
         "postgresql:/app:{}@db/shop",
         "mysql://app:{}@[::1]:3306/shop",
@@ -340,6 +345,7 @@ def shown(call: Callable[[], object]) -> str:
 def test_no_url_shows_its_password_however_it_is_written(form: str, password: str) -> None:
     url = form.format(password)
     assume(":@" not in url)  # an empty password, behind which the host begins
+    assume("@" in url or not re.match("[0-9]+,", password))  # ports of several hosts, then
     assert SECRET not in shown(lambda: parse_database_url(url))
     assert SECRET not in shown(lambda: database_url_from_env({"DATABASE_URL": url}))
 

@@ -30,6 +30,7 @@ _URL = "asgi_db_url"
 _ENVIRONMENT = "asgi_db_env"
 _DATABASE = "asgi_db_database"
 _DEFAULT_ENVIRONMENT = "DATABASE_URL"
+_REPLICAS = "DATABASE_REPLICA_URLS"
 _key = pytest.StashKey[str]()
 _captured = pytest.StashKey[list[object]]()
 
@@ -73,6 +74,7 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> Generator[None
         url = test_database_url(base, worker=os.environ.get("PYTEST_XDIST_WORKER"))
         rendered = url.render_as_string(hide_password=False)
         os.environ[named or _DEFAULT_ENVIRONMENT] = early_config.stash[_key] = rendered
+        os.environ.pop(_REPLICAS, None)  # They do not have the tests' database.
         early_config.pluginmanager.register(WithDatabase())
     return (yield)
 
@@ -111,7 +113,8 @@ def asgi_db_database(request: pytest.FixtureRequest) -> Database[Any]:
         from asgi_db.settings import parse_database_url
 
         url = parse_database_url(request.config.stash[_key])
-        if database.url != url:  # It was made with a URL of its own when it was imported.
+        # It was made with a URL, or replicas, of its own when it was imported.
+        if database.url != url or database.stats().replicas:
             database.redirect(url)
     return database
 

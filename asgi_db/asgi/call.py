@@ -22,9 +22,8 @@ from asgi_db.database import Database
 from asgi_db.errors import ConfigurationError, MissingMiddlewareError
 from asgi_db.logs import logger
 from asgi_db.modes import Mode, ModeDefault, as_mode
-from asgi_db.pool.life import EngineLife
 from asgi_db.types import ASGIApp, Message, Receive, Scope, Send
-from asgi_db.unit.origin import Origin
+from asgi_db.unit.origin import Origin, UnitLife
 from asgi_db.unit.session import DBSession
 from asgi_db.unit.unit_of_work import UnitOfWork
 
@@ -126,7 +125,7 @@ class Call(Origin):
         """The arguments for the constructor of SQLAlchemy's session."""
         return self._site.database.session_options
 
-    def life(self) -> EngineLife:
+    def life(self) -> UnitLife:
         """Return the engine of the call's event loop; this works in a thread without a loop too."""
         return self._site.database.life_on(self.loop)
 

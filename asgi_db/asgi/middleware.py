@@ -16,6 +16,7 @@ from asgi_db.asgi.call import Call, session_key
 from asgi_db.asgi.frameworks import surrounded
 from asgi_db.asgi.http import Exchange
 from asgi_db.asgi.lifespan import serve_lifespan
+from asgi_db.asgi.positions import RoutedExchange, RoutedSocket, check_name
 from asgi_db.asgi.retry import Attempts
 from asgi_db.asgi.turns import Gates
 from asgi_db.asgi.websocket import Socket
@@ -73,10 +74,14 @@ class DBSessionMiddleware:
         self.session_key = session_key(key)
         self.gates = Gates()
         self.session_class = self.database.session_class  # without a step in between
+        self._calls = _CALLS
+        if self.database.has_replicas:
+            check_name(key)
+            self._calls = {"http": RoutedExchange, "websocket": RoutedSocket}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
-        make_call = _CALLS.get(scope["type"])
+        make_call = self._calls.get(scope["type"])
         if make_call is None:
             await self._pass_through(scope, receive, send)
             return
@@ -92,8 +97,8 @@ class DBSessionMiddleware:
             await self.app(scope, receive, send)
             return
         try:
-            if retrying and make_call is Exchange:
-                await self._run_attempts(scope, receive, send)
+            if retrying and issubclass(make_call, Exchange):
+                await self._run_attempts(make_call, scope, receive, send)
                 return
             call = make_call(self, scope, receive, send)
             try:
@@ -105,12 +110,14 @@ class DBSessionMiddleware:
                 # A mounted application has another database under this key.
                 scope[self.session_key] = scope["state"][self.key] = placed
 
-    async def _run_attempts(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _run_attempts(
+        self, make_exchange: type[Exchange], scope: Scope, receive: Receive, send: Send
+    ) -> None:
         """Run the application until an attempt needs no retry."""
         attempts = Attempts(scope, receive, self.gates)
         try:
             while True:
-                exchange = Exchange(self, scope, attempts.receive, send)
+                exchange = make_exchange(self, scope, attempts.receive, send)
                 exchange.join(attempts)
                 try:
                     await exchange.run()

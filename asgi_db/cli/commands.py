@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import os
 import sys
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import click
-from sqlalchemy import MetaData, Table
+from sqlalchemy import URL, MetaData, Table
 from sqlalchemy.exc import SQLAlchemyError
 
+from asgi_db.cli.capacity import Load, check_load, check_servers, pools_of_servers
 from asgi_db.cli.check import check, describe
 from asgi_db.cli.report import Plan, Report, Severity
 from asgi_db.cli.tables import existing, load_metadata
@@ -19,6 +22,7 @@ from asgi_db.database import Database
 from asgi_db.errors import ConfigurationError
 from asgi_db.pool.abandoned import connection_of
 from asgi_db.profiles import POOL_PROFILES, PoolName, pool_profile
+from asgi_db.settings import read_url
 
 T = TypeVar("T")
 
@@ -39,6 +43,19 @@ _url = click.option("--url", help="Where the database is; `ps` shows it, unlike 
 _tables = click.argument("tables", metavar="MODULE:BASE")
 
 
+_POSITIVE = click.FloatRange(min=0, min_open=True)
+
+_MOST_IN_USE = 100_000
+"""Connections in use at once from which a load is a mistake."""
+
+
+def _finite(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    """Refuse nan and infinity, which are within every range."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a number to compute with.", context, option)
+    return value
+
+
 @cli.command("check")
 @_url
 @click.option(
@@ -55,17 +72,90 @@ _tables = click.argument("tables", metavar="MODULE:BASE")
     show_default=True,
     help="How many processes of the application there are, on all machines.",
 )
-def check_command(url: str | None, pool: PoolName, processes: int) -> None:
+@click.option(
+    "--rate",
+    type=_POSITIVE,
+    callback=_finite,
+    help="Requests per second that use the database, of all processes together; needs --hold.",
+)
+@click.option(
+    "--hold",
+    type=_POSITIVE,
+    callback=_finite,
+    help="Seconds for which such a request holds a connection, in the mean: held / units of"
+    " database.stats().",
+)
+@click.option(
+    "--reads",
+    type=click.FloatRange(0, 1),
+    callback=_finite,
+    help="The share of these requests that replicas serve, from 0 to 1; needs"
+    " DATABASE_REPLICA_URLS.",
+)
+def check_command(
+    url: str | None,
+    pool: PoolName,
+    processes: int,
+    rate: float | None,
+    hold: float | None,
+    reads: float | None,
+) -> None:
     """Say how the database is set up, and what to change.
+
+    With --rate and --hold also how much of the pools is in use, and what waits for a connection.
 
     The exit code is 1 if there is an error: something with which the application cannot work.
     """
-    database = _database(url)
-    plan = Plan(database.url, pool, pool_profile(pool), processes)
+    database, replicas = _database(url), _replicas()
+    load = _load_of(database.url, rate, hold, reads, replicas)
+    pools = max(pools_of_servers(database.url, replicas).values())
+    plan = Plan(database.url, pool, pool_profile(pool), processes, pools)
     report = asyncio.run(check(database, plan))
+    check_servers(report, plan, replicas)
+    if load is not None:
+        check_load(report, plan, load, replicas)
     _show(report)
     if report.count(Severity.ERROR):
         sys.exit(1)
+
+
+def _replicas() -> list[URL]:
+    try:
+        urls = os.environ.get("DATABASE_REPLICA_URLS", "").split()
+        return [read_url(url, "DATABASE_REPLICA_URLS") for url in urls]
+    except ConfigurationError as error:
+        raise click.ClickException(str(error)) from None
+
+
+def _load_of(
+    url: URL,
+    rate: float | None,
+    hold: float | None,
+    reads: float | None,
+    replicas: Sequence[URL],
+) -> Load | None:
+    """Return the load that the options describe; None if they describe none."""
+    if rate is None or hold is None:
+        for name, value, missing in (
+            ("--rate", rate, "--hold, the seconds for which a request holds a connection"),
+            ("--hold", hold, "--rate, the requests per second of all processes"),
+            ("--reads", reads, "--rate and --hold"),
+        ):
+            if value is not None:
+                raise click.UsageError(f"{name} needs {missing}.")
+        return None
+    if url.get_backend_name() == "sqlite":
+        raise click.UsageError(
+            "--rate is for a server: on SQLite one transaction writes at a time, whatever the pool."
+        )
+    if reads is not None and not replicas:
+        raise click.UsageError("--reads needs replicas, and DATABASE_REPLICA_URLS names none.")
+    if rate * hold > _MOST_IN_USE:
+        raise click.UsageError(
+            f"--rate times --hold is {rate * hold:,.0f} connections in use at once, and no server"
+            " has that many: --hold is in seconds."
+        )
+    return Load(rate, hold, reads or 0.0)
 
 
 def _show(report: Report) -> None:

@@ -61,12 +61,22 @@ class Report:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the application is going to do to the database."""
+    """What the application is going to do to the database.
+
+    Attributes:
+        url: where it is.
+        pool: the name of the pool profile.
+        profile: the pool profile.
+        processes: how many processes there are.
+        pools: how many pools of one process may lead to this server: more than one if it is, or
+            becomes, one of the replicas.
+    """
 
     url: URL
     pool: str
     profile: PoolProfile
     processes: int
+    pools: int = 1
 
     @property
     def is_remote(self) -> bool:
@@ -87,9 +97,10 @@ class Plan:
         """
         name, limit = min(limits.items(), key=lambda item: item[1])
         each = self.profile.pool_size + self.profile.max_overflow
-        wanted = each * self.processes
+        wanted = each * self.pools * self.processes
         processes = "1 process" if self.processes == 1 else f"{self.processes} processes"
-        pool = f'{processes} with pool="{self.pool}"'
+        pools = f" and {self.pools} pools each" if self.pools > 1 else ""
+        pool = f'{processes} with pool="{self.pool}"{pools}'
         report.facts["connections"] = f"up to {wanted} for {pool}, of {limit} ({name})"
         if wanted > limit:
             report.error(

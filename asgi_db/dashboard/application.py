@@ -17,6 +17,7 @@ import anyio
 from asgi_db.dashboard.access import Access, Allow
 from asgi_db.dashboard.markup import Markup, duration, escape, tag
 from asgi_db.dashboard.recorder import MOST_UNITS, Recorder
+from asgi_db.dashboard.replicas import card_of
 from asgi_db.dashboard.routes import SORTED_BY
 from asgi_db.dashboard.sections import sections
 from asgi_db.dashboard.view import View
@@ -121,6 +122,7 @@ class Dashboard:
 
     def _render(self, view: View, nonce: str) -> str:
         database = self._databases[view.database]
+        parts = sections(database, view)
         return self._page.substitute(
             {
                 "css": self._css,
@@ -134,7 +136,8 @@ class Dashboard:
                 "uptime": escape(duration(time.time() - _STARTED)),
                 "databases": self._tabs(view),
                 "most": escape(MOST_UNITS),
-                **sections(database, view),
+                **parts,
+                "replicas": card_of(parts.get("replicas")),
             }
         )
 

@@ -18,6 +18,7 @@ from asgi_db.dashboard.recorder import (
     SentStatement,
     UnitOfInterest,
 )
+from asgi_db.dashboard.replicas import table_of_replicas
 from asgi_db.dashboard.routes import route_name, table_of
 from asgi_db.dashboard.view import View
 from asgi_db.database import Database
@@ -35,7 +36,9 @@ def sections(database: Database, view: View) -> dict[str, Markup]:
     """Return the contents of all parts of the page, by their ids."""
     recorder, stats = Recorder.of(database), database.stats()
     history = recorder.history()
+    of_replicas = {"replicas": table_of_replicas(stats)} if stats.replicas else {}
     return {
+        **of_replicas,
         "tiles": _tiles(stats, recorder, history),
         "pool": _pool(history),
         "load": _load(history),

@@ -17,6 +17,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from asgi_db.drivers.outages import REMEDIES
 from asgi_db.drivers.protocol import Beginning, Driver, StandIn
+from asgi_db.drivers.replication import Replication
 from asgi_db.drivers.sandbox import SandboxRules
 from asgi_db.drivers.statements import COMMON, Effect
 from asgi_db.modes import Mode
@@ -37,6 +38,7 @@ class AnyDriver(Driver):
     grammar = COMMON
     has_one_writer = False
     sandbox: type[SandboxRules] | None = None
+    replication: Replication | None = None
 
     @property
     def packages(self) -> tuple[str, ...]:

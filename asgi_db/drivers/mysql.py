@@ -16,10 +16,13 @@ from sqlalchemy.exc import MissingGreenlet, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, PoolResetState
 
+from asgi_db.drivers import hosts
 from asgi_db.drivers.base import AnyDriver, AutocommitRequests
 from asgi_db.drivers.mysql_options import translate_url
+from asgi_db.drivers.mysql_replication import MariaDBReplication
 from asgi_db.drivers.outages import REMEDIES, connection_error
 from asgi_db.drivers.protocol import BEGIN_OPTION, Beginning, StandIn
+from asgi_db.drivers.replication import Replication
 from asgi_db.drivers.sandbox import INTERRUPT_AGAIN, SandboxControl, SandboxRules, SandboxStandIn
 from asgi_db.drivers.statements import WRITING_WITH, Grammar
 from asgi_db.drivers.whereabouts import MOST_ATTEMPTS, Server, note_server, server_of
@@ -292,6 +295,7 @@ class Asyncmy(MySQL):
     name = "asyncmy"
     is_supported = True
     sandbox: type[SandboxRules] | None = AsyncmySandbox
+    replication: Replication | None = MariaDBReplication()
 
     def __init__(self) -> None:
         self._autocommit_requests = AutocommitRequests()
@@ -301,6 +305,7 @@ class Asyncmy(MySQL):
         # begin corrects it if necessary. SQLAlchemy's own `isolation_level="AUTOCOMMIT"` would
         # change it twice per request, and listen to an event of the engine.
         return {
+            "connect_args": {"connect_timeout": hosts.CONNECT_TIMEOUT},
             "execution_options": {BEGIN_OPTION: Beginning(autocommit=False)},
             "skip_autocommit_rollback": True,
             "pool_reset_on_return": None,  # `prepare` installs its own reset.
@@ -338,8 +343,7 @@ class Asyncmy(MySQL):
         return OSError, import_module("asyncmy").errors.Error
 
     def connect(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
-        connecting: Awaitable[Any] = import_module("asyncmy").connect(*args, **kwargs)
-        return connecting
+        return _connect_in_time(*args, **kwargs)
 
     def is_closed(self, connection: Any) -> bool:
         if isinstance(connection, StandIn):
@@ -364,6 +368,12 @@ class Asyncmy(MySQL):
                 # asyncmy raises many kinds of errors, some of which are not its own.
                 raise connection_error(error) from error
         super().begin(pooled, beginning)
+
+
+async def _connect_in_time(*args: Any, **kwargs: Any) -> Any:
+    # asyncmy's own limit ends when the socket is connected, and a frozen server says nothing then.
+    async with asyncio.timeout(kwargs.get("connect_timeout")):
+        return await import_module("asyncmy").connect(*args, **kwargs)
 
 
 def _only_reads(error: BaseException) -> bool:

@@ -50,6 +50,10 @@ REMEDIES = {
 """What to do about settings with which a server refuses to be connected to, whenever one tries."""
 
 
-def wrong_settings(error: BaseException, remedy: str) -> ConfigurationError:
+class WrongSettingsError(ConfigurationError):
+    """Raised when a server refuses a connection because of the settings for it."""
+
+
+def wrong_settings(error: BaseException, remedy: str) -> WrongSettingsError:
     """Make the error for settings with which no connection can be made."""
-    return ConfigurationError(f"The database refuses the connection ({cause_of(error)}). {remedy}")
+    return WrongSettingsError(f"The database refuses the connection ({cause_of(error)}). {remedy}")

@@ -16,7 +16,9 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from asgi_db.drivers.base import AnyDriver
 from asgi_db.drivers.outages import REMEDIES
+from asgi_db.drivers.postgresql_replication import PostgreSQLReplication
 from asgi_db.drivers.protocol import StandIn
+from asgi_db.drivers.replication import Replication
 from asgi_db.drivers.statements import WRITING_WITH, Grammar
 from asgi_db.drivers.whereabouts import Server, note_server, server_of
 from asgi_db.logs import logger
@@ -193,11 +195,17 @@ class SupportedPostgreSQL(PostgreSQL):
     """PostgreSQL with a driver with which asgi-db itself connects."""
 
     is_supported = True
+    replication: Replication | None = PostgreSQLReplication()
 
     def __init__(self) -> None:
         # Neither driver has the server's limits at hand when it finds a connection closed.
         self._idle_limits: WeakKeyDictionary[Any, tuple[str | None, ...]] = WeakKeyDictionary()
         self._read_by_choice = WeakSet[Any]()
+
+    def ends_connecting(self, error: Exception) -> bool:
+        """Whether no other host is tried; as with libpq, where one has refused the settings."""
+        is_of_host = isinstance(error, self.connect_errors) and not isinstance(error, ValueError)
+        return not is_of_host or self.is_full(error) or self.remedy(error) is not None
 
     def prepare(self, engine: Engine, *, pooler: bool, durable: bool) -> None:
         if not pooler:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import URL
 from sqlalchemy.engine.interfaces import DBAPIConnection, ExecutionContext
 from sqlalchemy.pool import PoolProxiedConnection
 
+from asgi_db.drivers import hosts
 from asgi_db.drivers.asyncpg_options import translate_url
 from asgi_db.drivers.postgresql import PATIENCE, SupportedPostgreSQL
 from asgi_db.drivers.postgresql_sandbox import PostgreSQLSandbox
@@ -74,28 +75,33 @@ class Asyncpg(SupportedPostgreSQL):
     sandbox: type[SandboxRules] | None = AsyncpgSandbox
 
     def options(self, url: URL, *, pooler: bool) -> dict[str, Any]:
-        if not pooler:
-            return {}
-        return {
-            "connect_args": {
-                "statement_cache_size": 0,
-                "prepared_statement_cache_size": 0,
-                "connection_class": patient_connection_class(),
-            }
-        }
+        arguments: dict[str, Any] = {"timeout": hosts.CONNECT_TIMEOUT}
+        if pooler:
+            arguments.update(
+                statement_cache_size=0,
+                prepared_statement_cache_size=0,
+                connection_class=patient_connection_class(),
+            )
+        return {"connect_args": arguments}
 
     def translate(self, url: URL) -> tuple[URL, dict[str, Any]]:
         return translate_url(url)
 
     @property
     def connect_errors(self) -> tuple[type[Exception], ...]:
-        # SQLAlchemy does not wrap the errors of asyncpg while it connects.
+        # SQLAlchemy does not wrap the errors of asyncpg while it connects. The last one means that
+        # the host does not have the `target_session_attrs`.
         driver = import_module("asyncpg")
-        return OSError, driver.PostgresError, driver.InterfaceError
+        return OSError, driver.PostgresError, driver.InterfaceError, driver.InternalClientError
 
     def connect(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
-        connecting: Awaitable[Any] = import_module("asyncpg").connect(*args, **kwargs)
-        return connecting
+        connect: Callable[..., Awaitable[Any]] = import_module("asyncpg").connect
+        names = kwargs.get("host")
+        if not isinstance(names, (list, tuple)) or len(cast("list[str]", names)) < 2:
+            return connect(*args, **kwargs)
+        # asyncpg itself has one time limit for all hosts together.
+        in_order = hosts.paired(cast("list[str]", names), kwargs.get("port"))
+        return hosts.connect_to_first(in_order, connect, *args, ends=self.ends_connecting, **kwargs)
 
     def is_closed(self, connection: Any) -> bool:
         return bool(connection.is_closed())

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import functools
 import os
+import random
 import re
-import socket
+import traceback
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from importlib import import_module
@@ -18,10 +19,12 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.engine.interfaces import DBAPIConnection, ExecutionContext
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
+from asgi_db.drivers import hosts
 from asgi_db.drivers.outages import REMEDIES
 from asgi_db.drivers.postgresql import NOT_SUPPORTED, PATIENCE, SupportedPostgreSQL
 from asgi_db.drivers.postgresql_sandbox import PostgreSQLSandbox
 from asgi_db.drivers.protocol import StandIn
+from asgi_db.drivers.psycopg_connection import connection_class, send
 from asgi_db.drivers.psycopg_options import translate_url
 from asgi_db.drivers.sandbox import INTERRUPT_AGAIN, SandboxControl, SandboxRules, SandboxStandIn
 from asgi_db.sqlalchemy_versions import await_
@@ -82,68 +85,6 @@ class _SandboxControl:
         pass
 
 
-@functools.cache
-def connection_class() -> type[Any]:
-    """Make the class of the connections; psycopg is imported only where it is used."""
-    from psycopg import AsyncConnection
-    from psycopg.waiting import wait_async
-
-    class PromptConnection(AsyncConnection[Any]):
-        """A connection that can be interrupted, and closed, without waiting for the server.
-
-        An interrupted statement is ended over another connection (`pool/abandoned.py`). psycopg's
-        own `wait` asks the server to cancel it, and waits ten seconds for one that is silent.
-        """
-
-        _waits_in: asyncio.AbstractEventLoop | None = None
-        is_terminated = False
-
-        async def wait(self, *args: Any, **options: Any) -> Any:
-            # psycopg has no public way to wait without that; the test of a server that stands
-            # still in `test_psycopg.py` breaks when this changes.
-            options.setdefault("interval", _LOOK_AGAIN)
-            (generator,) = args
-            self._waits_in = asyncio.get_running_loop()
-            try:
-                return await wait_async(generator, self.pgconn.socket, **options)
-            finally:
-                self._waits_in = None
-                if self.is_terminated:
-                    self.pgconn.finish()
-
-        def terminate(self) -> None:
-            """Close it without waiting for anything."""
-            self.is_terminated = True
-            if self._waits_in is None or self._waits_in.is_closed():
-                self.pgconn.finish()
-            else:
-                # The event loop watches this socket: closed under its eyes, the number would go to
-                # another connection. The task that waits wakes up, and closes it.
-                with contextlib.suppress(OSError), _socket_of(self.pgconn) as copy:
-                    copy.shutdown(socket.SHUT_RDWR)
-
-        @property
-        def is_waiting(self) -> bool:
-            """Whether a task waits for the server."""
-            return self._waits_in is not None
-
-        def __del__(self, *_: Any) -> None:
-            # The pool tells of a connection that was forgotten. psycopg would warn of one that is
-            # collected together with its pool, too. libpq's own object closes the socket, but not
-            # that of a parent process.
-            pass
-
-    return PromptConnection
-
-
-_LOOK_AGAIN = 0.1
-"""Seconds after which psycopg looks whether a socket that says nothing is still there."""
-
-
-def _socket_of(pgconn: Any) -> socket.socket:
-    return socket.socket(fileno=os.dup(pgconn.socket))
-
-
 # Numbers of libpq, and so of psycopg's `pq.TransactionStatus`.
 _IDLE = 0
 _ACTIVE = 1
@@ -171,7 +112,10 @@ class Psycopg(SupportedPostgreSQL):
     sandbox: type[SandboxRules] | None = PsycopgSandbox
 
     def options(self, url: URL, *, pooler: bool) -> dict[str, Any]:
-        return {"connect_args": {"prepare_threshold": None}} if pooler else {}
+        arguments: dict[str, Any] = {"prepare_threshold": None} if pooler else {}
+        if "PGCONNECT_TIMEOUT" not in os.environ:
+            arguments["connect_timeout"] = hosts.CONNECT_TIMEOUT
+        return {"connect_args": arguments}
 
     def translate(self, url: URL) -> tuple[URL, dict[str, Any]]:
         return translate_url(url)
@@ -219,8 +163,17 @@ class Psycopg(SupportedPostgreSQL):
         return OSError, import_module("psycopg").Error
 
     def connect(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
-        connecting: Awaitable[Any] = connection_class().connect(*args, **kwargs)
-        return connecting
+        names = str(kwargs.get("host") or "").split(",")
+        if len(names) < 2 or "hostaddr" in kwargs:
+            return _connect(*args, **kwargs)
+        # With psycopg every new connection would wait for a host that does not answer.
+        ports = str(kwargs.get("port") or "").split(",")
+        in_order = hosts.paired(names, ports if len(ports) > 1 else ports[0])
+        if kwargs.get("load_balance_hosts") == "random":
+            random.shuffle(in_order)
+        return hosts.connect_to_first(
+            in_order, _connect, *args, ends=self.ends_connecting, **kwargs
+        )
 
     def is_closed(self, connection: Any) -> bool:
         if isinstance(connection, StandIn):
@@ -318,19 +271,8 @@ class Psycopg(SupportedPostgreSQL):
         with contextlib.suppress(import_module("psycopg").Error):
             request = connection.pgconn.cancel_conn()
             request.start()
-            return _send(request)
+            return send(request)
         return None
-
-
-async def _send(request: Any) -> None:
-    # psycopg has no public way to send it after the connection is closed; the test of a second host
-    # in `test_abandoned_elsewhere.py` breaks when this changes. Whatever the error is: the
-    # statement is also ended over another connection.
-    sending = import_module("psycopg.generators").cancel(request)
-    with contextlib.suppress(Exception):
-        async with asyncio.timeout(PATIENCE):
-            waiting = import_module("psycopg.waiting")
-            await waiting.wait_conn_async(sending, interval=_LOOK_AGAIN)
 
 
 _STATES = {
@@ -355,6 +297,16 @@ _REMEDIES = {
     r"root certificate file .* does not exist|could not (?:read|load) .* certificate": "option",
 }
 """What libpq and psycopg say of settings with which nothing can be connected to."""
+
+
+async def _connect(*args: Any, **kwargs: Any) -> Any:
+    try:
+        return await connection_class().connect(*args, **kwargs)
+    except BaseException as error:
+        # The frames of the traceback hold the socket of a connection that was not made, which
+        # would stay open until they are collected as garbage.
+        traceback.clear_frames(error.__traceback__)
+        raise
 
 
 def _set_or_leave(set_it: Any, connection: DBAPIConnection, value: bool) -> None:

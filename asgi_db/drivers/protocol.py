@@ -12,6 +12,7 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.pool import PoolProxiedConnection
 
+from asgi_db.drivers.replication import Replication
 from asgi_db.drivers.sandbox import SandboxRules
 from asgi_db.drivers.statements import Effect
 from asgi_db.modes import Mode
@@ -79,6 +80,7 @@ class Driver(Protocol):
             transactions can write, as far as one statement can tell.
         has_one_writer: whether one transaction at a time writes, and the next one waits for it.
         sandbox: the rules of a sandbox for tests; None if there is none.
+        replication: how far replicas have come; None if there are none of this database.
     """
 
     name: str
@@ -92,6 +94,7 @@ class Driver(Protocol):
     ping: str
     has_one_writer: bool
     sandbox: type[SandboxRules] | None
+    replication: Replication | None
 
     @property
     def packages(self) -> tuple[str, ...]:

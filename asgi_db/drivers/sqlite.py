@@ -17,6 +17,7 @@ from weakref import finalize, ref
 
 import anyio
 from sqlalchemy import URL, Engine, event
+from sqlalchemy.engine import Dialect
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from asgi_db.drivers.base import AnyDriver, AutocommitRequests
@@ -27,6 +28,7 @@ from asgi_db.drivers.statements import WRITING_WITH, Grammar
 from asgi_db.drivers.url_options import Translate, number, refuse, switch, translate
 from asgi_db.errors import ConfigurationError
 from asgi_db.modes import Mode
+from asgi_db.sqlalchemy_versions import await_
 from asgi_db.tasks import in_background
 
 SQLITE_BUSY_TIMEOUT = 30.0
@@ -271,9 +273,29 @@ class Aiosqlite(SQLite):
     def _terminate(self, connection: Any) -> None:
         connection.stop()
 
+    def extend(self, dialect: Dialect) -> None:
+        """Roll back only an open transaction: each call of the driver goes through its thread."""
+        rollback = dialect.do_rollback
+
+        def do_rollback(pooled: PoolProxiedConnection) -> None:
+            connection: Any = pooled.driver_connection
+            if isinstance(connection, StandIn) or self.is_in_transaction(connection):
+                rollback(pooled)
+
+        dialect.do_rollback = do_rollback  # type: ignore[method-assign, assignment]
+
     def begin(self, pooled: PoolProxiedConnection, beginning: Beginning) -> None:
         if beginning.statements and pooled.driver_connection not in self._autocommit_requests:
-            super().begin(pooled, beginning)
+            if isinstance(pooled.driver_connection, StandIn):
+                super().begin(pooled, beginning)
+                return
+            # The adapter's cursor would go through the driver's thread three times.
+            connection: Any = pooled.driver_connection
+            for statement in beginning.statements:
+                try:
+                    await_(connection.execute(statement))
+                except ValueError as error:  # It is closed; the adapter raises this, too.
+                    raise sqlite3.OperationalError(*error.args) from error
 
     def interrupt(self, connection: Any) -> Coroutine[Any, Any, None] | None:
         """Interrupt the statements of a connection until it is closed.

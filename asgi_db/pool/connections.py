@@ -200,14 +200,8 @@ class Connections:
     def stats(self) -> PoolStats:
         """Count the connections, also from another thread."""
         pool = self._engine.sync_engine.pool
-        size = limit = None
-        if isinstance(pool, QueuePool):
-            size = pool.size() or None
-            # There is no public way to read it; the test of pools in `test_statistics.py` breaks
-            # when this changes.
-            overflow = pool._max_overflow  # pyright: ignore[reportPrivateUsage]
-            limit = None if size is None or overflow < 0 else size + overflow
-        checked_out = self.checked_out
+        size = (pool.size() or None) if isinstance(pool, QueuePool) else None
+        limit, checked_out = self._limit, self.checked_out
         idle = len(self._still_open()) - checked_out
         return PoolStats(
             size=size,
@@ -216,6 +210,22 @@ class Connections:
             idle=max(idle, 0),
             waiting=pool.waiting() if isinstance(pool, FairPool) else None,
         )
+
+    @property
+    def _limit(self) -> int | None:
+        pool = self._engine.sync_engine.pool
+        if not isinstance(pool, QueuePool):
+            return None
+        # There is no public way to read it; the test of pools in `test_statistics.py` breaks when
+        # this changes.
+        overflow = pool._max_overflow  # pyright: ignore[reportPrivateUsage]
+        return pool.size() + overflow if pool.size() and overflow >= 0 else None
+
+    @property
+    def have_room(self) -> bool:
+        """Whether one is free, or may be opened."""
+        limit = self._limit
+        return limit is None or self.checked_out < limit
 
     async def all_returned(self) -> None:
         """Wait until every connection is back in the pool."""

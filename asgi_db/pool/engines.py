@@ -36,6 +36,7 @@ class EngineSettings:
         options: the user's options for `create_async_engine`; they override the profile's.
         pooler: "transaction" if a pooler in transaction pooling stands before the server.
         leak_threshold: see `Connections`.
+        has_replicas: whether the positions of commits are wanted, for the replicas.
     """
 
     url: URL
@@ -43,6 +44,7 @@ class EngineSettings:
     options: Mapping[str, Any]
     pooler: Literal["transaction"] | None
     leak_threshold: float | None
+    has_replicas: bool = False
 
     def make_engine(self, url: URL, *, durable: bool) -> AsyncEngine:
         """Make an engine that is ready to connect.
@@ -56,6 +58,8 @@ class EngineSettings:
         # OpenTelemetry replaces this function by its own, so it is looked up at each call.
         engine = sqlalchemy_asyncio.create_async_engine(url, **options)
         driver.prepare(engine.sync_engine, pooler=self.pooler is not None, durable=durable)
+        if self.has_replicas and driver.replication is not None:
+            driver.replication.prepare(engine.sync_engine)
         return engine
 
     def check(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any, overload
 
@@ -12,6 +12,7 @@ from sqlalchemy.engine import ExecutionContext
 
 from asgi_db.drivers import driver_of
 from asgi_db.pool.engines import Engines
+from asgi_db.pool.life import EngineLife
 from asgi_db.trace import without_literals
 
 _EVENTS = ("do_execute", "do_executemany", "do_execute_no_params")
@@ -87,10 +88,17 @@ class CapturedStatements(Sequence[str]):
 
 
 @contextmanager
-def capture(engines: Engines) -> Generator[CapturedStatements]:
-    """Capture what is sent through engines, and through those that are made meanwhile."""
+def capture(
+    all_lives: Callable[[], Iterable[EngineLife]], engines: Engines
+) -> Generator[CapturedStatements]:
+    """Capture what is sent through engines, and through those that are made meanwhile.
+
+    Args:
+        all_lives: returns those that are there, the replicas' too.
+        engines: those of the primary.
+    """
     captured, statistics = CapturedStatements(), engines.statistics
-    for life in (*engines.all(), *engines.others.all()):
+    for life in (*all_lives(), *engines.others.all()):
         captured.attach(life.engine.sync_engine)
     statistics.new_engine += (captured.attach,)
     try:
@@ -98,5 +106,5 @@ def capture(engines: Engines) -> Generator[CapturedStatements]:
     finally:
         kept = (each for each in statistics.new_engine if each != captured.attach)
         statistics.new_engine = tuple(kept)
-        for life in (*engines.all(), *engines.others.all()):
+        for life in (*all_lives(), *engines.others.all()):
             captured.detach(life.engine.sync_engine)

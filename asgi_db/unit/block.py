@@ -11,9 +11,8 @@ from typing_extensions import TypeVar
 
 from asgi_db.errors import ConfigurationError
 from asgi_db.modes import Mode
-from asgi_db.pool.life import EngineLife
 from asgi_db.tasks import running_loop
-from asgi_db.unit.origin import Origin
+from asgi_db.unit.origin import Origin, UnitLife
 from asgi_db.unit.session import DBSession
 
 SessionT_co = TypeVar("SessionT_co", bound=DBSession, default=DBSession, covariant=True)
@@ -29,7 +28,7 @@ class Opener(Protocol[SessionT_co]):
         """The class of its sessions."""
         ...
 
-    def life_on(self, loop: asyncio.AbstractEventLoop) -> EngineLife:
+    def life_on(self, loop: asyncio.AbstractEventLoop, /) -> UnitLife:
         """Return the engine of an event loop."""
         ...
 
@@ -49,7 +48,7 @@ class Block(Origin, Generic[SessionT_co]):
     def session_options(self) -> Mapping[str, Any]:
         return self._database.session_options
 
-    def life(self) -> EngineLife:
+    def life(self) -> UnitLife:
         return self._database.life_on(self.loop)
 
     def default_mode(self) -> Mode:

@@ -19,10 +19,9 @@ from typing_extensions import TypeVar
 
 from asgi_db.errors import ConfigurationError
 from asgi_db.modes import Mode, plain, transactional
-from asgi_db.pool.life import EngineLife
 from asgi_db.tasks import running_loop
 from asgi_db.unit.block import Opener
-from asgi_db.unit.origin import Origin
+from asgi_db.unit.origin import Origin, UnitLife
 from asgi_db.unit.session import DBSession
 from asgi_db.unit.session_class import SessionChoice, check_session_options, class_like
 
@@ -43,7 +42,7 @@ class _Use(Origin):
     def session_options(self) -> Mapping[str, Any]:
         return self._options
 
-    def life(self) -> EngineLife:
+    def life(self) -> UnitLife:
         if (loop := running_loop()) is None:
             raise ConfigurationError.without_asyncio()
         self.loop = loop

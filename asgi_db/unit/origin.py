@@ -6,10 +6,27 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
+from sqlalchemy import Connection, Engine
+from sqlalchemy.ext.asyncio import AsyncEngine
+
 from asgi_db.errors import ConfigurationError, ModeConflictError
 from asgi_db.modes import Mode
-from asgi_db.pool.life import EngineLife
-from asgi_db.statistics import Tally
+from asgi_db.statistics import Statistics, Tally
+
+
+class UnitLife(Protocol):
+    """The engine of a session, with its pool, as the unit of work uses it."""
+
+    engine: AsyncEngine
+    statistics: Statistics
+
+    def bind_for(self, bind: Engine | Connection, mode: Mode) -> Engine | Connection:
+        """Return the variant of an engine on which transactions begin as the mode says."""
+        ...
+
+    def holders(self) -> list[str]:
+        """Return the routes that have a connection checked out, and for how long."""
+        ...
 
 
 class Origin(Protocol):
@@ -45,7 +62,7 @@ class Origin(Protocol):
         """The arguments for the constructor of SQLAlchemy's session."""
         ...
 
-    def life(self) -> EngineLife:
+    def life(self) -> UnitLife:
         """Return the engine of the session's event loop, with its pool."""
         ...
 

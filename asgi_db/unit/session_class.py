@@ -26,6 +26,7 @@ from sqlalchemy.orm import Session
 
 from asgi_db.engine.variants import refuse_autocommit
 from asgi_db.errors import ConfigurationError
+from asgi_db.unit.rerouting import rerouting
 from asgi_db.unit.session import DBSession
 from asgi_db.unit.sync_session import (
     OPERATIONS,
@@ -57,12 +58,15 @@ class SessionChoice(NamedTuple):
     options: dict[str, Any]
 
 
-def choose_session(options: Mapping[str, Any], dialect: type[Dialect]) -> SessionChoice:
+def choose_session(
+    options: Mapping[str, Any], dialect: type[Dialect], *, has_replicas: bool = False
+) -> SessionChoice:
     """Return the class of the sessions, and the options with which they are made.
 
     Args:
         options: the arguments for SQLAlchemy's `async_sessionmaker`.
         dialect: the one of the database.
+        has_replicas: whether the sessions choose between servers.
 
     Raises:
         ConfigurationError: an option cannot work; the message names it, and the remedy.
@@ -72,7 +76,7 @@ def choose_session(options: Mapping[str, Any], dialect: type[Dialect]) -> Sessio
     _check_base("class_", class_, AsyncSession)
     sync_class: type[Session] = rest.pop("sync_session_class", None) or _sync_class_of(class_)
     _check_base("sync_session_class", sync_class, Session)
-    choice = SessionChoice(_joined(class_, sync_class), rest)
+    choice = SessionChoice(_joined(class_, sync_class, has_replicas), rest)
     check_session_options(choice, dialect)
     return choice
 
@@ -149,12 +153,16 @@ def _refused(option: str, value: Any, problem: str) -> ConfigurationError:
 # -- the asynchronous class --------------------------------------------------------------------
 
 
-def _joined(class_: type[AsyncSession], sync_class: type[Session]) -> type[DBSession]:
+def _joined(
+    class_: type[AsyncSession], sync_class: type[Session], has_replicas: bool
+) -> type[DBSession]:
     """Return the class of the sessions."""
     if sync_class is Session:
         sync_class = PlainUnitSession
     elif not issubclass(sync_class, UnitSession):
         sync_class = _joined_sync(sync_class)
+    if has_replicas:
+        sync_class = rerouting(sync_class)
     if class_ in (AsyncSession, DBSession) and sync_class is PlainUnitSession:
         return DBSession
     _check_names(class_)

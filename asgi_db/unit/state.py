@@ -18,6 +18,8 @@ import enum
 class State(enum.Enum):
     """The state of a unit of work; see the top of this file."""
 
+    __hash__ = object.__hash__  # that of enums is a function of Python, and each request asks it
+
     IDLE = enum.auto()
     ACTIVE = enum.auto()
     ENDING = enum.auto()

@@ -26,6 +26,8 @@ from asgi_db.statistics import Outcome
 class Stage(enum.Enum):
     """How far a transaction has come; see the top of this file."""
 
+    __hash__ = object.__hash__  # that of enums is a function of Python, and each request asks it
+
     NONE = enum.auto()
     """There has been no transaction yet."""
     OPEN = enum.auto()

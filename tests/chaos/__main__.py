@@ -12,9 +12,9 @@ from pathlib import Path
 from tests import documents
 from tests.chaos import report
 from tests.chaos.report import Row
-from tests.chaos.runner import Job, run
-from tests.chaos.scenarios import ON_FILES, SCENARIOS
-from tests.contenders import CONTENDERS, DATABASES, OURS, Backend
+from tests.chaos.runner import SCENARIOS, Job, run
+from tests.chaos.world import CLUSTERS, PLACES, Place
+from tests.contenders import CONTENDERS, OURS, Contender
 from tests.options import add_choice
 
 ROOT = Path(__file__).parents[2]
@@ -29,13 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seed: int = options.seed if options.seed is not None else random.randrange(1_000_000)
     print(f"seed {seed}", file=sys.stderr, flush=True)
     jobs = [
-        Job(contender, backend, scenarios, python, seed, options.scale)
+        Job(contender, place, scenarios, python, seed, options.scale)
         for contender in CONTENDERS
         if not options.contender or contender.name in options.contender
-        for python in [options.peers if contender.is_peer else sys.executable]
-        for backend in contender.backends
-        if not options.database or backend in options.database
-        if (scenarios := _scenarios(backend, options.only))
+        for place in _places(contender)
+        for python in [_python(contender, place, options)]
+        if not options.database or place in options.database
+        if (scenarios := _scenarios(place, options.only))
     ]
     spawn = multiprocessing.get_context("spawn")
     rows = list[Row]()
@@ -45,29 +45,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.scale == 1:
                 report.merge(RESULTS, result)
     shown = report.merge(RESULTS, []) if options.write else rows
-    text = report.table(_sorted(shown))
+    text = _text(_sorted(shown), options)
     if options.write:
-        environments = {False: sys.executable, True: options.peers}
-        head = report.description(shown, documents.server_versions(), environments)
-        text = f"{head}\n\n{text}"
         report.write(DOCUMENT, text)
     print(text)
     return int(any(row.contender == OURS and not row.outcome.is_clean for row in rows))
 
 
-def _scenarios(backend: Backend, only: Sequence[str]) -> tuple[str, ...]:
-    names = ON_FILES if backend == "sqlite" else SCENARIOS
-    return tuple(name for name in names if not only or name in only)
+def _text(rows: Sequence[Row], options: argparse.Namespace) -> str:
+    """The table of single servers, and that of clusters; for the document with what they are of."""
+    servers = documents.server_versions() if options.write else []
+    parts = list[str]()
+    for is_cluster, title in ((False, ""), (True, "### Clusters")):
+        shown = [row for row in rows if (row.place in CLUSTERS) is is_cluster]
+        if shown and options.write:
+            peers = options.peers_2_0 if is_cluster else options.peers
+            environments = {False: sys.executable, True: peers}
+            parts += [title, report.description(shown, servers, environments)]
+        if shown:
+            parts.append(report.table(shown))
+    return "\n\n".join(filter(None, parts))
+
+
+def _python(contender: Contender, place: Place, options: argparse.Namespace) -> str:
+    """The interpreter of the environment in which a contender lives."""
+    if not contender.is_peer:
+        return sys.executable
+    python: str = options.peers_2_0 if place == "standbys" else options.peers
+    return python
+
+
+def _places(contender: Contender) -> list[Place]:
+    clusters: dict[Place, bool] = {
+        "galera": "mysql" in contender.backends,
+        "standbys": contender.reads_from_replicas,
+    }
+    return [*contender.backends, *(place for place, is_right in clusters.items() if is_right)]
+
+
+def _scenarios(place: Place, only: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in SCENARIOS[place] if not only or name in only)
+
+
+def _names() -> list[str]:
+    """The scenarios, on whatever they take place, each once."""
+    return list(dict.fromkeys(name for place in PLACES for name in SCENARIOS[place]))
 
 
 def _sorted(rows: Sequence[Row]) -> list[Row]:
-    scenarios, contenders = [*SCENARIOS, *ON_FILES], [contender.name for contender in CONTENDERS]
-    databases = list(DATABASES)
+    scenarios, contenders = _names(), [contender.name for contender in CONTENDERS]
+    places = list(PLACES)
 
     def place(row: Row) -> tuple[int, int, int]:
         return (
             scenarios.index(row.scenario),
-            databases.index(row.backend),
+            places.index(row.place),
             contenders.index(row.contender.name),
         )
 
@@ -77,9 +109,9 @@ def _sorted(rows: Sequence[Row]) -> list[Row]:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make chaos ARGS=...", description=__doc__)
 
-    add_choice(parser, "--only", [*SCENARIOS, *ON_FILES], "scenarios")
+    add_choice(parser, "--only", _names(), "scenarios")
     add_choice(parser, "--contender", [one.name for one in CONTENDERS], "contenders")
-    add_choice(parser, "--database", list(DATABASES), "databases")
+    add_choice(parser, "--database", list(PLACES), "databases")
     parser.add_argument("--seed", type=int, help="that of an earlier run; chosen if left out")
     parser.add_argument("--scale", type=float, default=1, help="multiplies the numbers of tries")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="contenders at a time")
@@ -88,6 +120,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=os.path.abspath,
         default=sys.executable,
         help="Python of the environment of the other libraries",
+    )
+    parser.add_argument(
+        "--peers-2-0",
+        type=os.path.abspath,
+        default=sys.executable,
+        help="the same with SQLAlchemy 2.0, for routing to standbys",
     )
     parser.add_argument(
         "--write",

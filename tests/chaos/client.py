@@ -4,6 +4,7 @@ import asyncio
 import json
 import socket
 import struct
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Self
@@ -36,11 +37,22 @@ class Answer:
         return self.status == 503 and self.headers.get("retry-after", "").isdigit()
 
     @property
+    def cookies(self) -> list[str]:
+        """The header with which a browser sends back the cookie of this answer, if it has one."""
+        cookie, _, _ = self.headers.get("set-cookie", "").partition(";")
+        return [f"Cookie: {cookie}"] if cookie else []
+
+    @property
+    def reason(self) -> str:
+        """The reason that a 503 of asgi-db gives."""
+        with suppress(ValueError, AttributeError):
+            return str(json.loads(self.body).get("reason", ""))
+        return ""
+
+    @property
     def leaves_open(self) -> bool:
         """Whether it says that the write may or may not have been applied."""
-        with suppress(ValueError, AttributeError):
-            return bool(json.loads(self.body).get("reason") == "outcome-unknown")
-        return False
+        return self.reason == "outcome-unknown"
 
     def __str__(self) -> str:
         match self.status:
@@ -69,9 +81,9 @@ class Connection:
     async def open(cls, port: int) -> Self:
         return cls(*await asyncio.open_connection("127.0.0.1", port))
 
-    def send(self, method: str, path: str) -> None:
+    def send(self, method: str, path: str, *headers: str) -> None:
         """Send a request."""
-        lines = [f"{method} {path} HTTP/1.1", "Host: testserver", "Content-Length: 0"]
+        lines = [f"{method} {path} HTTP/1.1", "Host: testserver", "Content-Length: 0", *headers]
         self._writer.write("\r\n".join([*lines, "", ""]).encode())
 
     async def status(self) -> int:
@@ -98,9 +110,9 @@ class Connection:
             body = await self._reader.readexactly(int(headers.get("content-length", 0)))
         return Answer(status, headers, body)
 
-    async def ask(self, method: str, path: str) -> Answer:
+    async def ask(self, method: str, path: str, *headers: str) -> Answer:
         """Send a request, and return the whole answer."""
-        self.send(method, path)
+        self.send(method, path, *headers)
         return await self.rest(await self.status())
 
     def leave(self, *, abruptly: bool = False) -> None:
@@ -111,13 +123,15 @@ class Connection:
         self._writer.close()
 
 
-async def request(port: int, method: str, path: str, within: float = 20) -> Answer:
+async def request(
+    port: int, method: str, path: str, within: float = 20, *, headers: Sequence[str] = ()
+) -> Answer:
     """Send one request over a connection of its own, and return what comes of it."""
     connection: Connection | None = None
     try:
         async with asyncio.timeout(within):
             connection = await Connection.open(port)
-            return await connection.ask(method, path)
+            return await connection.ask(method, path, *headers)
     except TimeoutError:
         return TOO_LATE
     except (OSError, ValueError, asyncio.IncompleteReadError):

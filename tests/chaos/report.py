@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tests import documents
-from tests.chaos.world import Outcome
-from tests.contenders import CONTENDERS, DATABASES, Backend, Contender
+from tests.chaos.world import PLACES, Outcome, Place
+from tests.contenders import CONTENDERS, Contender
 
 BEGIN = "<!-- chaos: begin -->"
 END = "<!-- chaos: end -->"
@@ -31,7 +31,7 @@ class Row:
 
     scenario: str
     contender: Contender
-    backend: Backend
+    place: Place
     outcome: Outcome
     seconds: float = 0
     seed: int = 0
@@ -40,12 +40,12 @@ class Row:
     @property
     def key(self) -> str:
         """What it is a row of."""
-        return f"{self.scenario} {self.contender.name} {self.backend}"
+        return f"{self.scenario} {self.contender.name} {self.place}"
 
     def cells(self) -> list[str]:
         """What stands in the table."""
         outcome = self.outcome
-        left = [self.scenario.replace("_", " "), self.contender.title, DATABASES[self.backend]]
+        left = [self.scenario.replace("_", " "), self.contender.title, PLACES[self.place]]
         if outcome.not_applicable:
             return [*left, "n/a", "", "", "", outcome.not_applicable]
         errors = [f"{number} × {kind}" for kind, number in Counter(outcome.errors).most_common()]
@@ -77,7 +77,9 @@ def description(rows: Sequence[Row], servers: Sequence[str], environments: dict[
     ]
     for is_peer, python in environments.items():
         whose = "The other libraries" if is_peer else "asgi-db and plain `Depends`"
-        lines.append(f"{whose}: {', '.join(_versions(python, is_peer))}.")
+        contenders = [row.contender for row in rows if row.contender.is_peer is is_peer]
+        if contenders:
+            lines.append(f"{whose}: {', '.join(_versions(python, contenders))}.")
     return "\n".join(lines)
 
 
@@ -103,11 +105,6 @@ def merge(saved: Path, rows: Sequence[Row]) -> list[Row]:
     return list(found.values())
 
 
-def _versions(python: str, is_peer: bool) -> list[str]:
-    names = [
-        name
-        for contender in CONTENDERS
-        if contender.is_peer is is_peer
-        for name in contender.packages
-    ]
+def _versions(python: str, contenders: Sequence[Contender]) -> list[str]:
+    names = [name for contender in contenders for name in contender.packages]
     return documents.versions(python, [*names, "starlette", "sqlalchemy", "asyncpg", "uvicorn"])

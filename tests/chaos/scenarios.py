@@ -453,10 +453,10 @@ async def sqlite(world: World) -> Outcome:
 
 
 def _is_postgresql(world: World) -> bool:
-    return world.backend == "postgresql"
+    return world.place == "postgresql"
 
 
-SCENARIOS: dict[str, Scenario] = {
+ON_ONE_SERVER: dict[str, Scenario] = {
     scenario.__name__: scenario
     for scenario in (
         overload,

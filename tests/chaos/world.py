@@ -9,12 +9,28 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from tests.chaos.client import Answer, request
-from tests.contenders import Backend, Contender
+from tests.chaos.galera import Galera
+from tests.clusters import Cluster
+from tests.contenders import DATABASES, Backend, Contender
 from tests.contenders.served import serving
 from tests.servers import DatabaseServer, ServerConnection, outside, server_connections
 from tests.serving import Server
+
+Place: TypeAlias = Backend | Literal["galera", "standbys"]
+"""What a scenario takes place on: one server, a file, or a cluster."""
+
+PLACES: dict[Place, str] = {
+    "postgresql": DATABASES["postgresql"],
+    "mysql": DATABASES["mysql"],
+    "sqlite": DATABASES["sqlite"],
+    "galera": "Galera",
+    "standbys": "PostgreSQL with standbys",
+}
+
+CLUSTERS: tuple[Place, ...] = ("galera", "standbys")
 
 POOL_SIZE = 5
 
@@ -38,6 +54,8 @@ class Outcome:
         errors: answers other than success and "try again later", by their kind.
         remarks: what else is to be said.
         not_applicable: why the contender cannot take part, if it cannot.
+        server_loses: whether the server itself is set to lose writes that it has acknowledged, so
+            that `lost` says nothing of the contender.
     """
 
     tries: int = 0
@@ -47,11 +65,13 @@ class Outcome:
     errors: dict[str, int] = field(default_factory=dict[str, int])
     remarks: list[str] = field(default_factory=list[str])
     not_applicable: str = ""
+    server_loses: bool = False
 
     @property
     def is_clean(self) -> bool:
         """Whether everything is as it should be."""
-        return self.survived == self.tries and not (self.lost or self.leaked or self.errors)
+        lost = self.lost and not self.server_loses
+        return self.survived == self.tries and not (lost or self.leaked or self.errors)
 
     def note(self, answer: Answer) -> None:
         """Count an answer that is neither success nor "try again later"."""
@@ -84,6 +104,12 @@ class Ledger:
             self._pairs.add(id)
         return id
 
+    def refused(self, reason: str) -> int:
+        """How many writes were refused for this reason."""
+        return sum(
+            answer is not None and answer.reason == reason for answer in self.answers.values()
+        )
+
     async def settle(self, url: str, outcome: Outcome) -> None:
         """Compare what clients were told with what is there."""
         async with outside(url) as connection:
@@ -110,23 +136,39 @@ class World:
 
     Attributes:
         contender: who is put to the test.
-        backend: on what kind of database.
-        database: the server; None for SQLite.
+        place: on what.
+        database: the server; None for SQLite, and for a cluster.
         url: an empty database.
         python: the interpreter of the contender's environment.
         folder: an empty folder.
         random: where every chance comes from.
         scale: by which the numbers of tries are multiplied.
+        cluster: the servers, where there are more than one.
+        elsewhere: the same database on the others of them.
     """
 
     contender: Contender
-    backend: Backend
+    place: Place
     database: DatabaseServer | None
     url: str
     python: str
     folder: Path
     random: random.Random
     scale: float = 1
+    cluster: Cluster | Galera | None = None
+    elsewhere: list[str] = field(default_factory=list[str])
+
+    @property
+    def galera(self) -> Galera:
+        """The Galera cluster."""
+        assert isinstance(self.cluster, Galera)
+        return self.cluster
+
+    @property
+    def standbys(self) -> Cluster:
+        """The primary with its standbys."""
+        assert isinstance(self.cluster, Cluster)
+        return self.cluster
 
     @property
     def server(self) -> DatabaseServer:
@@ -211,7 +253,8 @@ class World:
         outcome.remark(idle, "idle in transaction")
         outcome.remark(len(busy) - idle, "queries still active")
         missing = 0
-        for _ in range(3 if self.database else 0):  # a busy machine may start them one by one
+        tries = 0 if self.place == "sqlite" else 3  # a busy machine may start them one by one
+        for _ in range(tries):
             missing = await self.missing_from_pool(server.port, ledger)
             if not missing:
                 break
@@ -223,11 +266,16 @@ class World:
         await self.busy_connections(5)  # what comes after the answer may still come now
         await ledger.settle(self.url, outcome)
 
+    async def connections(self) -> list[ServerConnection]:
+        """The connections to the database, on all servers that have it."""
+        urls = [self.url, *self.elsewhere]
+        return [client for url in urls for client in await server_connections(url)]
+
     async def busy_connections(self, within: float) -> list[ServerConnection]:
         """The connections that are still in a statement or a transaction after so many seconds."""
         deadline = time.monotonic() + within
         while True:
-            clients = await server_connections(self.url)
+            clients = await self.connections()
             busy = [client for client in clients if client.state != "idle"]
             if not busy or time.monotonic() > deadline:
                 return busy
@@ -241,7 +289,7 @@ class World:
         ]
         most = 0
         while most < POOL_SIZE and not all(sleeper.done() for sleeper in sleepers):
-            clients = await server_connections(self.url)
+            clients = await self.connections()
             most = max(most, sum(client.state == "active" for client in clients))
             await asyncio.sleep(0.02)
         await asyncio.gather(*sleepers)

@@ -11,6 +11,7 @@ the environment says otherwise (`POOL_SIZE`, `POOL_TIMEOUT`).
 | `POST /items/{id}`           | inserts; 201                                                      |
 | `POST /slow/{id}?seconds=`   | a query that takes so long, then an insert; 201                   |
 | `POST /pair/{id}?seconds=`   | inserts `id`, waits in Python, inserts `-id`; both or neither     |
+| `GET /long?seconds=`         | a stream that begins with a query that takes so long              |
 | `GET /stream`, `/events`     | `?chunks=&seconds=`: a query before each piece                    |
 | `GET /big`                   | reads, then sends 5 MB                                            |
 | `WS /ws`                     | inserts each message, which is an id, and answers "ok"            |
@@ -41,6 +42,8 @@ class Contender:
         is_peer: whether it lives in the peers' environment, not in that of the tests.
         is_for_postgresql_alone: whether it cannot be used on other databases.
         is_public: whether it is a library that one can install.
+        reads_from_replicas: whether its application sends reads to a replica where the environment
+            names some (`REPLICA_URLS`).
     """
 
     name: str
@@ -50,6 +53,7 @@ class Contender:
     is_peer: bool = True
     is_for_postgresql_alone: bool = False
     is_public: bool = True
+    reads_from_replicas: bool = False
 
     @property
     def app(self) -> str:
@@ -63,6 +67,7 @@ OURS = Contender(
     ("asgi-db", "fastapi"),
     ("postgresql", "mysql", "sqlite"),
     is_peer=False,
+    reads_from_replicas=True,
 )
 
 CONTENDERS = [
@@ -74,18 +79,23 @@ CONTENDERS = [
         ("postgresql", "mysql", "sqlite"),
         is_peer=False,
         is_public=False,
+        reads_from_replicas=True,
     ),
     Contender(
         "fastapi_async_sqlalchemy", "fastapi-async-sqlalchemy", ("fastapi-async-sqlalchemy",)
     ),
     Contender("asgi_sqlalchemy", "asgi-sqlalchemy", ("asgi-sqlalchemy",)),
     Contender(
-        "advanced_alchemy_fastapi", "advanced-alchemy (FastAPI)", ("advanced-alchemy", "fastapi")
+        "advanced_alchemy_fastapi",
+        "advanced-alchemy (FastAPI)",
+        ("advanced-alchemy", "fastapi"),
+        reads_from_replicas=True,
     ),
     Contender(
         "advanced_alchemy_litestar",
         "advanced-alchemy (Litestar)",
         ("advanced-alchemy", "litestar"),
+        reads_from_replicas=True,
     ),
     Contender(
         "context_async_sqlalchemy", "context-async-sqlalchemy", ("context-async-sqlalchemy",)

@@ -5,9 +5,12 @@
 
 """advanced-alchemy on FastAPI, with `commit_mode="autocommit"`.
 
+Where there are replicas, it uses the library's routing.
+
 Its dependency is for HTTP alone; sockets use its session factory.
 """
 
+from advanced_alchemy.config.routing import RoutingConfig
 from advanced_alchemy.extensions.fastapi import (
     AdvancedAlchemy,
     AsyncSessionConfig,
@@ -17,12 +20,16 @@ from advanced_alchemy.extensions.fastapi import (
 from fastapi import FastAPI, WebSocket
 
 from tests.contenders.routes import add_routes
-from tests.contenders.shared import POOL, URL, item
+from tests.contenders.shared import ENGINE, REPLICA_URLS, URL, item
 
+where = {"connection_string": URL}
+if REPLICA_URLS:
+    routing = RoutingConfig(primary_connection_string=URL, read_replicas=REPLICA_URLS)
+    where = {"routing_config": routing}
 config = SQLAlchemyAsyncConfig(
-    connection_string=URL,
+    **where,
     session_config=AsyncSessionConfig(expire_on_commit=False),
-    engine_config=EngineConfig(**POOL),
+    engine_config=EngineConfig(**ENGINE),
     commit_mode="autocommit",
 )
 app = FastAPI()

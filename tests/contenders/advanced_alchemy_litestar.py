@@ -5,11 +5,14 @@
 
 """advanced-alchemy on Litestar, with `before_send_handler="autocommit"`.
 
+Where there are replicas, it uses the library's routing.
+
 Its plugin ends sessions with the response; sockets use its session factory.
 """
 
 import asyncio
 
+from advanced_alchemy.config.routing import RoutingConfig
 from advanced_alchemy.extensions.litestar import (
     AsyncSessionConfig,
     EngineConfig,
@@ -22,21 +25,27 @@ from litestar.response import Stream
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from tests.contenders.shared import (
+    ENGINE,
     EVENT,
     FIRST_VALUE,
-    POOL,
+    REPLICA_URLS,
     URL,
     Item,
     item,
+    long,
     megabytes,
     pieces,
     sleep,
 )
 
+where = {"connection_string": URL}
+if REPLICA_URLS:
+    routing = RoutingConfig(primary_connection_string=URL, read_replicas=REPLICA_URLS)
+    where = {"routing_config": routing}
 config = SQLAlchemyAsyncConfig(
-    connection_string=URL,
+    **where,
     session_config=AsyncSessionConfig(expire_on_commit=False),
-    engine_config=EngineConfig(**POOL),
+    engine_config=EngineConfig(**ENGINE),
     before_send_handler="autocommit",
 )
 
@@ -77,6 +86,11 @@ async def write_pair(id: int, seconds: float, db_session: AsyncSession) -> None:
     db_session.add(item(-id))
 
 
+@get("/long")
+async def wait(seconds: int, db_session: AsyncSession) -> Stream:
+    return Stream(pieces(lambda: db_session.scalar(long(seconds)), 1, 0))
+
+
 @get("/stream")
 async def stream(chunks: int, seconds: float, db_session: AsyncSession) -> Stream:
     return Stream(pieces(lambda: db_session.scalar(FIRST_VALUE), chunks, seconds))
@@ -108,6 +122,6 @@ async def talk(socket: WebSocket) -> None:
 
 
 app = Litestar(
-    [nothing, read, write, write_slowly, write_pair, stream, events, big, talk],
+    [nothing, read, write, write_slowly, write_pair, wait, stream, events, big, talk],
     plugins=[SQLAlchemyPlugin(config=config)],
 )

@@ -13,10 +13,13 @@ from asgi_db_fastapi import CurrentSession, CurrentSessionReadOnly, CurrentSessi
 from tests.contenders.shared import (
     EVENT,
     FIRST_VALUE,
+    IS_POOLED,
     POOL,
+    REPLICA_URLS,
     URL,
     Item,
     item,
+    long,
     megabytes,
     pieces,
     sleep,
@@ -25,7 +28,12 @@ from tests.contenders.shared import (
 TIMEOUT = float(os.environ.get("TIMEOUT", "5")) or None
 """Seconds that a unit may take; with 0 there is no limit, as with the other libraries."""
 
-database = Database(URL, engine_options=POOL)
+database = Database(
+    URL,
+    replicas=REPLICA_URLS,
+    engine_options=POOL,
+    pooler="transaction" if IS_POOLED else None,
+)
 app = FastAPI()
 app.add_middleware(DBSessionMiddleware, database=database)
 
@@ -76,6 +84,11 @@ async def count(session: CurrentSessionTransaction) -> None:
     """Read, then write what was read and one more."""
     counter = await session.get_one(Item, 0)
     counter.value = str(int(counter.value) + 1)
+
+
+@app.get("/long")
+async def wait(seconds: int, session: CurrentSessionReadOnly) -> StreamingResponse:
+    return StreamingResponse(pieces(lambda: session.scalar(long(seconds)), 1, 0))
 
 
 @app.get("/stream")

@@ -1,4 +1,7 @@
-"""SQLAlchemy alone on FastAPI: a dependency with `yield`, as FastAPI's documentation has it."""
+"""SQLAlchemy alone on FastAPI: a dependency with `yield`, as FastAPI's documentation has it.
+
+Where there is a replica, routes that read have another one, with sessions on it.
+"""
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -9,16 +12,19 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 from sqlalchemy.pool import QueuePool
 
 from tests.contenders.routes import add_routes
-from tests.contenders.shared import POOL, URL, Item, item
+from tests.contenders.shared import ENGINE, REPLICA_URLS, URL, Item, item
 
-engine = create_async_engine(URL, **POOL)
+engine = create_async_engine(URL, **ENGINE)
 SessionLocal = async_sessionmaker(engine, expire_on_commit=False)
+replica = create_async_engine(REPLICA_URLS[0], **ENGINE) if REPLICA_URLS else engine
+ReaderLocal = async_sessionmaker(replica, expire_on_commit=False)
 
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
     yield
     await engine.dispose()
+    await replica.dispose()
 
 
 app = FastAPI(lifespan=lifespan)
@@ -26,6 +32,11 @@ app = FastAPI(lifespan=lifespan)
 
 async def get_db() -> AsyncGenerator[AsyncSession]:
     async with SessionLocal() as session, session.begin():
+        yield session
+
+
+async def get_reader() -> AsyncGenerator[AsyncSession]:
+    async with ReaderLocal() as session, session.begin():
         yield session
 
 
@@ -37,7 +48,7 @@ def checked_out() -> int:
     return engine.pool.checkedout()
 
 
-add_routes(app, get_db)
+add_routes(app, get_db, get_reader)
 
 
 @app.post("/count", status_code=201)

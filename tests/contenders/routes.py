@@ -13,27 +13,34 @@ from tests.contenders.shared import (
     FIRST_VALUE,
     Item,
     item,
+    long,
     megabytes,
     pieces,
     sleep,
 )
 
 
-def add_routes(app: FastAPI, get_session: Callable[..., Any]) -> None:
+def add_routes(
+    app: FastAPI,
+    get_session: Callable[..., Any],
+    get_reader: Callable[..., Any] | None = None,
+) -> None:
     """Add all but the WebSocket, which no two of them do alike.
 
     Args:
         app: it may have routes of its own, which then come first.
         get_session: the dependency of the library.
+        get_reader: that of routes that only read, where there is another one for them.
     """
     given: AsyncSession = Depends(get_session)
+    reader: AsyncSession = Depends(get_reader or get_session)
 
     @app.get("/nothing")
     async def nothing() -> None:
         pass
 
     @app.get("/items/{id}")
-    async def read(id: int, session: AsyncSession = given) -> dict[str, Any]:
+    async def read(id: int, session: AsyncSession = reader) -> dict[str, Any]:
         found = await session.get(Item, id)
         if found is None:
             raise HTTPException(404)
@@ -54,6 +61,10 @@ def add_routes(app: FastAPI, get_session: Callable[..., Any]) -> None:
         await session.flush()
         await asyncio.sleep(seconds)
         session.add(item(-id))
+
+    @app.get("/long")
+    async def wait(seconds: int, session: AsyncSession = given) -> StreamingResponse:
+        return StreamingResponse(pieces(lambda: session.scalar(long(seconds)), 1, 0))
 
     @app.get("/stream")
     async def stream(

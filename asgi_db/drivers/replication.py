@@ -1,0 +1,77 @@
+"""How far servers have come: the positions of commits, which replicas reach later."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from sqlalchemy import Engine
+from sqlalchemy.pool import PoolProxiedConnection
+
+
+class Position(NamedTuple):
+    """A place in the history of a system, which each of its servers reaches sooner or later.
+
+    Attributes:
+        system: the history: the cluster on PostgreSQL, the domain on MariaDB.
+        number: the place; a greater one comes later.
+    """
+
+    system: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.system}:{self.number}" if self.system else _UNKNOWN
+
+
+_UNKNOWN = "unknown"
+
+UNKNOWN = Position("", 0)
+"""The position of a commit that could not be found out; no replica is known to have reached it."""
+
+_POSITION = re.compile(r"([0-9a-f]{1,16}):([0-9]{1,20})")
+
+
+def parse_position(text: str) -> Position | None:
+    """Return the position that a client has sent back; None if it is none."""
+    if text == _UNKNOWN:
+        return UNKNOWN
+    found = _POSITION.fullmatch(text)
+    return None if found is None else Position(found[1], int(found[2]))
+
+
+def latest(positions: Iterable[Position]) -> Position | None:
+    """Return the latest of some positions; those of different systems cannot be compared."""
+    found: Position | None = None
+    for position in positions:
+        if found is None or found.system == position.system:
+            found = max(found or position, position)
+        else:
+            return UNKNOWN
+    return found
+
+
+class Replication(Protocol):
+    """What asgi-db has to know of the replicas of a database.
+
+    Attributes:
+        question: the statement that asks a server how far it has come.
+    """
+
+    question: str
+
+    def prepare(self, engine: Engine) -> None:
+        """Prepare the engine of a primary, before it connects, for what `position` needs."""
+
+    def position(self, pooled: PoolProxiedConnection) -> Position:
+        """Return the position of the COMMIT that this connection has just carried out.
+
+        Raises:
+            Exception: it cannot be found out.
+        """
+        ...
+
+    def reached(self, rows: Sequence[Any]) -> list[Position]:
+        """Return what the answer to `question` says: a position for each history."""
+        ...

@@ -1,0 +1,90 @@
+"""The synchronous half of a session whose database has replicas.
+
+It chooses the server before each unit of work. If the replica fails in an operation, the operation
+runs again on another server; nothing is lost by that, because a replica only reads.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.util.concurrency import in_greenlet
+
+from asgi_db.drivers.statements import Effect
+from asgi_db.errors import DatabaseTimeoutError
+from asgi_db.replicas.choice import Choice
+from asgi_db.sqlalchemy_versions import await_
+from asgi_db.unit.ending import give_back
+from asgi_db.unit.operation import MAY_BE_LATE
+from asgi_db.unit.sync_session import OPERATIONS, UnitSession
+
+
+def rerouting(sync_class: type[UnitSession]) -> type[UnitSession]:
+    """Return the class of synchronous halves for a database with replicas.
+
+    Args:
+        sync_class: the class for one without.
+    """
+    operations = {
+        name: _moving(getattr(sync_class, name)) for name in OPERATIONS if name not in MAY_BE_LATE
+    }
+    routed: type[UnitSession] = type(sync_class.__name__, (_Rerouting, sync_class), operations)
+    return routed
+
+
+class _Rerouting(UnitSession):
+    """Chooses the server before the engine is chosen; see the top of this file."""
+
+    def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
+        unit = self.unit_of_work
+        if unit.operation is not None and unit.fixed_mode is None and in_greenlet():
+            await_(_choice_of(self).choose(unit.mode))
+        return super().get_bind(*args, **kwargs)
+
+
+def _choice_of(session: UnitSession) -> Choice:
+    return cast(Choice, session.unit_of_work.life)
+
+
+def _moving(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an operation that runs again on another server if its replica has failed."""
+
+    @functools.wraps(operation)
+    def moving(self: UnitSession, *args: Any, **kwargs: Any) -> Any:
+        unit = self.unit_of_work
+        if unit.operation is not None:  # It is part of another one, which runs again as a whole.
+            return operation(self, *args, **kwargs)
+        choice = _choice_of(self)
+        while True:
+            try:
+                result = operation(self, *args, **kwargs)
+            except Exception as error:
+                if isinstance(error, DatabaseTimeoutError):
+                    choice.has_not_answered()
+                if not _can_run_again(self) or not await_(choice.move(error)):
+                    raise
+                give_back(self, unit.transaction.connections)
+            except BaseException:
+                choice.has_not_answered()
+                raise
+            else:
+                choice.has_answered()
+                return result
+
+    return moving
+
+
+def _can_run_again(session: UnitSession) -> bool:
+    """Whether the unit has nothing that would be lost with its connection."""
+    unit = session.unit_of_work
+    mode = unit.fixed_mode
+    return (
+        mode is not None
+        and (mode.autocommit or not _choice_of(session).has_read)
+        and unit.operation is None
+        and not unit.holds_more_than(Effect.UNSURE)
+        and in_greenlet()
+    )
