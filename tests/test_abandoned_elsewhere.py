@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -201,21 +202,35 @@ async def test_one_whose_server_is_not_reached_any_more_is_told_once(
     await assert_idle(first)
 
 
-async def test_one_that_has_ended_with_its_server_is_not_told(
-    caplog: pytest.LogCaptureFixture,
+async def test_behind_a_proxy_with_numbers_of_its_own_nobody_is_killed(
+    two_mariadb: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with servers.mariadb(own=True) as server, server.fresh_database() as url:
-        async with Relay(url) as relay, Database(relay.url, engine_options=POOL) as database:
+    url = make_url(two_mariadb[0])
+    base: Any = import_module("asyncmy.connection").Connection
+    numbers: list[int] = []
+
+    class Impostor(base):  # type: ignore[misc]
+        def thread_id(self) -> int:
+            return numbers[0]
+
+    async def connect() -> Any:
+        names = {"host": url.host, "port": url.port, "user": url.username, "db": url.database}
+        connection = Impostor(**names, password=url.password)
+        await connection.connect()
+        return connection
+
+    async with outside(two_mariadb[0]) as bystander:
+        numbers += [id for (id,) in await bystander.execute("SELECT connection_id()")]
+        options = {**POOL, "async_creator": connect}
+        async with Database(two_mariadb[0], engine_options=options) as database:
             async with sleeping(database) as task:
-                await asleep(url)
-                relay.refuse()
+                await asleep(two_mariadb[0])
                 task.cancel()
                 await asyncio.wait((task,))
-                await asyncio.to_thread(server.restart, "immediate")
-                await relay.start()
-                await database.ping()
                 await database.dispose()
-                assert not complaints(caplog)
+                assert await is_alive(bystander)
+                assert len(complaints(caplog)) == 1
+    await assert_idle(two_mariadb[0])
 
 
 async def test_in_a_sandbox_no_other_query_is_ended(two_mariadb: list[str]) -> None:
