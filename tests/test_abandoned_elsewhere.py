@@ -26,8 +26,8 @@ from tests import servers
 from tests.cancelling import SLEEP
 from tests.drivers import is_psycopg, server_settings
 from tests.internals import Reached, Server, reached
-from tests.relay import Relay
-from tests.servers import Outside, assert_idle, outside, server_connections
+from tests.relay import Fate, Relay, once
+from tests.servers import Outside, assert_disconnected, assert_idle, outside, server_connections
 
 POOL = {"pool_size": 2, "max_overflow": 0, "pool_timeout": 5}
 
@@ -231,6 +231,28 @@ async def test_behind_a_proxy_with_numbers_of_its_own_nobody_is_killed(
                 assert await is_alive(bystander)
                 assert len(complaints(caplog)) == 1
     await assert_idle(two_mariadb[0])
+
+
+async def test_a_new_connection_that_is_cancelled_when_it_asks_for_its_server_is_closed(
+    two_mariadb: list[str],
+) -> None:
+    await _cancel_when_it_asks(two_mariadb[0], b"session_status")
+
+
+async def test_so_it_is_on_postgresql(postgresql_urls: list[str]) -> None:
+    await _cancel_when_it_asks(postgresql_urls[0], b"pg_postmaster_start_time")
+
+
+async def _cancel_when_it_asks(url: str, words: bytes) -> None:
+    async with Relay(url) as relay, Database(relay.url, engine_options=POOL) as database:
+        relay.fate_of = once(words, Fate.HELD)
+        async with sleeping(database, "SELECT 1") as task:
+            async with asyncio.timeout(20):
+                await relay.holds_something.wait()
+            task.cancel()
+            await asyncio.wait((task,))
+        relay.thaw()
+        await assert_disconnected(url)
 
 
 async def test_in_a_sandbox_no_other_query_is_ended(two_mariadb: list[str]) -> None:
