@@ -202,11 +202,6 @@ class SupportedPostgreSQL(PostgreSQL):
         self._idle_limits: WeakKeyDictionary[Any, tuple[str | None, ...]] = WeakKeyDictionary()
         self._read_by_choice = WeakSet[Any]()
 
-    def ends_connecting(self, error: Exception) -> bool:
-        """Whether no other host is tried; as with libpq, where one has refused the settings."""
-        is_of_host = isinstance(error, self.connect_errors) and not isinstance(error, ValueError)
-        return not is_of_host or self.is_full(error) or self.remedy(error) is not None
-
     def prepare(self, engine: Engine, *, pooler: bool, durable: bool) -> None:
         if not pooler:
             self._watch_connections(engine)

@@ -101,7 +101,7 @@ class Asyncpg(SupportedPostgreSQL):
             return connect(*args, **kwargs)
         # asyncpg itself has one time limit for all hosts together.
         in_order = hosts.paired(cast("list[str]", names), kwargs.get("port"))
-        return hosts.connect_to_first(in_order, connect, *args, ends=self.ends_connecting, **kwargs)
+        return hosts.connect_to_first(in_order, self, connect, *args, **kwargs)
 
     def is_closed(self, connection: Any) -> bool:
         return bool(connection.is_closed())

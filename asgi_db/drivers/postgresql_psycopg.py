@@ -171,9 +171,7 @@ class Psycopg(SupportedPostgreSQL):
         in_order = hosts.paired(names, ports if len(ports) > 1 else ports[0])
         if kwargs.get("load_balance_hosts") == "random":
             random.shuffle(in_order)
-        return hosts.connect_to_first(
-            in_order, _connect, *args, ends=self.ends_connecting, **kwargs
-        )
+        return hosts.connect_to_first(in_order, self, _connect, *args, **kwargs)
 
     def is_closed(self, connection: Any) -> bool:
         if isinstance(connection, StandIn):
