@@ -137,8 +137,8 @@ class Plan:
         report.facts["encryption"] = "on" if encrypted else "off"
         if is_remote(host) and not encrypted:
             report.warning(
-                f"The connection to {host.name} is not encrypted: anyone on the network path can read"
-                " the rows.",
+                f"The connection to {host.name} is not encrypted: anyone on the network path can"
+                " read the rows.",
                 f"{remedy} Inside a private network you may leave it.",
             )
 
