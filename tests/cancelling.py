@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
@@ -120,6 +121,57 @@ class Counted(Coroutine[Any, Any, Any]):
         step = resume(*args)
         self._waits()
         return step
+
+
+class Points:
+    """Counts the points at which a request waits, in whichever of its tasks, and cancels at some.
+
+    Attributes:
+        passed: how many there have been.
+    """
+
+    def __init__(self, site: Site, *cancel_at: int) -> None:
+        self.passed = 0
+        self._site = site
+        self._cancel_at = cancel_at
+
+    def __call__(self) -> None:
+        self.passed += 1
+        if self.passed in self._cancel_at:
+            self._site.cancel()
+
+    def watch(self, app: ASGIApp) -> ASGIApp:
+        """The application, with each of its points counted."""
+
+        async def watched(scope: Scope, receive: Receive, send: Send) -> None:
+            async def serve() -> None:
+                await app(scope, receive, send)
+
+            _watching.set(self)
+            await Counted(serve(), self)
+
+        return watched
+
+
+_watching: ContextVar[Points] = ContextVar("watching")
+
+
+@contextmanager
+def watched_tasks() -> Generator[None]:
+    """Let the tasks which a watched request begins be watched too, on the running loop."""
+
+    def make_task(
+        loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any
+    ) -> asyncio.Task[Any]:
+        points = _watching.get(None)
+        if points is not None:
+            coroutine = Counted(coroutine, points)
+        return asyncio.Task(coroutine, loop=loop, **options)
+
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(make_task)
+    yield
+    loop.set_task_factory(None)
 
 
 POOL = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 5}

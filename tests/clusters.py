@@ -165,7 +165,7 @@ class Cluster:
         """Let the primary refuse every write, or take writes again; its clients stay connected."""
         if self.primary.url.startswith("postgresql"):
             state = "on" if only else "off"
-            _set(self.primary, "default_transaction_read_only", state)
+            change(self.primary, "default_transaction_read_only", state)
         else:
             sql(self.primary.url, f"SET GLOBAL read_only = {int(only)}")
 
@@ -177,7 +177,7 @@ class Standby:
         self.server = server
 
     def set_lag(self, seconds: float) -> None:
-        _set(self.server, "recovery_min_apply_delay", str(round(seconds * 1000)))
+        change(self.server, "recovery_min_apply_delay", str(round(seconds * 1000)))
 
     def pause(self) -> None:
         sql(self.server.url, "SELECT pg_wal_replay_pause()")
@@ -187,11 +187,11 @@ class Standby:
         sql(self.server.url, "SELECT pg_wal_replay_resume()")
 
     def detach(self) -> None:
-        _set(self.server, "primary_conninfo", "")
+        change(self.server, "primary_conninfo", "")
         _wait_until(lambda: not self._ask("SELECT count(*) FROM pg_stat_wal_receiver"))
 
     def follow(self, primary: DatabaseServer) -> None:
-        _set(self.server, "primary_conninfo", _conninfo(primary))
+        change(self.server, "primary_conninfo", _conninfo(primary))
 
     def promote(self) -> None:
         assert self._ask("SELECT pg_promote()")  # which waits until it is a primary
@@ -384,7 +384,7 @@ def _database(server: DatabaseServer, name: str) -> str:
     return servers.with_driver(url.render_as_string(hide_password=False))
 
 
-def _set(server: DatabaseServer, name: str, value: str) -> None:
+def change(server: DatabaseServer, name: str, value: str) -> None:
     """Change a setting of a PostgreSQL server, and wait until new connections have it."""
     asked = f"SELECT setting FROM pg_settings WHERE name = '{name}'"
     if sql(server.url, asked) != [(value,)]:

@@ -11,6 +11,7 @@ from typing import Literal, TypedDict, Unpack, cast
 import pytest
 
 Limit = Literal[
+    "ask_again_after",
     "attempt",
     "cleanup",
     "commit",
@@ -25,6 +26,7 @@ Limit = Literal[
     "longest_turn",
     "most_lag",
     "ping",
+    "position",
     "sandbox_close",
     "sandbox_wait",
     "silent_for",
@@ -33,6 +35,7 @@ Limit = Literal[
 ]
 
 _CONSTANTS: dict[Limit, tuple[str, ...]] = {
+    "ask_again_after": ("asgi_db.replicas.replica.ASK_AGAIN_AFTER",),
     "attempt": ("asgi_db.pool.abandoned.ATTEMPT_TIMEOUT",),
     "cleanup": (
         "asgi_db.unit.standing.CLEANUP_TIMEOUT",
@@ -48,8 +51,9 @@ _CONSTANTS: dict[Limit, tuple[str, ...]] = {
     "hooks": ("asgi_db.unit.hooks.HOOKS_TIMEOUT",),
     "longest_delay": ("asgi_db.asgi.retry.LONGEST_DELAY",),
     "longest_turn": ("asgi_db.asgi.turns.LONGEST_TURN",),
-    "most_lag": ("asgi_db.cli.replicas.MOST_LAG",),
+    "most_lag": ("asgi_db.cli.replicas.MOST_LAG", "asgi_db.replicas.history.MOST_LAG"),
     "ping": ("asgi_db.pool.ping.PING_TIMEOUT",),
+    "position": ("asgi_db.replicas.commits.POSITION_TIMEOUT",),
     "sandbox_close": ("asgi_db.testing.shared.CLOSE_TIMEOUT",),
     "sandbox_wait": ("asgi_db.testing.shared.WAIT_TIMEOUT",),
     "silent_for": ("asgi_db.drivers.hosts.SILENT_FOR",),
@@ -62,6 +66,7 @@ _CONSTANTS: dict[Limit, tuple[str, ...]] = {
 class Limits(TypedDict, total=False):
     """The limits that a test sets, in seconds."""
 
+    ask_again_after: float
     attempt: float
     cleanup: float
     commit: float
@@ -76,6 +81,7 @@ class Limits(TypedDict, total=False):
     longest_turn: float
     most_lag: float
     ping: float
+    position: float
     sandbox_close: float
     sandbox_wait: float
     silent_for: float

@@ -1,5 +1,6 @@
-"""Real servers, each in a process of its own, and a client which sees every byte that they send."""
+"""Real servers, most in a process of their own, and a client which sees every byte they send."""
 
+import asyncio
 import json
 import os
 import re
@@ -8,13 +9,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
+import uvicorn
+
 from asgi_db import Database
+from asgi_db.types import ASGIApp
 from tests.servers import DatabaseServer, Row, outside, run, server_connections
 from tests.tables import Base, Deferred
 
@@ -219,6 +223,29 @@ def serve(
         server.wait_until_it_serves()
         assert server.port, server.log
         yield server
+
+
+@asynccontextmanager
+async def served_here(app: ASGIApp) -> AsyncGenerator[tuple[uvicorn.Server, int]]:
+    """uvicorn in this process and event loop, and its port."""
+    config = uvicorn.Config(
+        app,
+        port=0,
+        log_config=None,
+        access_log=False,
+        ws="websockets-sansio",
+        timeout_graceful_shutdown=1,
+    )
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve())
+    async with asyncio.timeout(10):
+        while not server.started:  # noqa: ASYNC110 - it gives no event for it
+            await asyncio.sleep(0.01)
+    try:
+        yield server, server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        await serving
 
 
 def run_program(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +30,7 @@ from tests.cancelling import (
     SLEEP,
     WAYS,
     Counted,
+    Points,
     Site,
     answer,
     each_way,
@@ -40,6 +40,7 @@ from tests.cancelling import (
     outcome,
     tables_on,
     turns,
+    watched_tasks,
 )
 from tests.chaos.cancellation import cancellable
 from tests.contract.client import Exchange, call
@@ -554,43 +555,10 @@ async def test_a_statement_that_a_timeout_cut_off_is_never_acknowledged(
 # -- a request that is cancelled at each of the points where it waits ---------------------------
 
 
-class Points:
-    """Counts the points at which a request waits, in whichever of its tasks, and cancels at some.
-
-    Attributes:
-        passed: how many there have been.
-    """
-
-    def __init__(self, site: Site, *cancel_at: int) -> None:
-        self.passed = 0
-        self._site = site
-        self._cancel_at = cancel_at
-
-    def __call__(self) -> None:
-        self.passed += 1
-        if self.passed in self._cancel_at:
-            self._site.cancel()
-
-
-watching: ContextVar[Points] = ContextVar("watching")
-
-
-@pytest.fixture
-async def watched_tasks() -> AsyncIterator[None]:
-    """Let the tasks which a watched request begins be watched too."""
-
-    def make_task(
-        loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any
-    ) -> asyncio.Task[Any]:
-        points = watching.get(None)
-        if points is not None:
-            coroutine = Counted(coroutine, points)
-        return asyncio.Task(coroutine, loop=loop, **options)
-
-    loop = asyncio.get_running_loop()
-    loop.set_task_factory(make_task)
-    yield
-    loop.set_task_factory(None)
+@pytest.fixture(name="watched_tasks")
+async def _watched_tasks() -> AsyncIterator[None]:
+    with watched_tasks():
+        yield
 
 
 async def ends_with_the_answer(session: DBSession, send: Send, name: str) -> None:
@@ -690,17 +658,7 @@ class Sweep:
             await endpoint(session, send, name)
 
         app = self.site.app(named, self.way, mode)
-        if points is None:
-            return app
-
-        async def watched(scope: Scope, receive: Receive, send: Send) -> None:
-            async def serve() -> None:
-                await app(scope, receive, send)
-
-            watching.set(points)
-            await Counted(serve(), points)
-
-        return watched
+        return app if points is None else points.watch(app)
 
     async def _assert_whole(self, name: str) -> None:
         """What was acknowledged is there; else it is announced, or nothing is there."""

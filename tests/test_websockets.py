@@ -46,6 +46,7 @@ from tests.servers import (
     server_connections,
     until_active,
 )
+from tests.serving import served_here
 from tests.sockets import Socket, websocket
 from tests.tables import Author, Base, Child, Deferred, authors, commits_held_back
 
@@ -714,27 +715,8 @@ async def test_an_idle_socket_costs_no_task_of_ours(
 @asynccontextmanager
 async def served(app: ASGIApp) -> AsyncGenerator[tuple[uvicorn.Server, str]]:
     """uvicorn in this process and event loop, and the address of its sockets."""
-    config = uvicorn.Config(
-        app,
-        port=0,
-        log_config=None,
-        access_log=False,
-        ws="websockets-sansio",
-        timeout_graceful_shutdown=1,
-    )
-    server = uvicorn.Server(config)
-    serving = asyncio.create_task(server.serve())
-    async with asyncio.timeout(10):
-        while True:
-            if server.started:
-                break
-            await asyncio.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    try:
+    async with served_here(app) as (server, port):
         yield server, f"ws://127.0.0.1:{port}/"
-    finally:
-        server.should_exit = True
-        await serving
 
 
 def client(address: str) -> connect:

@@ -16,7 +16,7 @@ from asgi_db.asgi.call import Call, session_key
 from asgi_db.asgi.frameworks import surrounded
 from asgi_db.asgi.http import Exchange
 from asgi_db.asgi.lifespan import serve_lifespan
-from asgi_db.asgi.positions import RoutedExchange, check_name
+from asgi_db.asgi.positions import RoutedExchange, RoutedSocket, check_name
 from asgi_db.asgi.retry import Attempts
 from asgi_db.asgi.turns import Gates
 from asgi_db.asgi.websocket import Socket
@@ -77,7 +77,7 @@ class DBSessionMiddleware:
         self._calls = _CALLS
         if self.database.has_replicas:
             check_name(key)
-            self._calls = {**_CALLS, "http": RoutedExchange}
+            self._calls = {"http": RoutedExchange, "websocket": RoutedSocket}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 
 from asgi_db.asgi.call import Site
 from asgi_db.asgi.http import Exchange
+from asgi_db.asgi.websocket import Socket
 from asgi_db.drivers.replication import Position, latest, parse_position
 from asgi_db.errors import ConfigurationError
 from asgi_db.replicas.choice import Choice
@@ -70,6 +71,20 @@ class RoutedExchange(Exchange):
                 is_secure = self._scope.get("scheme") == "https"
                 message = _with_position(message, self._site.key, choice.committed, is_secure)
         await send(message)
+
+
+class RoutedSocket(Socket):
+    """One WebSocket, where the database has replicas.
+
+    Its client sends what it was told with the request that opens it. What the socket itself
+    commits is remembered by its session.
+    """
+
+    def life(self) -> UnitLife:
+        life = super().life()
+        if isinstance(life, Choice):
+            life.needed = position_in(self._scope, self._site.key)
+        return life
 
 
 def position_in(scope: Scope, key: str) -> Position | None:

@@ -70,7 +70,7 @@ class Choice:
             self._replica = await self._servers.replica_for(self.needed)
         self._is_chosen = True
         if self._replica is not None:
-            self._replica.units += 1
+            self._replica.begins()
         elif may_use_replica:
             self._servers.on_primary += 1
 

@@ -6,11 +6,14 @@ import asyncio
 import time
 from typing import Any
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, event
+from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from asgi_db.drivers import driver_of
 from asgi_db.drivers.describing import brief
+from asgi_db.drivers.outages import connection_error
 from asgi_db.drivers.replication import Position, Replication
 from asgi_db.engine.variants import variant
 from asgi_db.logs import logger
@@ -59,7 +62,9 @@ class Replica:
         self._replication = replication
         self._question: asyncio.Future[Any] | None = None
         self._asked = self._heard = -HEARD_FOR
+        self._silent_since: float | None = None
         self._down_since: float | None = None
+        event.listen(life.engine.sync_engine, "connect", self._connected)
 
     @property
     def is_down(self) -> bool:
@@ -73,9 +78,11 @@ class Replica:
 
     def has(self, positions: tuple[Position, ...]) -> bool:
         """Return whether it is known to be there, and to have reached all of these positions."""
+        now, silent_since = time.monotonic(), self._silent_since
         return (
             self._down_since is None
-            and time.monotonic() - self._heard < HEARD_FOR
+            and now - self._heard < HEARD_FOR
+            and (silent_since is None or now - silent_since < ANSWER_TIMEOUT)
             and all(self.reached.get(system, -1) >= number for system, number in positions)
         )
 
@@ -102,9 +109,15 @@ class Replica:
             self._asked = now
             self._question = in_background(self._ask())
 
+    def begins(self) -> None:
+        """Note that a unit of work is about to use it: it should be heard of soon."""
+        self.units += 1
+        if self._silent_since is None:
+            self._silent_since = time.monotonic()
+
     def answered(self) -> None:
         """Note that it has executed a statement."""
-        self._heard = time.monotonic()
+        self._heard, self._silent_since = time.monotonic(), None
 
     def doubt(self) -> None:
         """Have it asked before it is used again: a statement has ended without its answer."""
@@ -117,40 +130,57 @@ class Replica:
                 "The replica %s cannot be used: %s. What it would have read is read from another"
                 " one, or from the primary.",
                 self.name,
-                brief(error),
+                brief(error).rstrip("."),
             )
         self._down_since = time.monotonic()
+        self.reached.clear()  # after a crash it takes reads before it has all again that it had
 
     async def _ask(self) -> None:
         engine = variant(self.life.engine.sync_engine, read_only)
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT):
                 async with connection_of(AsyncEngine(engine)) as connection:
-                    rows = await connection.run_sync(self._read_answer)
-            for system, number in self._replication.reached(rows):
-                self.reached[system] = max(number, self.reached.get(system, -1))
+                    rows = await connection.run_sync(self._ask_on)
+            self.reached = dict(self._replication.reached(rows))
             self.lag.answered(self.reached)
         except Exception as error:
             self.failed(error)
         else:
-            self._heard = time.monotonic()
+            self.answered()
             if self._down_since is not None:
                 self._down_since = None
                 logger.info("The replica %s is there again.", self.name)
         finally:
             self._question = None
 
-    def _read_answer(self, connection: Connection) -> list[Any]:
-        """Ask the question; it is no statement of the application, and is not counted as one."""
-        driver, pooled = driver_of(connection.dialect), connection.connection
-        if pooled.dbapi_connection is not None:
-            driver.enter_autocommit(pooled.dbapi_connection)
-        cursor = pooled.cursor()
+    def _ask_on(self, connection: Connection) -> list[Any]:
         try:
-            cursor.execute(self._replication.question)
-            return list(cursor.fetchall())
+            return self._read_answer(connection.connection.dbapi_connection)
         except BaseException:
             connection.invalidate()  # It may be in the middle of the answer.
             raise
+
+    def _connected(self, connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
+        """Refuse a new connection to a replica that has lost what it had.
+
+        It may have crashed without being missed. A unit of work that has chosen it, by what it had
+        before, then moves to another server.
+        """
+        before = self.reached
+        now = dict(self._replication.reached(self._read_answer(connection)))
+        if any(now.get(system, -1) < number for system, number in before.items()):
+            raise connection_error(ConnectionError("it has come back without all that it had"))
+
+    def _read_answer(self, connection: DBAPIConnection | None) -> list[Any]:
+        """Ask the question; it is no statement of the application, and is not counted as one."""
+        if connection is None:
+            return []
+        driver = driver_of(self.life.engine.dialect)
+        driver.enter_autocommit(connection)
+        cursor = connection.cursor()
+        try:
+            cursor.execute(self._replication.question)
+            return list(cursor.fetchall())
         finally:
             cursor.close()
+            driver.leave_autocommit(connection)

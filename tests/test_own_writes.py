@@ -1,0 +1,86 @@
+"""A client finds what it was told is committed, whichever server answers.
+
+2,000 times over HTTP: write, read at once, read again 0.4 s later. The replica is 0.2 s late.
+"""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+
+import pytest
+
+from asgi_db import Database, DBSessionMiddleware
+from tests.clusters import Cluster, Urls
+from tests.own_writes import FRAMEWORKS, Make, Seen, bare_asgi, tables, write_and_read
+
+each_framework = pytest.mark.parametrize(
+    "make", [pytest.param(make, id=name) for name, make in FRAMEWORKS.items()]
+)
+
+
+async def seen_by_clients(
+    cluster: Cluster, urls: Urls, replicas: list[str], make: Make, pairs: int
+) -> Seen:
+    """What clients see of an application with these replicas, in two processes."""
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(tables(cluster, urls))
+        databases = [
+            await stack.enter_async_context(Database(urls.primary, replicas=replicas))
+            for _ in range(2)
+        ]
+        return await write_and_read([make(database) for database in databases], pairs)
+
+
+@each_framework
+async def test_with_a_late_standby_nobody_misses_their_own_write(
+    postgresql_cluster: Cluster, postgresql_urls: Urls, make: Make
+) -> None:
+    urls = postgresql_urls
+    seen = await seen_by_clients(postgresql_cluster, urls, [urls.late], make, 240)
+    assert seen.stale == []
+    assert seen.share(urls.late, of="later") >= 0.95
+    assert seen.share(urls.late) >= 0.5
+
+
+@each_framework
+async def test_with_a_prompt_and_a_late_standby_nobody_misses_their_own_write(
+    postgresql_cluster: Cluster, postgresql_urls: Urls, make: Make
+) -> None:
+    urls = postgresql_urls
+    seen = await seen_by_clients(postgresql_cluster, urls, urls.replicas, make, 120)
+    assert seen.stale == []
+    assert seen.share(*urls.replicas) >= 0.95
+    assert seen.share(urls.late) > 0
+
+
+@each_framework
+async def test_with_a_late_replica_of_mariadb_nobody_misses_their_own_write(
+    mysql_cluster: Cluster, mysql_urls: Urls, make: Make
+) -> None:
+    urls = mysql_urls
+    seen = await seen_by_clients(mysql_cluster, urls, [urls.late], make, 140)
+    assert seen.stale == []
+    assert seen.share(urls.late, of="later") >= 0.95
+    assert seen.share(urls.late) >= 0.5
+
+
+@pytest.mark.parametrize("backend", ["postgresql", "mysql"])
+async def test_with_a_second_database_for_reading_clients_miss_their_own_writes(
+    request: pytest.FixtureRequest, backend: str
+) -> None:
+    """The same clients find it, so that the tests above can fail.
+
+    As many as come within 0.2 s, which are fewer on a busy machine.
+    """
+    cluster: Cluster = request.getfixturevalue(f"{backend}_cluster")
+    urls: Urls = request.getfixturevalue(f"{backend}_urls")
+    async with (
+        tables(cluster, urls),
+        Database(urls.primary) as database,
+        Database(urls.late) as replica,
+    ):
+        app = bare_asgi(reads_in="replica")
+        app = DBSessionMiddleware(app, replica, key="replica")
+        app = DBSessionMiddleware(app, database)
+        seen = await write_and_read([app, app], 140)
+    assert len(seen.stale) >= 20, seen

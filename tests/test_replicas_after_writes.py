@@ -1,0 +1,136 @@
+"""Which server is read from after a write: in the same request, in a hook, in a WebSocket."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy.engine import make_url
+from websockets.asyncio.client import connect
+
+from asgi_db import Database, DBSession, DBSessionMiddleware, Mode, plain, read_only, transactional
+from asgi_db.types import ASGIApp, Receive, Scope, Send
+from tests.clusters import Cluster, Urls
+from tests.contract.client import call
+from tests.own_writes import read, tables, write
+from tests.serving import served_here
+
+
+@pytest.fixture(params=["postgresql", "mysql"])
+def cluster(request: pytest.FixtureRequest) -> Cluster:
+    found: Cluster = request.getfixturevalue(f"{request.param}_cluster")
+    return found
+
+
+@pytest.fixture
+async def urls(cluster: Cluster) -> AsyncIterator[Urls]:
+    with cluster.fresh_database() as urls:
+        async with tables(cluster, urls):
+            yield urls
+
+
+@pytest.fixture
+async def database(urls: Urls) -> AsyncIterator[Database]:
+    async with Database(urls.primary, replicas=urls.replicas) as database:
+        yield database
+
+
+def ports(urls: Urls) -> tuple[int, set[int]]:
+    """Those of the primary, and of the replicas."""
+    primary, *replicas = (make_url(url).port or 0 for url in (urls.primary, *urls.replicas))
+    return primary, set(replicas)
+
+
+async def test_a_read_after_a_write_of_the_same_request_runs_on_the_primary(
+    cluster: Cluster, urls: Urls, database: Database
+) -> None:
+    """Also if the write was committed by hand, and the read comes in the body of the response."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        session: DBSession = scope["state"]["db"]
+        await write(session, 1, 1)
+        if scope["path"] == "/by-hand":
+            await session.commit()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        body = await read(session, 1)
+        await send({"type": "http.response.body", "body": body.encode()})
+
+    for path, mode in (("/by-hand", plain), ("/", transactional)):
+        exchange = await call(DBSessionMiddleware(app, database, mode=mode), path)
+        assert exchange.body == f"1 {ports(urls)[0]}".encode()
+
+
+async def test_a_hook_reads_where_it_is_told_to(
+    cluster: Cluster, urls: Urls, database: Database
+) -> None:
+    """What a hook or another block writes is not told to the client; `fresh` reads it."""
+    for replica in cluster.replicas:
+        await asyncio.to_thread(replica.pause)
+    found = list[str]()
+
+    async def hook() -> None:
+        for mode in (read_only, read_only(fresh=True)):
+            async with database.session(mode) as session:
+                found.append(await read(session, 1))
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        session: DBSession = scope["state"]["db"]
+        await write(session, 1, 1)
+        session.on_commit(hook)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body"})
+
+    exchange = await call(DBSessionMiddleware(app, database, mode=transactional))
+    assert exchange.status == 200
+    primary, replicas = ports(urls)
+    (old, old_port), (new, new_port) = (map(int, each.split()) for each in found)
+    assert old_port in replicas and old == 0
+    assert (new, new_port) == (1, primary)
+
+
+def talking(database: Database) -> ASGIApp:
+    """A WebSocket which reads for each message; a POST writes."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        session: DBSession = scope["state"]["db"]
+        await receive()
+        if scope["type"] == "http":
+            await write(session, 1, 1)
+            await send({"type": "http.response.start", "status": 201, "headers": []})
+            return await send({"type": "http.response.body"})
+        await send({"type": "websocket.accept"})
+        while (await receive())["type"] == "websocket.receive":
+            await send({"type": "websocket.send", "text": await read(session, 1)})
+
+    def mode(scope: Scope) -> Mode:
+        return transactional if scope["type"] == "http" else read_only
+
+    return DBSessionMiddleware(app, database, mode=mode)
+
+
+async def test_a_websocket_reads_what_its_client_was_told_before_it_was_opened(
+    cluster: Cluster, urls: Urls, database: Database
+) -> None:
+    for replica in cluster.replicas:
+        await asyncio.to_thread(replica.pause)
+    async with served_here(talking(database)) as (_, port):
+        async with httpx.AsyncClient(verify=False, trust_env=False) as http:
+            written = await http.post(f"http://127.0.0.1:{port}/")
+        assert written.status_code == 201
+        cookie = written.headers["set-cookie"].partition(";")[0]
+        headers: dict[str, Any]
+        primary, replicas = ports(urls)
+        for headers, version, expected in (
+            ({}, 0, replicas),
+            ({"cookie": cookie}, 1, {primary}),
+        ):
+            async with connect(
+                f"ws://127.0.0.1:{port}/", additional_headers=headers, proxy=None
+            ) as socket:
+                for _ in range(3):
+                    await socket.send("read")
+                    there, server = map(int, str(await socket.recv()).split())
+                    assert (there, server in expected) == (version, True)
