@@ -6,7 +6,7 @@ import os
 from weakref import WeakValueDictionary
 
 from asgi_db.database import DEFAULT_FILE, Database
-from asgi_db.environment import database_url_from_env, engine_options_from_env
+from asgi_db.environment import read_environment
 from asgi_db.errors import ConfigurationError
 
 _configured: WeakValueDictionary[tuple[object, ...], Database] = WeakValueDictionary()
@@ -18,9 +18,8 @@ def configured_database() -> Database:
     Raises:
         ConfigurationError: the environment's settings cannot work.
     """
-    url = database_url_from_env(os.environ)
-    options = engine_options_from_env(os.environ)
-    key = (url or os.path.abspath(DEFAULT_FILE), *sorted(options.items()))
+    url, options, replicas = read_environment(os.environ)
+    key = (url or os.path.abspath(DEFAULT_FILE), replicas, *sorted(options.items()))
     database = _configured.get(key)
     if database is None:
         database = _configured[key] = Database()

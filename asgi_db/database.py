@@ -15,11 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from typing_extensions import TypeVar
 
 from asgi_db.engine.variants import isolation_options, refuse_autocommit
-from asgi_db.environment import (
-    database_url_from_env,
-    engine_options_from_env,
-    replica_urls_from_env,
-)
+from asgi_db.environment import read_environment
 from asgi_db.errors import ConfigurationError
 from asgi_db.logs import logger
 from asgi_db.modes import Mode, Transactional, as_mode, is_number, plain, transactional
@@ -106,9 +102,10 @@ class Database(Generic[SessionT_co]):
         elif url is not None:
             self.url = parse_database_url(url)
         else:
-            self.url = database_url_from_env(os.environ) or _embedded()
-            replicas = replicas or replica_urls_from_env(os.environ)
-            options = {**engine_options_from_env(os.environ), **options}
+            named = read_environment(os.environ)
+            self.url = named.url or _embedded()
+            replicas = replicas or named.replicas
+            options = {**named.engine_options, **options}
         defaults = {"autoflush": False, "expire_on_commit": False}
         self._dialect = type(engine.dialect) if engine is not None else self.url.get_dialect()
         choice = choose_session(
@@ -147,12 +144,11 @@ class Database(Generic[SessionT_co]):
         Raises:
             ConfigurationError: neither is set, or a variable has a value that cannot work.
         """
-        url = database_url_from_env(environ)
+        url, engine_options, replicas = read_environment(environ)
         if url is None:
             raise ConfigurationError("Set DATABASE_URL, or DATABASE_TYPE and its companions.")
-        engine_options = engine_options_from_env(environ)
         engine_options.update(options.pop("engine_options", None) or {})
-        options["replicas"] = options.get("replicas") or replica_urls_from_env(environ)
+        options["replicas"] = options.get("replicas") or replicas
         return cls(url, engine_options=engine_options, **options)
 
     def __repr__(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import URL
 
@@ -31,6 +31,33 @@ _SWITCHES: Mapping[str, bool | Literal["debug"]] = {
     "off": False,
     "debug": "debug",
 }
+
+
+class Environment(NamedTuple):
+    """What the environment says about a database.
+
+    Attributes:
+        url: where it is; None if nothing says so.
+        engine_options: options of its engine.
+        replicas: the URLs of its replicas.
+    """
+
+    url: URL | None
+    engine_options: dict[str, Any]
+    replicas: tuple[str, ...]
+
+
+def read_environment(environ: Mapping[str, str]) -> Environment:
+    """Read all environment variables that name or configure a database.
+
+    Raises:
+        ConfigurationError: a variable is wrong or missing; the message names it.
+    """
+    return Environment(
+        database_url_from_env(environ),
+        engine_options_from_env(environ),
+        replica_urls_from_env(environ),
+    )
 
 
 def database_url_from_env(environ: Mapping[str, str]) -> URL | None:

@@ -53,7 +53,7 @@ _CONSTANTS: dict[Limit, tuple[str, ...]] = {
     "hooks": ("asgi_db.unit.hooks.HOOKS_TIMEOUT",),
     "longest_delay": ("asgi_db.asgi.retry.LONGEST_DELAY",),
     "longest_turn": ("asgi_db.asgi.turns.LONGEST_TURN",),
-    "most_lag": ("asgi_db.replicas.history.MOST_LAG",),
+    "most_lag": ("asgi_db.cli.replicas.MOST_LAG", "asgi_db.replicas.history.MOST_LAG"),
     "ping": ("asgi_db.pool.ping.PING_TIMEOUT",),
     "position": ("asgi_db.replicas.commits.POSITION_TIMEOUT",),
     "sandbox_close": ("asgi_db.testing.shared.CLOSE_TIMEOUT",),

@@ -63,8 +63,8 @@ def test_the_smallest_pool_is_enough_and_one_connection_less_is_not(in_use: floa
 
 def test_a_server_that_is_a_replica_too_gets_two_pools_of_each_process() -> None:
     url = make_url("postgresql://app@/shop?host=pg1:5432&host=pg2:5432")
-    replicas = [make_url("postgresql://app@pg2:5432/shop"), make_url("postgresql://app@pg3/shop")]
-    assert pools_of_servers(url, replicas) == {"pg1:5432": 1, "pg2:5432": 2, "pg3": 1}
+    replicas = [make_url(f"postgresql://app@{host}/shop") for host in ("pg2", "pg3:5432", "pg3:1")]
+    assert pools_of_servers(url, replicas) == {"pg1": 1, "pg2": 2, "pg3": 1, "pg3:1": 1}
 
 
 # -- the simulation ------------------------------------------------------------------------------

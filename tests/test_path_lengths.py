@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Iterator
 
 import pytest
 
+import asgi_db
 from tests.servers import run
 from tests.tracing import Path, paths
 
@@ -17,6 +19,8 @@ BOUNDS = {
     "a watched write": (136, 101, 74),
 }
 """At most so many calls, hops between files, and hops back into a file already visited."""
+
+OF_REPLICAS = "/replicas/", "replication.py", "/asgi/positions.py", "/unit/rerouting.py"
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +45,15 @@ def test_without_a_dashboard_nothing_of_it_is_called(found: dict[str, Path]) -> 
         files = {file for _, file, _ in path.steps}
         of_it = {file for file in files if "/dashboard/" in file or file.endswith("/trace.py")}
         assert bool(of_it) == ("watched" in what), of_it
+
+
+def test_without_replicas_nothing_of_them_is_called(found: dict[str, Path]) -> None:
+    folder = pathlib.Path(asgi_db.__file__).parent
+    files = {str(file.relative_to(folder.parent)) for file in folder.glob("**/*.py")}
+    of_them = {file for file in files if any(word in file for word in OF_REPLICAS)}
+    assert len(of_them) > 10
+    for path in found.values():
+        assert not of_them & {file for _, file, _ in path.steps}
 
 
 @pytest.mark.parametrize("what", BOUNDS)

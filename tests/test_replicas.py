@@ -25,6 +25,7 @@ from asgi_db import (
     read_only,
     transactional,
 )
+from asgi_db.configured import configured_database
 from asgi_db.drivers.replication import UNKNOWN, Position, latest, parse_position
 from asgi_db.types import Message, Scope
 from tests.clusters import Cluster, Urls
@@ -567,3 +568,14 @@ async def test_a_replica_that_refuses_the_login_costs_no_request_an_error(
     async with database, client_of(make_app(database, servers)) as client:
         for _ in range(4):
             assert (await client.get("/read_only")).json() == "replica"
+
+
+def test_middlewares_without_a_database_share_the_one_with_these_replicas(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", PRIMARY)
+    without = configured_database()
+    monkeypatch.setenv("DATABASE_REPLICA_URLS", f"{PRIMARY}2")
+    having = configured_database()
+    assert having is configured_database()
+    assert (without.has_replicas, having.has_replicas) == (False, True)

@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_db import ConfigurationError, Database, DatabaseDownError, create_database_url
 from tests import servers
+from tests.clusters import Urls
 from tests.internals import database_url_from_env, parse_database_url, side_connection
 from tests.limits import limit, set_limits
 from tests.relay import Relay
@@ -439,3 +440,27 @@ async def test_each_of_the_session_attributes_is_known_to_both_drivers(
         else:
             with pytest.raises(DatabaseDownError):
                 await port_reached(database)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize(
+    ("wanted", "is_primary"),
+    [
+        ("primary", True),
+        ("read-write", True),
+        ("standby", False),
+        ("read-only", False),
+        ("prefer-standby", False),
+    ],
+)
+async def test_the_server_that_fits_is_found_in_any_order(
+    postgresql_urls: Urls, driver: str, wanted: str, is_primary: bool
+) -> None:
+    primary, standby = make_url(postgresql_urls.primary), make_url(postgresql_urls.prompt)
+    fits = primary if is_primary else standby
+    refusing = servers.free_port()
+    for first, last in ((primary, standby), (standby, primary)):
+        url = hosts_before(str(last), refusing, first.port or 0, driver=driver)
+        url = url.replace("***", "password")
+        async with Database(f"{url}?target_session_attrs={wanted}") as database:
+            assert await port_reached(database) == fits.port

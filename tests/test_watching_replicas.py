@@ -1,11 +1,13 @@
 """What `database.stats()` and the exporters say of the replicas, on servers that replicate."""
 
 import asyncio
+import logging
 import os
 import re
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,13 +23,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import URL, make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from asgi_db import Database, DBSessionMiddleware, by_method, read_only
+from asgi_db import ConfigurationError, Database, DBSessionMiddleware, by_method, read_only
 from asgi_db.dashboard import Dashboard
 from asgi_db.drivers.replication import Position
 from asgi_db.prometheus import DatabaseCollector
 from asgi_db.types import Receive, Scope, Send
 from tests.clusters import Cluster, Urls
 from tests.internals import MOST_LAG, Commit, History, Lag
+from tests.servers import DatabaseServer, sql
 from tests.test_dashboard import events, get, part
 from tests.test_opentelemetry import Telemetry
 from tests.test_prometheus import SCRAPE
@@ -368,6 +371,92 @@ async def test_statements_on_a_replica_of_the_users_own_have_spans_too(
     finally:
         for engine in primary, replica:
             await engine.dispose()
+
+
+# -- the log -----------------------------------------------------------------------------------
+
+SECRET = "s3cret"
+
+
+def shown(log: pytest.LogCaptureFixture) -> list[str]:
+    """The warnings; nothing in the log has a password or a value."""
+    formatter = logging.Formatter()
+    assert SECRET not in "".join(map(formatter.format, log.records))
+    return [record.getMessage() for record in log.records if record.name == "asgi_db"]
+
+
+async def test_no_password_is_in_the_log_of_replicas_that_cannot_be_used(
+    urls: Urls, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "asgi_db")
+    wrong = make_url(urls.late).set(username="nobody", password=SECRET)
+    database = Database(urls.primary, replicas=[wrong, wrong.set(port=1)])
+    async with database, client_of(database) as client:
+        await client.get("/")
+        assert all(replica.is_down for replica in database.stats().replicas)
+    lines = shown(caplog)
+    assert not [line for line in lines if ".." in line]
+    for url in wrong, wrong.set(port=1):
+        assert sum(f"The replica {name_of(url)} cannot be used: " in line for line in lines) == 1
+    assert sum("The primary serves all reads" in line for line in lines) == 1
+    assert len(lines) == 3
+
+
+async def test_no_value_is_in_the_log_of_a_replica_that_fails_in_a_statement(
+    urls: Urls, cluster: Cluster, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "asgi_db")
+    query = text("SELECT :value").bindparams(value=SECRET)
+    async with Database(urls.primary, replicas=[urls.late]) as database:
+        for _ in range(2):
+            async with database.session(read_only) as session:
+                assert await session.scalar(query) == SECRET
+            end_connections(cluster.late.server, make_url(urls.late).database or "", kind)
+        while any(replica.is_down for replica in database.stats().replicas):
+            async with database.session(read_only) as session:
+                assert await session.scalar(query) == SECRET
+            await asyncio.sleep(0.1)
+    lines = shown(caplog)
+    assert f"The replica {name_of(urls.late)} cannot be used: " in lines[0]
+    assert lines[-1] == f"The replica {name_of(urls.late)} is there again."
+
+
+@on_one_kind  # MariaDB tells the position without being asked.
+async def test_no_value_is_in_the_log_of_a_position_that_is_not_found_out(
+    database: Database, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asgi_db.replicas.commits.POSITION_TIMEOUT", 0)
+    async with database.transaction() as session:
+        await session.execute(WRITE)
+        await session.execute(text("SELECT :value").bindparams(value=SECRET))
+    assert any("could not be found out (TimeoutError)" in line for line in shown(caplog))
+
+
+@pytest.mark.parametrize(
+    "replicas",
+    [
+        f"postgresql://app:{SECRET}@db2/shop",
+        [f"mysql://app:{SECRET}@db2/shop"],
+        [f"postgresql+psycopg://app:{SECRET}@db2/shop"],
+        [f"postgresql://app:{SECRET}@db2:{SECRET}/shop"],
+        [f"postgresql://app:{SECRET}@db2/shop?sslmode={SECRET}"],
+        [create_async_engine(f"postgresql+asyncpg://app:{SECRET}@db2/shop")],
+    ],
+)
+def test_no_password_is_in_the_error_of_a_replica_that_cannot_work(replicas: Any) -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        Database("postgresql://app@db1/shop", replicas=replicas)
+    assert SECRET not in "".join(traceback.format_exception_only(raised.value))
+
+
+def end_connections(server: DatabaseServer, database: str, kind: str) -> None:
+    """Let the server end its connections to a database."""
+    if kind == "postgresql":
+        ended = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname='{database}'"
+        sql(server.url, ended)
+    else:
+        asked = f"SELECT id FROM information_schema.processlist WHERE db = '{database}'"
+        sql(server.url, *(f"KILL {id}" for (id,) in sql(server.url, asked)))
 
 
 # -- the dashboard -----------------------------------------------------------------------------

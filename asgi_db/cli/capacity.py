@@ -11,6 +11,7 @@ from math import inf
 from sqlalchemy import URL
 
 from asgi_db.cli.report import Plan, Report
+from asgi_db.hosts import Host, hosts_of
 
 FEW = 0.01
 """The share of requests that may wait for a connection without a warning."""
@@ -114,17 +115,10 @@ def pools_of_servers(url: URL, replicas: Iterable[URL]) -> dict[str, int]:
 
 
 def _servers(url: URL) -> list[str]:
-    hosts = url.normalized_query.get("host", ()) or (url.host or "localhost",)
-    hosts = tuple(host for part in hosts for host in part.split(","))
-    ports = [port for part in url.normalized_query.get("port", ()) for port in part.split(",")]
-    default = ports[0] if len(ports) == 1 else str(url.port or "")
-    names: list[str] = []
-    for number, host in enumerate(hosts):
-        port = ports[number] if len(ports) == len(hosts) else default
-        name = host if ":" in host or not port else f"{host}:{port}"
-        if name not in names:
-            names.append(name)
-    return names
+    default = {"postgresql": 5432}.get(url.get_backend_name(), 3306)
+    hosts = hosts_of(url) or (Host("localhost", None),)
+    without = (Host(host.name, None if host.port == default else host.port) for host in hosts)
+    return list(dict.fromkeys(map(str, without)))
 
 
 def check_servers(report: Report, plan: Plan, replicas: Sequence[URL]) -> None:

@@ -6,25 +6,24 @@ import platform
 import socket
 import statistics
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import anyio
 from sqlalchemy import URL
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from asgi_db.cli import mysql, postgresql, sqlite
-from asgi_db.cli.report import Plan, Report
+from asgi_db.cli.replicas import TIMEOUT, check_replicas, connected
+from asgi_db.cli.report import Plan, Report, describe
 from asgi_db.database import Database
 from asgi_db.drivers import driver_of_url
+from asgi_db.drivers.hosts import host_reached
 from asgi_db.errors import ConfigurationError
-from asgi_db.pool.abandoned import connection_of
-
-TIMEOUT = 10.0
-"""Seconds that the whole check may take."""
+from asgi_db.hosts import Host, describe_hosts, hosts_of
+from asgi_db.replicas.history import MOST_LAG
 
 PINGS = 21
 """How many round trips are measured."""
@@ -33,8 +32,8 @@ SLOW_ROUND_TRIP = 5.0
 """Milliseconds from which a round trip is worth a note."""
 
 
-async def check(database: Database, plan: Plan) -> Report:
-    """Check a database; what it finds is in the report, and never raised."""
+async def check(database: Database, plan: Plan, replicas: Sequence[URL] = ()) -> Report:
+    """Check a database and its replicas; what it finds is in the report, and never raised."""
     report = Report()
     report.facts["database"] = repr(database.url)
     report.facts["versions"] = ", ".join(
@@ -42,11 +41,11 @@ async def check(database: Database, plan: Plan) -> Report:
     )
     report.facts["versions"] += f", Python {platform.python_version()}"
     try:
-        with anyio.fail_after(TIMEOUT):
-            if plan.url.get_backend_name() == "sqlite":
+        if plan.url.get_backend_name() == "sqlite":
+            with anyio.fail_after(TIMEOUT):
                 await _check_file(report, plan)
-            else:
-                await _check_server(report, database, plan)
+        else:
+            await _check_server(report, database, plan, replicas)
     except (SQLAlchemyError, OSError, ConfigurationError) as error:
         report.error(f"The database cannot be used: {describe(error)}.", _remedy(error, plan.url))
     return report
@@ -60,18 +59,23 @@ async def _check_file(report: Report, plan: Plan) -> None:
             await _measure(report, connection)
 
 
-async def _check_server(report: Report, database: Database, plan: Plan) -> None:
+async def _check_server(
+    report: Report, database: Database, plan: Plan, replicas: Sequence[URL]
+) -> None:
     is_postgresql = plan.url.get_backend_name() == "postgresql"
-    async with database, _connected(database) as connection:
-        await (postgresql if is_postgresql else mysql).check(report, plan, connection)
-        await _measure(report, connection)
-
-
-@asynccontextmanager
-async def _connected(database: Database) -> AsyncGenerator[AsyncConnection]:
-    async with connection_of(database.engine) as connection:
-        await connection.execution_options(isolation_level="AUTOCOMMIT")
-        yield connection
+    # Each of several hosts may use up the time that it has to take a connection.
+    hosts = hosts_of(plan.url) or (Host("localhost", None),)
+    with anyio.fail_after(TIMEOUT * len(hosts) + (TIMEOUT + MOST_LAG) * len(replicas)):
+        async with database, connected(database) as connection:
+            raw = await connection.get_raw_connection()
+            host = host_reached(raw.driver_connection) or hosts[0]
+            report.facts["host"] = str(host)
+            if len(hosts) > 1:
+                report.facts["host"] += f", of {len(hosts)} in the URL"
+            with anyio.fail_after(TIMEOUT):
+                await (postgresql if is_postgresql else mysql).check(report, plan, connection, host)
+                await _measure(report, connection)
+            await check_replicas(report, connection, replicas)
 
 
 async def _measure(report: Report, connection: AsyncConnection) -> None:
@@ -96,14 +100,6 @@ async def _measure(report: Report, connection: AsyncConnection) -> None:
         )
 
 
-def describe(error: BaseException) -> str:
-    """Say what an error is, in one line and without SQLAlchemy's advice."""
-    cause = error.orig if isinstance(error, DBAPIError) and error.orig else error
-    what = str(cause).partition("\n")[0].rstrip(".") or "no answer in time"
-    name = type(cause).__name__
-    return what if name in ("Error", "ConfigurationError") else f"{name}: {what}"
-
-
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
@@ -111,8 +107,12 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 _FULL = "Close connections, or raise max_connections."
+_OUTSIDE = (
+    "This Galera node has lost the majority of its cluster: restore the network between the nodes,"
+    " or name another node in the URL."
+)
 
-_REMEDIES: dict[str | int, str] = {"53300": _FULL, 1040: _FULL, 1203: _FULL}
+_REMEDIES: dict[str | int, str] = {"53300": _FULL, 1040: _FULL, 1203: _FULL, 1047: _OUTSIDE}
 """The remedies, by SQLSTATEs of PostgreSQL and error numbers of MySQL."""
 
 
@@ -121,7 +121,8 @@ def _remedy(error: BaseException, url: URL) -> str:
         return (
             "Check that the file is an SQLite database, and the permissions of it and its folder."
         )
-    place = f"{url.host}, port {url.port or 'by default'}"
+    several = len(hosts_of(url)) > 1
+    place = describe_hosts(url) if several else f"{url.host}, port {url.port or 'by default'}"
     driver = driver_of_url(url)
     for cause in _causes(error):
         if (remedy := driver.remedy(cause)) is not None:
@@ -130,7 +131,7 @@ def _remedy(error: BaseException, url: URL) -> str:
             if isinstance(code, (str, int)) and code in _REMEDIES:
                 return _REMEDIES[code]
         if isinstance(cause, socket.gaierror):
-            return f"The host {url.host} is not known: correct it, or the name service."
+            return f"The host {describe_hosts(url)} is not known: correct it, or the name service."
         if isinstance(cause, ConnectionRefusedError):
             return (
                 f"Nobody listens at {place}: start the server, or correct the place. `asgi-db wait`"

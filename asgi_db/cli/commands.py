@@ -15,8 +15,8 @@ from sqlalchemy import URL, MetaData, Table
 from sqlalchemy.exc import SQLAlchemyError
 
 from asgi_db.cli.capacity import Load, check_load, check_servers, pools_of_servers
-from asgi_db.cli.check import check, describe
-from asgi_db.cli.report import Plan, Report, Severity
+from asgi_db.cli.check import check
+from asgi_db.cli.report import Plan, Report, Severity, describe
 from asgi_db.cli.tables import existing, load_metadata
 from asgi_db.database import Database
 from asgi_db.errors import ConfigurationError
@@ -110,7 +110,7 @@ def check_command(
     load = _load_of(database.url, rate, hold, reads, replicas)
     pools = max(pools_of_servers(database.url, replicas).values())
     plan = Plan(database.url, pool, pool_profile(pool), processes, pools)
-    report = asyncio.run(check(database, plan))
+    report = asyncio.run(check(database, plan, replicas))
     check_servers(report, plan, replicas)
     if load is not None:
         check_load(report, plan, load, replicas)

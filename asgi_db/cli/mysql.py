@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from sqlalchemy import text
+from sqlalchemy import TextClause, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from asgi_db.cli.report import Plan, Report
+from asgi_db.cli.report import Plan, Report, Server
+from asgi_db.hosts import Host
 
 _ISOLATION = ("transaction_isolation", "tx_isolation")  # MySQL; MariaDB before 11.1
 _SHOWN = (
@@ -21,15 +22,38 @@ _SHOWN = (
     "default_storage_engine",
     "read_only",
 )
-_SETTINGS = text(f"SHOW VARIABLES WHERE Variable_name IN {('version', *_SHOWN)}")
+_ASKED = ("version", "wsrep_on", "wsrep_sync_wait", "hostname", "port", "server_id")
+_SETTINGS = text(f"SHOW VARIABLES WHERE Variable_name IN {(*_ASKED, *_SHOWN)}")
+_STATUS = text("""
+    SHOW GLOBAL STATUS WHERE Variable_name IN ('Slaves_connected', 'Slaves_running',
+    'Rpl_semi_sync_master_status', 'Rpl_semi_sync_source_status', 'wsrep_cluster_size',
+    'wsrep_cluster_status', 'wsrep_local_state_comment')
+""")
 _OLDEST = {"MySQL": (8, 0), "MariaDB": (10, 6)}
 
 
-async def check(report: Report, plan: Plan, connection: AsyncConnection) -> None:
+async def _shown(connection: AsyncConnection, question: TextClause) -> dict[str, str]:
+    return {name.lower(): value for name, value in (await connection.execute(question)).all()}
+
+
+async def identify(connection: AsyncConnection) -> Server:
+    """Say which server that is."""
+    values, status = await _shown(connection, _SETTINGS), await _shown(connection, _STATUS)
+    database = await connection.scalar(text("SELECT DATABASE()"))
+    follows = int(status.get("slaves_running", 0)) > 0
+    only_reads = values["read_only"] != "OFF"
+    return Server(
+        identity=" ".join(values[name] for name in ("hostname", "port", "server_id")),
+        database=str(database),
+        is_replica=follows or only_reads,
+        receives=follows,
+        takes_writes=not only_reads,
+    )
+
+
+async def check(report: Report, plan: Plan, connection: AsyncConnection, host: Host) -> None:
     """Look at a MySQL or MariaDB server through a connection in autocommit."""
-    values: dict[str, str] = {
-        name.lower(): value for name, value in (await connection.execute(_SETTINGS)).all()
-    }
+    values = await _shown(connection, _SETTINGS)
     kind = "MariaDB" if getattr(connection.dialect, "is_mariadb", False) else "MySQL"
     report.facts["server"] = f"{kind} {values['version']}"
     report.settings.update({name: values[name] for name in _SHOWN if name in values})
@@ -39,12 +63,49 @@ async def check(report: Report, plan: Plan, connection: AsyncConnection) -> None
     limits = {name: int(values[name]) for name in ("max_connections", "max_user_connections")}
     plan.check_connections(report, {name: n for name, n in limits.items() if n > 0})
     cipher = (await connection.execute(text("SHOW STATUS LIKE 'Ssl_cipher'"))).one()[1]
-    plan.check_encryption(report, bool(cipher), "Add ?ssl_ca=/path/of/the/ca.pem to the URL.")
+    ca = "Add ?ssl_ca=/path/of/the/ca.pem to the URL."
+    plan.check_encryption(report, bool(cipher), ca, host)
+    _check_role(report, values, await _shown(connection, _STATUS))
     _check_version(report, kind, connection)
     _check_characters(report, values)
     _check_time(report, plan, values)
     _check_durability(report, values)
     _check_transactions(report, values)
+
+
+def _check_role(report: Report, values: dict[str, str], status: dict[str, str]) -> None:
+    """Say what the server is to others, and what a failover costs."""
+    if values.get("wsrep_on") == "ON":
+        return _check_galera(report, values, status)
+    replicas = int(status.get("slaves_connected", 0))
+    number = "1 replica" if replicas == 1 else f"{replicas} replicas"
+    role = "replica" if int(status.get("slaves_running", 0)) else "primary"
+    report.facts["role"] = f"{role}, followed by {number}" if replicas else role
+    waits = "ON" in (status.get(f"rpl_semi_sync_{name}_status") for name in ("master", "source"))
+    if replicas and not waits:
+        report.note(
+            f"{number} may take over from this server, and its commits wait for none: a failover"
+            " loses the last writes of which clients were told.",
+            "Switch semi-synchronous replication on: SET GLOBAL rpl_semi_sync_master_enabled = 1"
+            " here, rpl_semi_sync_slave_enabled = 1 on the replicas, and start these anew.",
+        )
+
+
+def _check_galera(report: Report, values: dict[str, str], status: dict[str, str]) -> None:
+    size, state = status["wsrep_cluster_size"], status["wsrep_local_state_comment"]
+    report.facts["role"] = f"node of a Galera cluster of {size}, {state}"
+    if status["wsrep_cluster_status"] != "Primary":
+        report.error(
+            "This Galera node has lost the majority of its cluster: it refuses all statements"
+            " (1047).",
+            "Restore the network between the nodes, or name another node in the URL.",
+        )
+    if values["wsrep_sync_wait"] == "0":
+        report.note(
+            "wsrep_sync_wait is 0: a read may miss what was committed on another node just before.",
+            "Add ?init_command=SET%20SESSION%20wsrep_sync_wait%3D1 to the URL, if this application"
+            " has more than one node.",
+        )
 
 
 def _check_version(report: Report, kind: str, connection: AsyncConnection) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from sqlalchemy import text
+from typing import Any
+
+from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from asgi_db.cli.report import Plan, Report
+from asgi_db.cli.report import Plan, Report, Server
 from asgi_db.drivers import driver_of
+from asgi_db.hosts import Host, hosts_of
 
+_STANDBY_NAMES = "synchronous_standby_names"
 _CHECK_INTERVAL = "client_connection_check_interval"
 _SHOWN = (
     "server_encoding",
@@ -18,6 +22,7 @@ _SHOWN = (
     "idle_in_transaction_session_timeout",
     _CHECK_INTERVAL,
     "synchronous_commit",
+    _STANDBY_NAMES,
     "fsync",
 )
 _RESERVED = ("superuser_reserved_connections", "reserved_connections")
@@ -31,10 +36,19 @@ _ABOUT = text("""
     SELECT current_setting('server_version') AS version,
     current_setting('server_version_num')::int AS version_number,
     pg_backend_pid() AS pid, pg_is_in_recovery() AS is_standby,
+    (SELECT count(*) FROM pg_stat_replication WHERE state IS DISTINCT FROM 'backup' AND pid NOT IN
+    (SELECT active_pid FROM pg_replication_slots WHERE slot_type = 'logical'
+    AND active_pid IS NOT NULL)) AS standbys,
     (SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()) AS encrypted,
     CASE WHEN rolsuper THEN -1 ELSE datconnlimit END AS database_limit,
     CASE WHEN rolsuper THEN -1 ELSE rolconnlimit END AS user_limit
     FROM pg_database, pg_roles WHERE datname = current_database() AND rolname = current_user
+""")
+_IDENTITY = text("""
+    SELECT concat_ws(' ', system_identifier, pg_postmaster_start_time(), inet_server_port()),
+    (SELECT oid::text FROM pg_database WHERE datname = current_database()), pg_is_in_recovery(),
+    EXISTS (SELECT FROM pg_stat_wal_receiver), false
+    FROM pg_control_system()
 """)
 _FIRST_WITH_CHECK_INTERVAL = 14
 _NOT_DURABLE = {
@@ -43,7 +57,12 @@ _NOT_DURABLE = {
 }
 
 
-async def check(report: Report, plan: Plan, connection: AsyncConnection) -> None:
+async def identify(connection: AsyncConnection) -> Server:
+    """Say which server that is."""
+    return Server(*(await connection.execute(_IDENTITY)).one())
+
+
+async def check(report: Report, plan: Plan, connection: AsyncConnection, host: Host) -> None:
     """Look at a PostgreSQL server through a connection in autocommit."""
     about = (await connection.execute(_ABOUT)).one()
     rows = (await connection.execute(_SETTINGS)).all()
@@ -67,8 +86,10 @@ async def check(report: Report, plan: Plan, connection: AsyncConnection) -> None
             report,
             bool(about.encrypted),
             "Add ?sslmode=require, or better sslmode=verify-full, to the URL.",
+            host,
         )
-    _check_server(report, values, about.version_number // 10000, is_standby=about.is_standby)
+    _check_role(report, plan, values, about)
+    _check_server(report, values, about.version_number // 10000)
     _check_transactions(report, values)
 
 
@@ -92,19 +113,45 @@ def _warn_of_pooler(report: Report, values: dict[str, str]) -> None:
         )
 
 
-def _check_server(
-    report: Report, values: dict[str, str], version: int, *, is_standby: bool
-) -> None:
+def _check_role(report: Report, plan: Plan, values: dict[str, str], about: Row[Any]) -> None:
+    """Say whether it is a primary or a standby, and what a failover costs."""
+    standbys = "1 standby" if about.standbys == 1 else f"{about.standbys} standbys"
+    role = "standby" if about.is_standby else "primary"
+    report.facts["role"] = f"{role}, followed by {standbys}" if about.standbys else role
+    is_read_only = values["default_transaction_read_only"] == "on"
+    if about.is_standby or is_read_only:
+        report.warning(
+            "The server is a standby: every write fails."
+            if about.is_standby
+            else "The server is read-only by default: every write fails.",
+            "Name the primary server in the URL, or let this application read only.",
+        )
+    if len(hosts_of(plan.url)) > 1 and "target_session_attrs" not in plan.url.query:
+        report.warning(
+            "The URL names several hosts, and takes a standby as well as the primary: after a"
+            " failover writes may fail.",
+            "Add target_session_attrs=primary to the URL, or read-write.",
+        )
+    # Those that wait for no standby: https://www.postgresql.org/docs/current/
+    # runtime-config-wal.html#GUC-SYNCHRONOUS-COMMIT
+    waits = values["synchronous_commit"] not in ("off", "local")
+    name = "synchronous_commit" if values["synchronous_standby_names"] else _STANDBY_NAMES
+    if about.standbys and not (waits and values["synchronous_standby_names"]):
+        report.note(
+            f"{standbys} may take over from this server, and its commits wait for none"
+            f" ({name} is {values[name] or 'empty'}): a failover loses the last writes of which"
+            " clients were told.",
+            f"ALTER SYSTEM SET {_STANDBY_NAMES} = 'ANY 1 (*)'; SELECT pg_reload_conf(). Then a"
+            " COMMIT waits for one of them, and with none there for ever.",
+        )
+
+
+def _check_server(report: Report, values: dict[str, str], version: int) -> None:
     if version < _FIRST_WITH_CHECK_INTERVAL:
         report.warning(
             f"PostgreSQL {version} does not look whether its clients are still there: the statement"
             " of a worker that was killed runs on.",
             "Upgrade to PostgreSQL 14 or later.",
-        )
-    if is_standby or values["default_transaction_read_only"] == "on":
-        report.warning(
-            "The server is a standby, or read-only by default: every write fails.",
-            "Name the primary server in the URL, or let this application read only.",
         )
     if values["server_encoding"] != "UTF8":
         report.warning(

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from ipaddress import ip_address
+from typing import NamedTuple
 
 from sqlalchemy import URL
+from sqlalchemy.exc import DBAPIError
 
+from asgi_db.hosts import Host
 from asgi_db.profiles import PoolProfile
 
 
@@ -59,6 +62,32 @@ class Report:
         return sum(finding.severity is severity for finding in self.findings)
 
 
+class Server(NamedTuple):
+    """What tells one server from another, and how it replicates.
+
+    Attributes:
+        identity: what no other server has.
+        database: which of its databases it is.
+        is_replica: whether it follows another server.
+        receives: whether it is connected to that one.
+        takes_writes: whether a replica takes writes of its own.
+    """
+
+    identity: str
+    database: str
+    is_replica: bool
+    receives: bool
+    takes_writes: bool
+
+
+def describe(error: BaseException) -> str:
+    """Say what an error is, in one line and without SQLAlchemy's advice."""
+    cause = error.orig if isinstance(error, DBAPIError) and error.orig else error
+    what = str(cause).partition("\n")[0].rstrip(".") or "no answer in time"
+    name = type(cause).__name__
+    return what if name in ("Error", "ConfigurationError") else f"{name}: {what}"
+
+
 @dataclass(frozen=True)
 class Plan:
     """What the application is going to do to the database.
@@ -77,17 +106,6 @@ class Plan:
     profile: PoolProfile
     processes: int
     pools: int = 1
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether the server is on another machine, judged by the URL."""
-        host = self.url.host or self.url.normalized_query.get("host", ("localhost",))[0]
-        if host == "localhost" or host.startswith("/"):  # This is the folder of a socket.
-            return False
-        try:
-            return not ip_address(host).is_loopback
-        except ValueError:  # It is a host name.
-            return True
 
     def check_connections(self, report: Report, limits: Mapping[str, int]) -> None:
         """Compare the connections of all processes with what the server allows.
@@ -109,12 +127,27 @@ class Plan:
                 f" raise {name.partition(',')[0]}.",
             )
 
-    def check_encryption(self, report: Report, encrypted: bool, remedy: str) -> None:
-        """Warn if rows cross a network unencrypted."""
+    def check_encryption(self, report: Report, encrypted: bool, remedy: str, host: Host) -> None:
+        """Warn if rows cross a network unencrypted.
+
+        Args:
+            remedy: how to encrypt them.
+            host: the server that was reached.
+        """
         report.facts["encryption"] = "on" if encrypted else "off"
-        if self.is_remote and not encrypted:
+        if is_remote(host) and not encrypted:
             report.warning(
-                f"The connection to {self.url.host} is not encrypted: anyone on the network"
-                " path can read the rows.",
+                f"The connection to {host.name} is not encrypted: anyone on the network path can"
+                " read the rows.",
                 f"{remedy} Inside a private network you may leave it.",
             )
+
+
+def is_remote(host: Host) -> bool:
+    """Whether a server is on another machine, judged by its name."""
+    if host.is_socket or host.name == "localhost":
+        return False
+    try:
+        return not ip_address(host.name.partition("%")[0]).is_loopback
+    except ValueError:  # It is a host name.
+        return True

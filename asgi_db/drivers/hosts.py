@@ -6,8 +6,10 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 from asgi_db.drivers.outages import cause_of
+from asgi_db.drivers.protocol import Driver
 from asgi_db.hosts import Host
 
 CONNECT_TIMEOUT = 10
@@ -45,11 +47,19 @@ _silent: dict[Host, float] = {}
 """The hosts that have not answered in time, with when that is to be forgotten."""
 
 
+_reached: WeakKeyDictionary[Any, Host] = WeakKeyDictionary()
+
+
+def host_reached(connection: Any) -> Host | None:
+    """Return to which of several hosts a driver's connection was made."""
+    return _reached.get(connection)
+
+
 async def connect_to_first(
     hosts: Sequence[Host],
+    driver: Driver,
     connect: Callable[..., Awaitable[Any]],
     *args: Any,
-    ends: Callable[[Exception], bool],
     **kwargs: Any,
 ) -> Any:
     """Connect to the first host that fits, as libpq does.
@@ -59,9 +69,9 @@ async def connect_to_first(
 
     Args:
         hosts: the hosts, in the order in which they are to be tried.
+        driver: says what an error means.
         connect: the driver's function that connects, with `args` and `kwargs`.
         args: its positional arguments.
-        ends: says of an error that the other hosts are not to be tried, as after a wrong password.
         kwargs: the other arguments, whose host, port and `target_session_attrs` are replaced.
 
     Raises:
@@ -80,11 +90,12 @@ async def connect_to_first(
                 _note_silence(host)
             else:
                 _silent.pop(host, None)
-            if ends(error):
+            if _concerns_all(driver, error):
                 raise
             failures.append((host, error))
         else:
             _silent.pop(host, None)
+            _reached[connection] = host
             return connection
     raise NoHostError(failures) from failures[-1][1]
 
@@ -103,6 +114,12 @@ def _attempts(
         # There is none, so that one which is no standby will do.
         silent = {host for host, error in failures if _is_silence(error)}
         yield from ((host, "any") for host in group if host not in silent)
+
+
+def _concerns_all(driver: Driver, error: Exception) -> bool:
+    """Whether no other host is tried; as with libpq, where one has refused the settings."""
+    is_of_host = isinstance(error, driver.connect_errors) and not isinstance(error, ValueError)
+    return not is_of_host or driver.is_full(error) or driver.remedy(error) is not None
 
 
 def _is_silence(error: Exception) -> bool:

@@ -130,7 +130,7 @@ class Replica:
                 "The replica %s cannot be used: %s. What it would have read is read from another"
                 " one, or from the primary.",
                 self.name,
-                brief(error),
+                brief(error).rstrip("."),
             )
         self._down_since = time.monotonic()
         self.reached.clear()  # after a crash it takes reads before it has all again that it had
