@@ -248,22 +248,19 @@ class Seen:
 
     Attributes:
         stale: reads which lacked the client's own write.
-        at_once: how many reads after a write each server has answered, by its port.
+        before: how many first reads each server has answered, by its port.
+        at_once: the same for the reads right after a write.
         later: the same for the reads a little later.
     """
 
     stale: list[str] = field(default_factory=list[str])
+    before: Counter[int] = field(default_factory=Counter[int])
     at_once: Counter[int] = field(default_factory=Counter[int])
     later: Counter[int] = field(default_factory=Counter[int])
 
-    @property
-    def reads(self) -> int:
-        """How many reads there were."""
-        return (self.at_once + self.later).total()
-
-    def share(self, *urls: str, of: str = "reads") -> float:
-        """The part of the reads which these servers have answered."""
-        counted = self.at_once + self.later if of == "reads" else self.later
+    def share(self, *urls: str, of_later: bool = False) -> float:
+        """The part of all reads, or of the later ones, which these servers have answered."""
+        counted = self.later if of_later else self.before + self.at_once + self.later
         return sum(counted[make_url(url).port or 0] for url in urls) / counted.total()
 
 
@@ -290,6 +287,7 @@ async def write_and_read(apps: Sequence[ASGIApp], pairs: int) -> Seen:
         async def client(id: int) -> None:
             async with httpx.AsyncClient(verify=certificates, trust_env=False, timeout=60) as http:
                 way = WAYS[id % len(WAYS)]
+                await _read(http, f"{addresses[0]}/items/{id}", {}, seen.before)
                 for version in range(1, pairs // CLIENTS + 1):
                     turned = addresses[:: 1 if version % 2 else -1]
                     await _pair(http, turned, way, id, version, seen)
@@ -310,9 +308,16 @@ async def _pair(
         headers = {name: text for name, text in written.headers.items() if name == "asgi-db-db"}
     for reads, pause in ((seen.at_once, 0), (seen.later, LATER)):
         await asyncio.sleep(pause)
-        found = await http.get(f"{addresses[-1]}/items/{id}", headers=headers)
-        assert found.status_code == 200, found.text
-        there, port = map(int, found.text.split())
-        reads[port] += 1
+        there = await _read(http, f"{addresses[-1]}/items/{id}", headers, reads)
         if there != version:
             seen.stale.append(f"client {id} ({way}) has written {version} and read {there}")
+
+
+async def _read(
+    http: httpx.AsyncClient, address: str, headers: dict[str, str], reads: Counter[int]
+) -> int:
+    found = await http.get(address, headers=headers)
+    assert found.status_code == 200, found.text
+    version, port = map(int, found.text.split())
+    reads[port] += 1
+    return version

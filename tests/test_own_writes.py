@@ -46,7 +46,7 @@ async def test_with_a_late_standby_nobody_misses_their_own_write(
     urls = postgresql_urls
     seen = await seen_by_clients(postgresql_cluster, urls, [urls.late], framework, 240)
     assert seen.stale == []
-    assert seen.share(urls.late, of="later") >= 0.95
+    assert seen.share(urls.late, of_later=True) >= 0.95
     assert seen.share(urls.late) >= 0.5
 
 
@@ -68,7 +68,7 @@ async def test_with_a_late_replica_of_mariadb_nobody_misses_their_own_write(
     urls = mysql_urls
     seen = await seen_by_clients(mysql_cluster, urls, [urls.late], framework, 140)
     assert seen.stale == []
-    assert seen.share(urls.late, of="later") >= 0.95
+    assert seen.share(urls.late, of_later=True) >= 0.95
     assert seen.share(urls.late) >= 0.5
 
 
