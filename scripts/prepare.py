@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from tests.programs import CHAOS, CHROMIUM, ECOSYSTEM, SERVERS, VALGRIND, WRK, Program
+from tests.programs import CHROMIUM, ECOSYSTEM, SERVERS, VALGRIND, WRK, Program
 
 # Run as root. A fresh machine has no package lists; another `make` may hold the lock. Only the
 # programs are wanted: PostgreSQL is to make no cluster, and so no service; the services of
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
         case ["ecosystem"]:
             install_missing(ECOSYSTEM)
         case ["chaos"]:
-            install_missing(CHAOS)
+            install_missing(SERVERS)
         case ["load"]:
             install_missing([WRK])
         case ["count"]:

@@ -29,6 +29,7 @@ from asgi_db.drivers.connecting import background_is_over
 from asgi_db.drivers.protocol import BEGIN_OPTION, Beginning
 from asgi_db.drivers.sqlite import Aiosqlite
 from asgi_db.drivers.statements import Effect
+from asgi_db.drivers.whereabouts import Reached, Server, reached
 from asgi_db.engine.unit import begin_unit
 from asgi_db.engine.variants import variant_options
 from asgi_db.environment import database_url_from_env, engine_options_from_env
@@ -86,6 +87,9 @@ __all__ = [
     "Commit",
     "DatabaseType",
     "Effect",
+    "Reached",
+    "Server",
+    "reached",
     "EngineLife",
     "FEW",
     "FairPool",

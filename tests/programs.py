@@ -116,7 +116,10 @@ MARIADB = Server(
     example="mysql+asyncmy://user:password@localhost/mysql",
 )
 PGBOUNCER = Program(name="PgBouncer", programs=["pgbouncer"], packages=["pgbouncer"])
-SERVERS = [POSTGRESQL, MARIADB, PGBOUNCER]
+GALERA = Library(
+    name="Galera", programs=["/usr/lib/galera/libgalera_smm.so"], packages=["galera-4"]
+)
+SERVERS = [POSTGRESQL, MARIADB, PGBOUNCER, GALERA]
 REDIS = Program(name="Redis", programs=["redis-server"], packages=["redis-server"])
 ECOSYSTEM = [POSTGRESQL, REDIS]
 """What `make ecosystem` needs."""
@@ -129,8 +132,3 @@ CHROMIUM = Browser(
 )
 VALGRIND = Program(name="valgrind", programs=["valgrind"], packages=["valgrind"])
 """It counts for `make count`; no test needs it."""
-GALERA = Library(
-    name="Galera", programs=["/usr/lib/galera/libgalera_smm.so"], packages=["galera-4"]
-)
-CHAOS = [*SERVERS, GALERA]
-"""What `make chaos` needs."""

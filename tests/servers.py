@@ -523,6 +523,28 @@ class DatabaseServer:
 
 
 @contextmanager
+def same_database(url: str, other: DatabaseServer) -> Generator[str, None, None]:
+    """The URL of a database on another server, which has the same name and the same user."""
+    own = make_url(url)
+    there = make_url(other.url)
+    if own.get_backend_name() == "postgresql":
+        user = f"CREATE ROLE {own.username} SUPERUSER LOGIN PASSWORD 'password'"
+        grant, drop_user = "SELECT 1", f"DROP ROLE {own.username}"
+        drop = f"DROP DATABASE {own.database} WITH (FORCE)"
+    else:
+        user = f"CREATE USER {own.username}@'%' IDENTIFIED BY 'password'"
+        grant = f"GRANT ALL ON {own.database}.* TO {own.username}@'%'"
+        drop, drop_user = f"DROP DATABASE {own.database}", f"DROP USER {own.username}@'%'"
+        sql(other.url, user, f"GRANT PROCESS ON *.* TO {own.username}@'%'")  # for `assert_idle`
+        user = "SELECT 1"
+    sql(other.url, user, f"CREATE DATABASE {own.database}", grant)
+    try:
+        yield _plain(own.set(host=there.host, port=there.port))
+    finally:
+        sql(other.url, drop, drop_user)
+
+
+@contextmanager
 def postgresql(*, own: bool = False) -> Generator[DatabaseServer, None, None]:
     """A private PostgreSQL server, or the one of `ASGI_DB_TEST_POSTGRESQL_URL`.
 

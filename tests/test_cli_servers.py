@@ -13,6 +13,8 @@ from sqlalchemy.engine import make_url
 from tests import servers
 from tests.clusters import Cluster, GtidReplica, Urls
 from tests.limits import set_limits
+from tests.pgbouncer import pgbouncer, through
+from tests.programs import GALERA
 from tests.servers import sql
 from tests.test_cli import asgi_db, assert_found, fact, with_password
 
@@ -235,3 +237,63 @@ def test_a_replica_of_mariadb_that_takes_writes_is_a_warning(
         assert_found(output, "warning", "is no replica, or not any more", "follow the primary")
     finally:
         sql(server.url, "SET GLOBAL read_only = 1", "START SLAVE")
+
+
+def test_more_connections_than_a_replica_allows_are_an_error(urls: Urls) -> None:
+    check = ("check", "--pool", "high", "--processes", "9")
+    told = asgi_db(*check, DATABASE_URL=urls.primary, DATABASE_REPLICA_URLS=urls.late).stdout
+    problem = f"{make_url(urls.late).database} gets up to 540 connections, and allows "
+    assert_found(told, "error", problem, "raise max_connections there")
+
+
+def test_check_looks_at_replicas_through_poolers(postgresql_urls: Urls) -> None:
+    urls = postgresql_urls
+    check = ("check", "--pool", "high", "--processes", "9")
+    with pgbouncer(urls.late, pool_size=2) as port:
+        replica = through(port, urls.late)
+        for _ in range(2):  # a statement that the first had prepared would be there
+            done = asgi_db(*check, DATABASE_URL=urls.primary, DATABASE_REPLICA_URLS=replica)
+            assert "has everything after" in fact(done.stdout, f"replica {place(replica)}")
+            assert "gets up to" not in done.stdout
+
+
+# -- Galera --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def galera_node() -> Iterator[servers.DatabaseServer]:
+    """A Galera cluster of one node."""
+    assert not GALERA.missing, GALERA.advice
+    user, group = servers.unique_user(), servers.free_port()
+    with servers.temporary_folder() as folder:
+        servers.make_mariadb(folder, user)
+        with servers.running_mariadb(
+            folder,
+            user,
+            "--wsrep-on=ON",
+            f"--wsrep-provider={GALERA.library}",
+            f"--wsrep-provider-options=gmcast.listen_addr=tcp://127.0.0.1:{group};gcache.size=8M",
+            f"--wsrep-node-address=127.0.0.1:{group}",
+            "--wsrep-cluster-address=gcomm://",
+            "--binlog-format=ROW",
+            "--innodb-autoinc-lock-mode=2",
+        ) as server:
+            yield server
+
+
+def test_check_knows_a_node_of_galera(galera_node: servers.DatabaseServer) -> None:
+    done = asgi_db("check", "--url", galera_node.url)
+    assert fact(done.stdout, "role") == "node of a Galera cluster of 1, Synced"
+    assert_found(done.stdout, "note", "wsrep_sync_wait is 0", "?init_command=SET%20SESSION")
+    wait = "?init_command=SET%20SESSION%20wsrep_sync_wait%3D1"
+    assert "wsrep_sync_wait is" not in asgi_db("check", "--url", galera_node.url + wait).stdout
+    done = asgi_db("check", "--url", galera_node.url, DATABASE_REPLICA_URLS=galera_node.url)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_node_without_its_cluster_is_an_error(galera_node: servers.DatabaseServer) -> None:
+    alone = f"gcomm://127.0.0.1:{servers.free_port()}"
+    sql(galera_node.url, f"SET GLOBAL wsrep_cluster_address = '{alone}'")
+    done = asgi_db("check", "--url", galera_node.url)
+    assert done.returncode == 1
+    assert_found(done.stdout, "error", "1047", "has lost the majority of its cluster")

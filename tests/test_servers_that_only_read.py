@@ -324,28 +324,10 @@ async def test_a_commit_that_is_refused_has_a_known_outcome(demotable: Demotable
 @pytest.fixture
 def successor(demotable: Demotable, request: pytest.FixtureRequest) -> Iterator[str]:
     """The URL of the same database on another server."""
-    url = make_url(demotable.admin_url)
     other: DatabaseServer = request.getfixturevalue(f"{demotable.backend}_server")
-    there = make_url(other.url).set(drivername=url.drivername)
-    admin_url = there.render_as_string(hide_password=False)
-    user = make_url(demotable.url).username
-    if demotable.backend == "postgresql":
-        servers.sql(admin_url, f"CREATE ROLE {user} SUPERUSER LOGIN PASSWORD 'password'")
-        servers.sql(admin_url, f"CREATE DATABASE {url.database}")
-        drop = f"DROP DATABASE {url.database} WITH (FORCE)", f"DROP ROLE {user}"
-    else:
-        servers.sql(
-            admin_url,
-            f"CREATE USER {user}@'%' IDENTIFIED BY 'password'",
-            f"CREATE DATABASE {url.database}",
-            f"GRANT ALL ON {url.database}.* TO {user}@'%'",
-        )
-        drop = f"DROP DATABASE {url.database}", f"DROP USER {user}@'%'"
-    there = there.set(database=url.database)
-    servers.run(_create_tables(there.render_as_string(hide_password=False)))
-    yield there.render_as_string(hide_password=False)
-    for statement in drop:
-        servers.sql(admin_url, statement)
+    with servers.same_database(demotable.url, other) as url:
+        servers.run(_create_tables(url))
+        yield url
 
 
 async def _create_tables(url: str) -> None:

@@ -27,7 +27,7 @@ _SETTINGS = text(f"SHOW VARIABLES WHERE Variable_name IN {(*_ASKED, *_SHOWN)}")
 _STATUS = text("""
     SHOW GLOBAL STATUS WHERE Variable_name IN ('Slaves_connected', 'Slaves_running',
     'Rpl_semi_sync_master_status', 'Rpl_semi_sync_source_status', 'wsrep_cluster_size',
-    'wsrep_cluster_status', 'wsrep_local_state_comment')
+    'wsrep_local_state_comment')
 """)
 _OLDEST = {"MySQL": (8, 0), "MariaDB": (10, 6)}
 
@@ -48,6 +48,7 @@ async def identify(connection: AsyncConnection) -> Server:
         is_replica=follows or only_reads,
         receives=follows,
         takes_writes=not only_reads,
+        connections=int(values["max_connections"]),
     )
 
 
@@ -94,12 +95,6 @@ def _check_role(report: Report, values: dict[str, str], status: dict[str, str]) 
 def _check_galera(report: Report, values: dict[str, str], status: dict[str, str]) -> None:
     size, state = status["wsrep_cluster_size"], status["wsrep_local_state_comment"]
     report.facts["role"] = f"node of a Galera cluster of {size}, {state}"
-    if status["wsrep_cluster_status"] != "Primary":
-        report.error(
-            "This Galera node has lost the majority of its cluster: it refuses all statements"
-            " (1047).",
-            "Restore the network between the nodes, or name another node in the URL.",
-        )
     if values["wsrep_sync_wait"] == "0":
         report.note(
             "wsrep_sync_wait is 0: a read may miss what was committed on another node just before.",

@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.pool import PoolProxiedConnection
 
 from asgi_db.drivers.outages import REMEDIES
-from asgi_db.drivers.protocol import Abandoned, Beginning, Driver, StandIn
+from asgi_db.drivers.protocol import Beginning, Driver, StandIn
 from asgi_db.drivers.replication import Replication
 from asgi_db.drivers.sandbox import SandboxRules
 from asgi_db.drivers.statements import COMMON, Effect
@@ -171,10 +171,11 @@ class AnyDriver(Driver):
     def interrupt(self, connection: Any) -> Coroutine[Any, Any, None] | None:
         return None
 
-    async def end_statements(
-        self, connection: AsyncConnection, abandoned: dict[int, Abandoned]
-    ) -> None:
-        abandoned.clear()
+    def identify(self, dialect: Dialect, connection: DBAPIConnection) -> None:
+        pass
+
+    async def end_statement(self, connection: AsyncConnection, id: int, age: float) -> None:
+        pass
 
 
 def shut_socket(connection: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-import time
 from collections.abc import Awaitable
 from importlib import import_module
 from typing import Any
@@ -22,10 +21,11 @@ from asgi_db.drivers.base import AnyDriver, AutocommitRequests
 from asgi_db.drivers.mysql_options import translate_url
 from asgi_db.drivers.mysql_replication import MariaDBReplication
 from asgi_db.drivers.outages import REMEDIES, connection_error
-from asgi_db.drivers.protocol import BEGIN_OPTION, Abandoned, Beginning, StandIn
+from asgi_db.drivers.protocol import BEGIN_OPTION, Beginning, StandIn
 from asgi_db.drivers.replication import Replication
 from asgi_db.drivers.sandbox import INTERRUPT_AGAIN, SandboxControl, SandboxRules, SandboxStandIn
 from asgi_db.drivers.statements import WRITING_WITH, Grammar
+from asgi_db.drivers.whereabouts import MOST_ATTEMPTS, Server, note_server, server_of
 from asgi_db.errors import SandboxError
 from asgi_db.modes import Mode
 
@@ -124,16 +124,49 @@ class MySQL(AnyDriver):
             return int(connection.thread_id())
         return None
 
-    async def end_statements(
-        self, connection: AsyncConnection, abandoned: dict[int, Abandoned]
-    ) -> None:
-        started = await _latest_start(connection)
-        while abandoned:
-            id, (connected, since) = next(iter(abandoned.items()))
-            # After a restart the server gives the same numbers to other connections.
-            if connected >= started or await _runs(connection, id, time.monotonic() - since):
-                await _kill(connection, id)
-            abandoned.pop(id, None)
+    def identify(self, dialect: Dialect, connection: DBAPIConnection) -> None:
+        driver_connection: Any = dialect.get_driver_connection(connection)
+        if isinstance(driver_connection, StandIn):
+            return
+        cursor = connection.cursor()
+        try:
+            cursor.execute(_WHICH_MARIADB if _is_mariadb(driver_connection) else _WHICH_MYSQL)
+            ((id, *place, started, uptime),) = cursor.fetchall()
+        except Exception:
+            if self.is_closed(driver_connection):
+                raise
+            return  # It says nothing, so nothing is ended there.
+        finally:
+            cursor.close()
+        if id == self.id_at_server(driver_connection):  # else a proxy has numbers of its own
+            note_server(driver_connection, Server(tuple(place), int(started), float(uptime)))
+
+    async def end_statement(self, connection: AsyncConnection, id: int, age: float) -> None:
+        try:
+            await connection.execute(text(f"KILL {id}"))
+        except SQLAlchemyError as error:
+            if _number(error.__cause__) != _UNKNOWN_THREAD:
+                raise
+
+
+def _is_mariadb(driver_connection: Any) -> bool:
+    return "mariadb" in str(driver_connection.get_server_info()).lower()
+
+
+_WHICH = """
+    SELECT CONNECTION_ID(), {}, @@hostname, @@port, @@server_id, RIGHT(UUID(), 12),
+    UNIX_TIMESTAMP() - variable_value, variable_value
+    FROM {}.session_status WHERE variable_name = 'Uptime'
+"""
+"""What tells a server from others. UUID() ends with the address of its network, or a number that
+is drawn at its start. The difference does not change, because both parts are of one moment.
+
+Sources: https://mariadb.com/docs/server/reference/sql-functions/secondary-functions/miscellaneous-functions/uuid,
+https://dev.mysql.com/doc/refman/8.4/en/miscellaneous-functions.html#function_uuid
+"""
+
+_WHICH_MARIADB = _WHICH.format("@@datadir", "information_schema")
+_WHICH_MYSQL = _WHICH.format("@@server_uuid", "performance_schema")
 
 
 def _statements(mode: Mode) -> tuple[str, ...]:
@@ -213,12 +246,17 @@ class AsyncmySandbox(SandboxRules):
         return bool(self.connection.driver.get_transaction_status())
 
     async def interrupt(self, running: asyncio.Future[Any], *, only_reads: bool) -> None:
-        id = self.connection.driver.thread_id()
-        async with self.connection.side_connection() as side:
-            while not running.done():
-                # The first KILL may precede the statement, so it is repeated.
-                await side.exec_driver_sql(f"KILL QUERY {id}")
-                await asyncio.wait((running,), timeout=INTERRUPT_AGAIN)
+        driver = self.connection.driver
+        for _ in range(MOST_ATTEMPTS):
+            async with self.connection.side_connection() as side:
+                here = server_of((await side.get_raw_connection()).driver_connection)
+                while here is not None and here == server_of(driver) and not running.done():
+                    # The first KILL may precede the statement, so it is repeated.
+                    await side.exec_driver_sql(f"KILL QUERY {driver.thread_id()}")
+                    await asyncio.wait((running,), timeout=INTERRUPT_AGAIN)
+            if running.done():
+                return
+        raise ConnectionError("its server was not reached")
 
     def check(self, sql: str) -> None:
         if found := _COMMITS.match(sql):
@@ -366,33 +404,6 @@ def _answer(connection: DBAPIConnection | PoolProxiedConnection, question: str) 
     finally:
         cursor.close()
     return None if row is None else row[0]
-
-
-async def _latest_start(connection: AsyncConnection) -> float:
-    """A time at which a MySQL server was certainly running; it counts in whole seconds."""
-    uptime = (await connection.execute(text("SHOW GLOBAL STATUS LIKE 'Uptime'"))).one()[1]
-    return time.monotonic() - float(uptime) + 1
-
-
-async def _runs(connection: AsyncConnection, id: int, age: float) -> bool:
-    """Return whether a connection's statement has been running for that many seconds.
-
-    A statement of another connection with the same number began after ours was abandoned.
-    """
-    is_mariadb = getattr(connection.dialect, "is_mariadb", False)
-    seconds = "time_ms / 1000" if is_mariadb else "time + 1"  # MySQL counts whole seconds.
-    statement = (
-        f"SELECT 1 FROM information_schema.processlist WHERE id = {id} AND {seconds} >= {age}"
-    )
-    return bool(await connection.scalar(text(f"{statement} AND command <> 'Sleep'")))
-
-
-async def _kill(connection: AsyncConnection, id: int) -> None:
-    try:
-        await connection.execute(text(f"KILL {id}"))
-    except SQLAlchemyError as error:
-        if _number(error.__cause__) != _UNKNOWN_THREAD:
-            raise
 
 
 asyncmy = Asyncmy()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import re
-import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import Connection, Engine, event, text
@@ -18,10 +17,10 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from asgi_db.drivers.base import AnyDriver
 from asgi_db.drivers.outages import REMEDIES
 from asgi_db.drivers.postgresql_replication import PostgreSQLReplication
-from asgi_db.drivers.protocol import Abandoned, StandIn
+from asgi_db.drivers.protocol import StandIn
 from asgi_db.drivers.replication import Replication
-from asgi_db.drivers.sandbox import SandboxRules
 from asgi_db.drivers.statements import WRITING_WITH, Grammar
+from asgi_db.drivers.whereabouts import Server, note_server, server_of
 from asgi_db.logs import logger
 from asgi_db.modes import Mode
 
@@ -141,14 +140,8 @@ class PostgreSQL(AnyDriver):
             )
         return None
 
-    async def end_statements(
-        self, connection: AsyncConnection, abandoned: dict[int, Abandoned]
-    ) -> None:
-        while abandoned:
-            id, (connected, _) = next(iter(abandoned.items()))
-            age = time.monotonic() - connected
-            await connection.execute(text(_TERMINATE), {"id": id, "age": age})
-            abandoned.pop(id, None)
+    async def end_statement(self, connection: AsyncConnection, id: int, age: float) -> None:
+        await connection.execute(text(_TERMINATE), {"id": id, "age": age})
 
 
 _CONFLICTS = frozenset({"40001", "40P01", "55P03"})
@@ -278,7 +271,10 @@ class SupportedPostgreSQL(PostgreSQL):
             cursor = connection.cursor()
             try:
                 cursor.execute(_WATCH_CLIENT)
-                ((_, id, chosen_by, *limits),) = cursor.fetchall()
+                ((*which, id, chosen_by, limit, other_limit),) = cursor.fetchall()
+                limits = limit, other_limit
+                if id == self.id_at_server(driver_connection):
+                    note_server(driver_connection, _server(*which))
                 if chosen_by in _CHOSEN_BY_USER:
                     self._read_by_choice.add(driver_connection)
                 self._idle_limits[driver_connection] = tuple(limits)
@@ -298,6 +294,25 @@ class SupportedPostgreSQL(PostgreSQL):
                 )
 
         event.listen(engine, "connect", connect)
+
+    def identify(self, dialect: Dialect, connection: Any) -> None:
+        driver_connection = dialect.get_driver_connection(connection)
+        if isinstance(driver_connection, StandIn) or server_of(driver_connection) is not None:
+            return  # It was asked already.
+        self.enter_autocommit(connection)
+        cursor = connection.cursor()
+        try:
+            cursor.execute(_WHICH_SERVER)
+            ((*which, id),) = cursor.fetchall()
+        except dialect.loaded_dbapi.Error:
+            if self.is_closed(driver_connection):
+                raise
+            return  # It says nothing, so nothing is ended there.
+        finally:
+            cursor.close()
+            self.leave_autocommit(connection)
+        if id == self.id_at_server(driver_connection):  # else a pooler has numbers of its own
+            note_server(driver_connection, _server(*which))
 
     def takes_writes(self, dialect: Dialect, connection: Any) -> bool:
         driver_connection = dialect.get_driver_connection(connection)
@@ -339,14 +354,31 @@ class SupportedPostgreSQL(PostgreSQL):
         return row is not None and row[0] is not None
 
 
-_WATCH_CLIENT = """
+_START = """concat_ws(' ', inet_server_addr(), inet_server_port()),
+    extract(epoch FROM pg_postmaster_start_time())::text,
+    extract(epoch FROM clock_timestamp() - pg_postmaster_start_time())::text, pg_backend_pid()"""
+"""Which server it is: two are not started in the same microsecond."""
+
+_WATCH_CLIENT = f"""
     SELECT CASE WHEN current_setting('client_connection_check_interval', true) = '0'
-    THEN set_config('client_connection_check_interval', '1s', false) END, pg_backend_pid(),
+    THEN set_config('client_connection_check_interval', '1s', false)
+    ELSE current_setting('client_connection_check_interval', true) END, {_START},
     CASE WHEN current_setting('default_transaction_read_only') = 'on'
     THEN (SELECT source FROM pg_settings WHERE name = 'default_transaction_read_only') END,
     current_setting('idle_in_transaction_session_timeout', true),
     current_setting('idle_session_timeout', true)
 """
+
+_WHICH_SERVER = f"SELECT current_setting('client_connection_check_interval', true), {_START}"
+
+
+def _server(checks: str | None, place: str, started: str, uptime: str) -> Server:
+    notices = _SOON.fullmatch(checks or "") is not None
+    return Server((place,), started, float(uptime), notices_clients=notices)
+
+
+_SOON = re.compile(r"[1-9]\d*(ms|s)")
+"""How often a server looks whether its clients are there, if that is not in minutes or hours."""
 
 
 def _is_autocommit(context: ExecutionContext) -> bool:
@@ -357,65 +389,3 @@ def _is_autocommit(context: ExecutionContext) -> bool:
 _CHOSEN_BY_USER = frozenset({"client", "session", "user", "database user"})
 """Where `default_transaction_read_only` is set if it says nothing about the server, but is a matter
 of these connections: in the URL, or for their role."""
-
-
-class PostgreSQLSandbox(SandboxRules):
-    """PostgreSQL checks deferred constraints at COMMIT, not at the end of a savepoint.
-
-    Attributes:
-        parameters: how the driver writes two parameters of a statement.
-        parameter: the same as a pattern, whose group tells which parameter it is.
-    """
-
-    parameters: ClassVar[tuple[str, str]]
-    parameter: ClassVar[str]
-
-    def value_of(self, parameter: str, parameters: Any) -> str:
-        """Return the value of a parameter that the pattern has found."""
-        raise NotImplementedError
-
-    def begin_nothing(self) -> None:
-        self.connection.adapted.autocommit = True
-
-    async def begun(self, control: Any) -> None:
-        if control.readonly:
-            # This applies until the savepoint ends.
-            await self.connection.fetch("SET TRANSACTION READ ONLY")
-
-    def local_settings(self, sql: str, parameters: Any) -> Sequence[str]:
-        if found := _SET_LOCAL.match(sql):
-            return ["timezone" if found[1].upper().startswith("TIME") else found[1]]
-        if "set_config" not in sql:
-            return ()
-        calls = re.findall(_SET_CONFIG.format(self.parameter), sql, re.IGNORECASE)
-        return [name or self.value_of(parameter, parameters) for name, parameter in calls]
-
-    async def read_setting(self, name: str) -> str:
-        question = f"SELECT current_setting({self.parameters[0]}, true)"
-        rows = await self.connection.fetch(question, (name,))
-        return rows[0][0] or ""
-
-    async def check_deferred(self) -> None:
-        ((has_any, deferred),) = await self.connection.fetch(_DEFERRABLE)
-        if has_any:
-            await self.connection.fetch("SET CONSTRAINTS ALL IMMEDIATE")
-        if deferred:
-            await self.connection.fetch(f"SET CONSTRAINTS {deferred} DEFERRED")
-
-    def is_rolled_back(self, error: Exception) -> bool:
-        return sqlstate(error) == _FAILED_TRANSACTION
-
-    async def committed(self, settings: Mapping[str, str]) -> None:
-        statement = "SELECT set_config({}, {}, true)".format(*self.parameters)
-        for name, value in settings.items():
-            await self.connection.fetch(statement, (name, value))
-
-
-_FAILED_TRANSACTION = "25P02"
-_DEFERRABLE = """
-    SELECT count(*) > 0, string_agg(DISTINCT format('%I.%I', nspname, conname), ', ')
-    FILTER (WHERE condeferred) FROM pg_constraint JOIN pg_namespace n ON n.oid = connamespace
-    WHERE condeferrable
-"""
-_SET_LOCAL = re.compile(r"\s*SET\s+LOCAL\s+(TIME\s+ZONE|[\w.]+)", re.IGNORECASE)
-_SET_CONFIG = r"\bset_config\s*\(\s*(?:'([^']+)'|{})[^,]*,[^,]*,\s*(?!false)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from importlib import import_module
 from typing import Any, cast
 
@@ -14,7 +14,8 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from asgi_db.drivers import hosts
 from asgi_db.drivers.asyncpg_options import translate_url
-from asgi_db.drivers.postgresql import PATIENCE, PostgreSQLSandbox, SupportedPostgreSQL
+from asgi_db.drivers.postgresql import PATIENCE, SupportedPostgreSQL
+from asgi_db.drivers.postgresql_sandbox import PostgreSQLSandbox
 from asgi_db.drivers.protocol import StandIn
 from asgi_db.drivers.sandbox import SandboxControl, SandboxRules, SandboxStandIn
 from asgi_db.sqlalchemy_versions import await_, has_begun
@@ -147,6 +148,30 @@ class Asyncpg(SupportedPostgreSQL):
             return int(connection.get_server_pid())
         return None
 
+    def interrupt(self, connection: Any) -> Coroutine[Any, Any, None] | None:
+        # asyncpg's own cancel request ends when the connection is closed. This is what it sends, to
+        # the address of the connection and with its secret; there is no public way to it. The test
+        # of a second host in `test_abandoned_elsewhere.py` breaks when this changes.
+        protocol = getattr(connection, "_protocol", None)
+        if protocol is None or getattr(connection, "is_patient", False):
+            return None
+        return _in_time(
+            import_module("asyncpg.connect_utils")._cancel(
+                loop=asyncio.get_running_loop(),
+                addr=connection._addr,
+                params=connection._params,
+                backend_pid=protocol.backend_pid,
+                backend_secret=protocol.backend_secret,
+            )
+        )
+
+
+async def _in_time(request: Coroutine[Any, Any, None]) -> None:
+    # Whatever the error is: the statement is also ended over another connection.
+    with contextlib.suppress(Exception):
+        async with asyncio.timeout(PATIENCE):
+            await request
+
 
 def patient_connection_class() -> type[Any]:
     """Make the class of asyncpg's connections behind a pooler.
@@ -160,6 +185,7 @@ def patient_connection_class() -> type[Any]:
         """Closes in the background, so that the cancel request can be sent."""
 
         __slots__ = ("_closing",)
+        is_patient = True
 
         def terminate(self) -> None:
             if running_loop() is None:

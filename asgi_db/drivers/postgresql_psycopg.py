@@ -8,9 +8,8 @@ import functools
 import os
 import random
 import re
-import socket
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from importlib import import_module
 from typing import Any
@@ -22,13 +21,10 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from asgi_db.drivers import hosts
 from asgi_db.drivers.outages import REMEDIES
-from asgi_db.drivers.postgresql import (
-    NOT_SUPPORTED,
-    PATIENCE,
-    PostgreSQLSandbox,
-    SupportedPostgreSQL,
-)
+from asgi_db.drivers.postgresql import NOT_SUPPORTED, PATIENCE, SupportedPostgreSQL
+from asgi_db.drivers.postgresql_sandbox import PostgreSQLSandbox
 from asgi_db.drivers.protocol import StandIn
+from asgi_db.drivers.psycopg_connection import connection_class, send
 from asgi_db.drivers.psycopg_options import translate_url
 from asgi_db.drivers.sandbox import INTERRUPT_AGAIN, SandboxControl, SandboxRules, SandboxStandIn
 from asgi_db.sqlalchemy_versions import await_
@@ -87,68 +83,6 @@ class _SandboxControl:
 
     def set_deferrable(self, value: bool | None) -> None:
         pass
-
-
-@functools.cache
-def connection_class() -> type[Any]:
-    """Make the class of the connections; psycopg is imported only where it is used."""
-    from psycopg import AsyncConnection
-    from psycopg.waiting import wait_async
-
-    class PromptConnection(AsyncConnection[Any]):
-        """A connection that can be interrupted, and closed, without waiting for the server.
-
-        An interrupted statement is ended over another connection (`pool/abandoned.py`). psycopg's
-        own `wait` asks the server to cancel it, and waits ten seconds for one that is silent.
-        """
-
-        _waits_in: asyncio.AbstractEventLoop | None = None
-        is_terminated = False
-
-        async def wait(self, *args: Any, **options: Any) -> Any:
-            # psycopg has no public way to wait without that; the test of a server that stands
-            # still in `test_psycopg.py` breaks when this changes.
-            options.setdefault("interval", _LOOK_AGAIN)
-            (generator,) = args
-            self._waits_in = asyncio.get_running_loop()
-            try:
-                return await wait_async(generator, self.pgconn.socket, **options)
-            finally:
-                self._waits_in = None
-                if self.is_terminated:
-                    self.pgconn.finish()
-
-        def terminate(self) -> None:
-            """Close it without waiting for anything."""
-            self.is_terminated = True
-            if self._waits_in is None or self._waits_in.is_closed():
-                self.pgconn.finish()
-            else:
-                # The event loop watches this socket: closed under its eyes, the number would go to
-                # another connection. The task that waits wakes up, and closes it.
-                with contextlib.suppress(OSError), _socket_of(self.pgconn) as copy:
-                    copy.shutdown(socket.SHUT_RDWR)
-
-        @property
-        def is_waiting(self) -> bool:
-            """Whether a task waits for the server."""
-            return self._waits_in is not None
-
-        def __del__(self, *_: Any) -> None:
-            # The pool tells of a connection that was forgotten. psycopg would warn of one that is
-            # collected together with its pool, too. libpq's own object closes the socket, but not
-            # that of a parent process.
-            pass
-
-    return PromptConnection
-
-
-_LOOK_AGAIN = 0.1
-"""Seconds after which psycopg looks whether a socket that says nothing is still there."""
-
-
-def _socket_of(pgconn: Any) -> socket.socket:
-    return socket.socket(fileno=os.dup(pgconn.socket))
 
 
 # Numbers of libpq, and so of psycopg's `pq.TransactionStatus`.
@@ -324,6 +258,18 @@ class Psycopg(SupportedPostgreSQL):
         # These errors mean that the connection is closed already.
         with contextlib.suppress(AttributeError, import_module("psycopg").Error):
             return int(connection.info.backend_pid) or None
+        return None
+
+    def interrupt(self, connection: Any) -> Coroutine[Any, Any, None] | None:
+        # libpq sends it to the address of the connection, with its secret, since version 17. It has
+        # to be made before the connection is closed.
+        is_behind_pooler = getattr(connection, "is_behind_pooler", False)
+        if is_behind_pooler or not import_module("psycopg").capabilities.has_cancel_safe():
+            return None
+        with contextlib.suppress(import_module("psycopg").Error):
+            request = connection.pgconn.cancel_conn()
+            request.start()
+            return send(request)
         return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from sqlalchemy import URL, Connection, Engine
 from sqlalchemy.engine import Dialect
@@ -38,18 +38,6 @@ class Beginning:
     statements: tuple[str, ...] = ()
     autocommit: bool | None = None
     writes: bool = False
-
-
-class Abandoned(NamedTuple):
-    """A connection that was discarded while its server may still run its statement.
-
-    Attributes:
-        connected: when the connection was made, by `time.monotonic()`.
-        since: when it was discarded.
-    """
-
-    connected: float
-    since: float
 
 
 class StandIn:
@@ -291,16 +279,22 @@ class Driver(Protocol):
         """Return the number by which the server knows this connection, if it has one."""
         ...
 
+    def identify(self, dialect: Dialect, connection: DBAPIConnection) -> None:
+        """Have a new connection's server say which one it is, for `server_of`; costs a round trip.
+
+        Nothing is noted if that is not known, or if a number would be somebody else's, because
+        something in between numbers the connections itself.
+        """
+
     def interrupt(self, connection: Any) -> Coroutine[Any, Any, None] | None:
         """Return what ends the connection's statement, where the driver itself can do that."""
         ...
 
-    async def end_statements(
-        self, connection: AsyncConnection, abandoned: dict[int, Abandoned]
-    ) -> None:
-        """End the statements of abandoned connections, and remove each that has been ended.
+    async def end_statement(self, connection: AsyncConnection, id: int, age: float) -> None:
+        """End an abandoned connection, and so its statement, unless it has ended already.
 
         Args:
             connection: one to the same server, in autocommit.
-            abandoned: the connections by their numbers at the server.
+            id: its number at that server.
+            age: how many seconds ago it was made.
         """

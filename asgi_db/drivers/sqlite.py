@@ -279,7 +279,11 @@ class Aiosqlite(SQLite):
 
         def do_rollback(pooled: PoolProxiedConnection) -> None:
             connection: Any = pooled.driver_connection
-            if isinstance(connection, StandIn) or self.is_in_transaction(connection):
+            try:  # Without a call in between: each connection that comes back asks.
+                is_open = isinstance(connection, StandIn) or connection.in_transaction
+            except ValueError:  # It is closed.
+                return
+            if is_open:
                 rollback(pooled)
 
         dialect.do_rollback = do_rollback  # type: ignore[method-assign, assignment]

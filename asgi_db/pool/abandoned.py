@@ -2,15 +2,15 @@
 
 A connection that is discarded in the middle of a statement is closed, but its server continues the
 statement and notices nothing until it has rows to send. So the statement is ended over another
-connection. asyncpg's own cancel request does not survive a second cancellation, and asyncmy has
-none.
+connection, if that reaches the same server. asyncpg's own cancel request does not survive a second
+cancellation, and asyncmy has none.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 
 import anyio
@@ -22,13 +22,20 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from asgi_db.drivers import driver_of
 from asgi_db.drivers.connecting import background_is_over, raise_if_connect_failed
-from asgi_db.drivers.protocol import GIVE_UP_AFTER, Abandoned, StandIn
+from asgi_db.drivers.protocol import GIVE_UP_AFTER, StandIn
+from asgi_db.drivers.whereabouts import MOST_ATTEMPTS, Reached, Server, reached, server_of
 from asgi_db.logs import logger
 from asgi_db.tasks import in_background, running_loop
 
 ATTEMPT_TIMEOUT = 5.0
 """Seconds that one attempt may take; `dispose` waits equally long."""
 
+
+_FIRST_DELAY = 0.05
+"""Seconds before the second attempt."""
+
+_LEAVE_AFTER = 4
+"""Attempts after which a statement is left to a server that notices when its client has gone."""
 
 _CONNECTED = "asgi_db_connected"
 """The key in a connection's `info` for the event loop and the time in which it was made."""
@@ -58,8 +65,30 @@ async def side_connection(engine: AsyncEngine) -> AsyncGenerator[AsyncConnection
             await side_engine.dispose()
 
 
+class _Abandoned:
+    """A connection that was discarded while its server may still run its statement.
+
+    Attributes:
+        id: its number at its server.
+        server: which server that is, if it is known.
+        made: when it was made, by `time.monotonic()`.
+        attempts: how many connections have reached another server since.
+    """
+
+    def __init__(self, id: int, server: Server | None, made: float) -> None:
+        self.id = id
+        self.server = server
+        self.made = made
+        self.attempts = 0
+
+    @property
+    def age(self) -> float:
+        """How many seconds ago it was made."""
+        return time.monotonic() - self.made
+
+
 class AbandonedStatements:
-    """The abandoned statements of an engine, until they have been ended at the server."""
+    """The abandoned statements of an engine, until they have been ended at their servers."""
 
     def __init__(self, engine: AsyncEngine, *, pooler: bool) -> None:
         """Watch an engine.
@@ -71,13 +100,15 @@ class AbandonedStatements:
         self._engine = engine
         self._driver = driver_of(engine.dialect)
         self._behind_pooler = pooler
-        self._abandoned: dict[int, Abandoned] = {}
+        self._abandoned: list[_Abandoned] = []
         self._ending: asyncio.Task[None] | None = None
         event.listen(engine.sync_engine, "connect", self._connect)
         event.listen(engine.sync_engine, "invalidate", self._invalidate)
 
-    def _connect(self, _: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
+    def _connect(self, adapted: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
         entry.info[_CONNECTED] = running_loop(), time.monotonic()
+        if not self._behind_pooler:
+            self._driver.identify(self._engine.dialect, adapted)
 
     def _invalidate(
         self, adapted: DBAPIConnection, entry: ConnectionPoolEntry, error: BaseException | None
@@ -92,34 +123,69 @@ class AbandonedStatements:
             if (interrupting := self._driver.interrupt(connection)) is not None:
                 in_background(interrupting)
         id = None if self._behind_pooler else self._driver.id_at_server(connection)
-        loop, connected = entry.info.get(_CONNECTED, (None, 0.0))
+        loop, made = entry.info.get(_CONNECTED, (None, 0.0))
         if id is None or loop is None or loop is not running_loop():
             return
-        self._abandoned[id] = Abandoned(connected, time.monotonic())
+        self._abandoned.append(_Abandoned(id, server_of(connection), made))
         if self._ending is None or self._ending.done() or self._ending.get_loop().is_closed():
             self._ending = asyncio.ensure_future(self._end_all())
 
     async def _end_all(self) -> None:
         deadline = time.monotonic() + GIVE_UP_AFTER
-        delay = 0.05
+        delay = _FIRST_DELAY
+        self._discard(lambda one: one.server is None, "it is not known on which server")
         while self._abandoned:
             try:
                 with anyio.fail_after(ATTEMPT_TIMEOUT):
                     async with side_connection(self._engine) as connection:
-                        await self._driver.end_statements(connection, self._abandoned)
+                        await self._end_there(connection)
             except (SQLAlchemyError, OSError) as error:
                 if time.monotonic() > deadline:
-                    self._discard_remaining(error)
+                    self._discard(lambda _: True, type(error).__name__)
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, 1.0)
+                continue
+            self._leave_to_server(_LEAVE_AFTER)
+            self._discard(
+                lambda one: one.attempts >= MOST_ATTEMPTS, "each connection reaches another server"
+            )
+            if self._abandoned:  # A balancer may choose another server for the next one.
+                await asyncio.sleep(_FIRST_DELAY)
 
-    def _discard_remaining(self, error: Exception) -> None:
-        logger.error(
-            "%d statements may still run on the server, which could not be told to end them (%s)",
-            len(self._abandoned),
-            type(error).__name__,
-        )
-        self._abandoned.clear()
+    async def _end_there(self, connection: AsyncConnection) -> None:
+        """End what runs on the server that a connection has reached, and nothing else."""
+        pooled = await connection.get_raw_connection()
+        here = server_of(pooled.driver_connection)
+        for one in self._abandoned.copy():
+            where = Reached.ANOTHER
+            if one.server is not None:
+                where = reached(one.server, here, one.age)
+            if where is Reached.ANOTHER:
+                one.attempts += 1
+                continue
+            if where is Reached.SAME:
+                await self._driver.end_statement(connection, one.id, one.age)
+            if one in self._abandoned:
+                self._abandoned.remove(one)
+
+    def _leave_to_server(self, attempts: int) -> None:
+        """Forget what a server ends by itself, as its client has gone, if that is not reached."""
+        self._abandoned = [
+            one
+            for one in self._abandoned
+            if one.attempts < attempts or one.server is None or not one.server.notices_clients
+        ]
+
+    def _discard(self, is_hopeless: Callable[[_Abandoned], bool], why: str) -> None:
+        hopeless = [one for one in self._abandoned if is_hopeless(one)]
+        if hopeless:
+            self._abandoned = [one for one in self._abandoned if one not in hopeless]
+            logger.error(
+                "%d statements may still run on the server, which could not be told to end them"
+                " (%s)",
+                len(hopeless),
+                why,
+            )
 
     async def all_ended(self) -> None:
         """Wait for a limited time until every abandoned statement has been ended at the server."""
@@ -129,4 +195,5 @@ class AbandonedStatements:
             if not self._ending.done():
                 self._ending.cancel()
                 await asyncio.wait((self._ending,))
-                self._discard_remaining(TimeoutError())
+                self._leave_to_server(1)
+                self._discard(lambda _: True, "TimeoutError")
