@@ -11,6 +11,7 @@ from typing import Literal, TypedDict, Unpack, cast
 import pytest
 
 Limit = Literal[
+    "answer",
     "ask_again_after",
     "attempt",
     "cleanup",
@@ -35,6 +36,7 @@ Limit = Literal[
 ]
 
 _CONSTANTS: dict[Limit, tuple[str, ...]] = {
+    "answer": ("asgi_db.replicas.replica.ANSWER_TIMEOUT",),
     "ask_again_after": ("asgi_db.replicas.replica.ASK_AGAIN_AFTER",),
     "attempt": ("asgi_db.pool.abandoned.ATTEMPT_TIMEOUT",),
     "cleanup": (
@@ -66,6 +68,7 @@ _CONSTANTS: dict[Limit, tuple[str, ...]] = {
 class Limits(TypedDict, total=False):
     """The limits that a test sets, in seconds."""
 
+    answer: float
     ask_again_after: float
     attempt: float
     cleanup: float

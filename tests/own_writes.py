@@ -79,7 +79,13 @@ async def read(session: DBSession, id: int) -> str:
 
 # -- the application ---------------------------------------------------------------------------
 
-Make = Callable[[Database], ASGIApp]
+
+@dataclass(frozen=True)
+class Framework:
+    """The application in one framework."""
+
+    name: str
+    app: Callable[[Database], ASGIApp]
 
 
 def in_asgi(database: Database) -> ASGIApp:
@@ -225,12 +231,12 @@ def in_litestar(database: Database) -> ASGIApp:
     )
 
 
-FRAMEWORKS: dict[str, Make] = {
-    "asgi": in_asgi,
-    "starlette": in_starlette,
-    "fastapi": in_fastapi,
-    "litestar": in_litestar,
-}
+FRAMEWORKS = [
+    Framework("asgi", in_asgi),
+    Framework("starlette", in_starlette),
+    Framework("fastapi", in_fastapi),
+    Framework("litestar", in_litestar),
+]
 
 
 # -- the clients -------------------------------------------------------------------------------

@@ -234,6 +234,7 @@ async def served_here(app: ASGIApp) -> AsyncGenerator[tuple[uvicorn.Server, int]
         log_config=None,
         access_log=False,
         ws="websockets-sansio",
+        timeout_keep_alive=60,  # a busy machine lets a client wait
         timeout_graceful_shutdown=1,
     )
     server = uvicorn.Server(config)

@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,8 +26,8 @@ from tests import servers
 from tests.cancelling import SLEEP
 from tests.drivers import is_psycopg, server_settings
 from tests.internals import Reached, Server, reached
-from tests.relay import Relay
-from tests.servers import Outside, assert_idle, outside, server_connections
+from tests.relay import Fate, Relay, once
+from tests.servers import Outside, assert_disconnected, assert_idle, outside, server_connections
 
 POOL = {"pool_size": 2, "max_overflow": 0, "pool_timeout": 5}
 
@@ -201,21 +202,57 @@ async def test_one_whose_server_is_not_reached_any_more_is_told_once(
     await assert_idle(first)
 
 
-async def test_one_that_has_ended_with_its_server_is_not_told(
-    caplog: pytest.LogCaptureFixture,
+async def test_behind_a_proxy_with_numbers_of_its_own_nobody_is_killed(
+    two_mariadb: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with servers.mariadb(own=True) as server, server.fresh_database() as url:
-        async with Relay(url) as relay, Database(relay.url, engine_options=POOL) as database:
+    url = make_url(two_mariadb[0])
+    base: Any = import_module("asyncmy.connection").Connection
+    numbers: list[int] = []
+
+    class Impostor(base):  # type: ignore[misc]
+        def thread_id(self) -> int:
+            return numbers[0]
+
+    async def connect() -> Any:
+        names = {"host": url.host, "port": url.port, "user": url.username, "db": url.database}
+        connection = Impostor(**names, password=url.password)
+        await connection.connect()
+        return connection
+
+    async with outside(two_mariadb[0]) as bystander:
+        numbers += [id for (id,) in await bystander.execute("SELECT connection_id()")]
+        options = {**POOL, "async_creator": connect}
+        async with Database(two_mariadb[0], engine_options=options) as database:
             async with sleeping(database) as task:
-                await asleep(url)
-                relay.refuse()
+                await asleep(two_mariadb[0])
                 task.cancel()
                 await asyncio.wait((task,))
-                await asyncio.to_thread(server.restart, "immediate")
-                await relay.start()
-                await database.ping()
                 await database.dispose()
-                assert not complaints(caplog)
+                assert await is_alive(bystander)
+                assert len(complaints(caplog)) == 1
+    await assert_idle(two_mariadb[0])
+
+
+async def test_a_new_connection_that_is_cancelled_when_it_asks_for_its_server_is_closed(
+    two_mariadb: list[str],
+) -> None:
+    await _cancel_when_it_asks(two_mariadb[0], b"session_status")
+
+
+async def test_so_it_is_on_postgresql(postgresql_urls: list[str]) -> None:
+    await _cancel_when_it_asks(postgresql_urls[0], b"pg_postmaster_start_time")
+
+
+async def _cancel_when_it_asks(url: str, words: bytes) -> None:
+    async with Relay(url) as relay, Database(relay.url, engine_options=POOL) as database:
+        relay.fate_of = once(words, Fate.HELD)
+        async with sleeping(database, "SELECT 1") as task:
+            async with asyncio.timeout(20):
+                await relay.holds_something.wait()
+            task.cancel()
+            await asyncio.wait((task,))
+        relay.thaw()
+        await assert_disconnected(url)
 
 
 async def test_in_a_sandbox_no_other_query_is_ended(two_mariadb: list[str]) -> None:

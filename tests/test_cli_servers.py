@@ -13,6 +13,7 @@ from sqlalchemy.engine import make_url
 from tests import servers
 from tests.clusters import Cluster, GtidReplica, Urls
 from tests.limits import set_limits
+from tests.pgbouncer import pgbouncer, through
 from tests.programs import GALERA
 from tests.servers import sql
 from tests.test_cli import asgi_db, assert_found, fact, with_password
@@ -236,6 +237,24 @@ def test_a_replica_of_mariadb_that_takes_writes_is_a_warning(
         assert_found(output, "warning", "is no replica, or not any more", "follow the primary")
     finally:
         sql(server.url, "SET GLOBAL read_only = 1", "START SLAVE")
+
+
+def test_more_connections_than_a_replica_allows_are_an_error(urls: Urls) -> None:
+    check = ("check", "--pool", "high", "--processes", "9")
+    told = asgi_db(*check, DATABASE_URL=urls.primary, DATABASE_REPLICA_URLS=urls.late).stdout
+    problem = f"{make_url(urls.late).database} gets up to 540 connections, and allows "
+    assert_found(told, "error", problem, "raise max_connections there")
+
+
+def test_check_looks_at_replicas_through_poolers(postgresql_urls: Urls) -> None:
+    urls = postgresql_urls
+    check = ("check", "--pool", "high", "--processes", "9")
+    with pgbouncer(urls.late, pool_size=2) as port:
+        replica = through(port, urls.late)
+        for _ in range(2):  # a statement that the first had prepared would be there
+            done = asgi_db(*check, DATABASE_URL=urls.primary, DATABASE_REPLICA_URLS=replica)
+            assert "has everything after" in fact(done.stdout, f"replica {place(replica)}")
+            assert "gets up to" not in done.stdout
 
 
 # -- Galera --------------------------------------------------------------------------------------

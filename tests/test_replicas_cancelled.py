@@ -41,7 +41,9 @@ QUESTION = {"postgresql": b"pg_last_wal_replay_lsn", "mysql": b"gtid_current_pos
 
 
 @pytest.fixture(scope="module", params=["postgresql", "mysql"])
-def module_urls(request: pytest.FixtureRequest) -> Iterator[tuple[Cluster, Urls]]:
+def module_urls(
+    request: pytest.FixtureRequest, postgresql_driver: str
+) -> Iterator[tuple[Cluster, Urls]]:
     """A database with the tables for the whole file, because it takes a while to make."""
     cluster: Cluster = request.getfixturevalue(f"{request.param}_cluster")
     with cluster.fresh_database() as urls:

@@ -114,6 +114,18 @@ def pools_of_servers(url: URL, replicas: Iterable[URL]) -> dict[str, int]:
     return dict(pools)
 
 
+def most_pools(url: URL, primary: URL, replicas: Iterable[URL]) -> int:
+    """Return how many pools of one process may lead to one of the servers of a URL."""
+    pools = pools_of_servers(primary, replicas)
+    return max(pools[server] for server in _servers(url))
+
+
+def most_connections(url: URL, plan: Plan, replicas: Iterable[URL]) -> int:
+    """Return how many connections one of the servers of a URL may get."""
+    each = (plan.profile.pool_size + plan.profile.max_overflow) * plan.processes
+    return each * most_pools(url, plan.url, replicas)
+
+
 def _servers(url: URL) -> list[str]:
     default = {"postgresql": 5432}.get(url.get_backend_name(), 3306)
     hosts = hosts_of(url) or (Host("localhost", None),)

@@ -75,7 +75,7 @@ async def _check_server(
             with anyio.fail_after(TIMEOUT):
                 await (postgresql if is_postgresql else mysql).check(report, plan, connection, host)
                 await _measure(report, connection)
-            await check_replicas(report, connection, replicas)
+            await check_replicas(report, plan, connection, replicas)
 
 
 async def _measure(report: Report, connection: AsyncConnection) -> None:

@@ -14,7 +14,7 @@ import click
 from sqlalchemy import URL, MetaData, Table
 from sqlalchemy.exc import SQLAlchemyError
 
-from asgi_db.cli.capacity import Load, check_load, check_servers, pools_of_servers
+from asgi_db.cli.capacity import Load, check_load, check_servers, most_pools
 from asgi_db.cli.check import check
 from asgi_db.cli.report import Plan, Report, Severity, describe
 from asgi_db.cli.tables import existing, load_metadata
@@ -108,7 +108,7 @@ def check_command(
     """
     database, replicas = _database(url), _replicas()
     load = _load_of(database.url, rate, hold, reads, replicas)
-    pools = max(pools_of_servers(database.url, replicas).values())
+    pools = most_pools(database.url, database.url, replicas) if replicas else 1
     plan = Plan(database.url, pool, pool_profile(pool), processes, pools)
     report = asyncio.run(check(database, plan, replicas))
     check_servers(report, plan, replicas)

@@ -48,6 +48,7 @@ async def identify(connection: AsyncConnection) -> Server:
         is_replica=follows or only_reads,
         receives=follows,
         takes_writes=not only_reads,
+        connections=int(values["max_connections"]),
     )
 
 

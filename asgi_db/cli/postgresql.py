@@ -50,6 +50,10 @@ _IDENTITY = text("""
     EXISTS (SELECT FROM pg_stat_wal_receiver), false
     FROM pg_control_system()
 """)
+_LIMITS = text(f"""
+    SELECT name, setting, pg_backend_pid() FROM pg_settings
+    WHERE name IN {("max_connections", *_RESERVED)}
+""")
 _FIRST_WITH_CHECK_INTERVAL = 14
 _NOT_DURABLE = {
     "synchronous_commit": "a crash of the server loses commits of which clients were told",
@@ -59,7 +63,17 @@ _NOT_DURABLE = {
 
 async def identify(connection: AsyncConnection) -> Server:
     """Say which server that is."""
-    return Server(*(await connection.execute(_IDENTITY)).one())
+    server = Server(*(await connection.execute(_IDENTITY)).one())
+    limits = (await connection.execute(_LIMITS)).all()
+    if await _is_pooled(connection, limits[0][2]):
+        return server
+    return server._replace(connections=_free({name: value for name, value, _ in limits}))
+
+
+async def _is_pooled(connection: AsyncConnection, pid: int) -> bool:
+    """Whether the server has another number for this connection than the driver was told."""
+    driver = (await connection.get_raw_connection()).driver_connection
+    return pid != driver_of(connection.dialect).id_at_server(driver)
 
 
 async def check(report: Report, plan: Plan, connection: AsyncConnection, host: Host) -> None:
@@ -71,8 +85,7 @@ async def check(report: Report, plan: Plan, connection: AsyncConnection, host: H
     report.facts["server"] = f"PostgreSQL {about.version}"
     report.settings.update({name: shown[name] for name in _SHOWN if name in shown})
 
-    driver = (await connection.get_raw_connection()).driver_connection
-    if about.pid != driver_of(connection.dialect).id_at_server(driver):
+    if await _is_pooled(connection, about.pid):
         report.facts["pooler"] = "yes"
         _warn_of_pooler(report, values)
     else:

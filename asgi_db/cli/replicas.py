@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
+from typing import Literal
 
 import anyio
 from sqlalchemy import URL, text
@@ -12,7 +13,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from asgi_db.cli import mysql, postgresql
-from asgi_db.cli.report import Report, Server, describe
+from asgi_db.cli.capacity import most_connections
+from asgi_db.cli.report import Plan, Report, Server, describe
 from asgi_db.database import Database
 from asgi_db.drivers import driver_of
 from asgi_db.drivers.replication import Position
@@ -36,21 +38,31 @@ async def connected(database: Database) -> AsyncGenerator[AsyncConnection]:
         yield connection
 
 
-async def check_replicas(report: Report, primary: AsyncConnection, urls: Sequence[URL]) -> None:
-    """Compare each replica with the primary.
+async def check_replicas(
+    report: Report, plan: Plan, primary: AsyncConnection, urls: Sequence[URL]
+) -> None:
+    """Compare each replica with the primary, and with the connections that it will get.
 
     Args:
         report: where to put what is found.
+        plan: what the application is going to do.
         primary: a connection to the server that the URL names.
         urls: those of the replicas.
     """
+    # There may be a pooler, with which asyncpg's prepared statements fail; others need no care.
+    pooler: Literal["transaction"] | None = (
+        "transaction" if primary.dialect.name == "postgresql" else None
+    )
     for url in urls:
         name = name_of(url)
         fact = f"replica {name.partition('/')[0]}"
         try:
             with anyio.fail_after(TIMEOUT + MOST_LAG):
-                async with Database(url) as database, connected(database) as replica:
+                database = Database(url, pooler=pooler)
+                async with database, connected(database) as replica:
                     report.facts[fact] = await _check(report, name, primary, replica)
+                    wanted = most_connections(url, plan, urls)
+                    _check_room(report, name, wanted, await _identify(replica))
         except ConfigurationError as error:
             report.facts[fact] = "cannot be used"
             report.error(
@@ -116,6 +128,15 @@ async def _check(
         )
         return f"more than {MOST_LAG:g} s late"
     return f"has everything after {1000 * lag:.0f} ms"
+
+
+def _check_room(report: Report, name: str, wanted: int, server: Server) -> None:
+    if server.connections is not None and wanted > server.connections:
+        report.error(
+            f"The replica {name} gets up to {wanted} connections, and allows {server.connections}.",
+            "Use fewer processes, a smaller PoolProfile, or a pooler such as PgBouncer; or raise"
+            " max_connections there.",
+        )
 
 
 def _check_replication(report: Report, name: str, server: Server) -> None:

@@ -71,6 +71,7 @@ class Server(NamedTuple):
         is_replica: whether it follows another server.
         receives: whether it is connected to that one.
         takes_writes: whether a replica takes writes of its own.
+        connections: how many connections it allows; None if a pooler decides that.
     """
 
     identity: str
@@ -78,6 +79,7 @@ class Server(NamedTuple):
     is_replica: bool
     receives: bool
     takes_writes: bool
+    connections: int | None = None
 
 
 def describe(error: BaseException) -> str:

@@ -124,7 +124,8 @@ class Connections:
                 raise DisconnectionError(closed)  # the pool tries another one, a few times
             raise connection_error(ConnectionError(closed))
         if self._writes.are_refused and returned is not None:
-            returned = entry.info[_VERIFIED]  # However busy it is: another server may take over.
+            # However busy it is: another server may take over.
+            returned = entry.info.get(_VERIFIED, returned)
         if returned is not None and now - returned > VERIFY_AFTER_IDLE:
             if self._verify or self._writes.are_refused:
                 self._ping(connection, entry)

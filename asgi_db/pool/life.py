@@ -98,10 +98,11 @@ class EngineLife:
         watch(engine.sync_engine)
         self.engine = engine
         self.statistics = statistics
+        # It asks a new connection for its server, before the next one takes it for set up.
+        self._abandoned = AbandonedStatements(engine, pooler=pooler)
         self.connections = Connections(
             engine, statistics, pooler=pooler, verify=verify, leak_threshold=leak_threshold
         )
-        self._abandoned = AbandonedStatements(engine, pooler=pooler)
         self._given = given
         self._others = others
         self._variants: dict[tuple[Engine, tuple[object, ...]], Engine] = {}
