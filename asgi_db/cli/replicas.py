@@ -94,8 +94,8 @@ async def _check(
     if not needed:
         report.error(
             "The primary has no position that a replica could be compared with.",
-            "Switch its binary log on: log_bin. The nodes of a Galera cluster are no replicas of each"
-            " other: reads wait for what the others have committed with wsrep_sync_wait.",
+            "Switch its binary log on: log_bin. The nodes of a Galera cluster are no replicas of"
+            " each other: reads wait for what the others have committed with wsrep_sync_wait.",
         )
         return "not comparable"
     if not needed.keys() & (await _positions(replica)).keys():
