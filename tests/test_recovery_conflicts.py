@@ -19,7 +19,7 @@ from tests.pools import checked_out
 from tests.servers import assert_idle, outside, sql, until_active
 
 POOL = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 5}
-READ = "SELECT count(*), pg_sleep(0.5) FROM kept GROUP BY id > 0"
+READ = "SELECT count(*), pg_sleep(3) FROM kept GROUP BY id > 0"
 
 
 @pytest.fixture

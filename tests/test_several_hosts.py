@@ -464,3 +464,34 @@ async def test_the_server_that_fits_is_found_in_any_order(
         url = url.replace("***", "password")
         async with Database(f"{url}?target_session_attrs={wanted}") as database:
             assert await port_reached(database) == fits.port
+
+
+async def test_libpq_may_choose_among_the_hosts_at_random(postgresql_url: str) -> None:
+    port = make_url(postgresql_url).port
+    hosts = f"127.0.0.1:{port},localhost:{port}"
+    url = postgresql_url.replace("+asyncpg", "+psycopg").replace(f"127.0.0.1:{port}", hosts)
+    reached = set[str]()
+    async with Database(f"{url}?load_balance_hosts=random") as database:
+        for _ in range(30):
+            async with side_connection(database.engine) as connection:
+                raw: Any = (await connection.get_raw_connection()).driver_connection
+                reached.add(raw.info.host)
+    assert reached == {"127.0.0.1", "localhost"}
+
+
+async def test_libpq_may_be_told_the_addresses_too(postgresql_url: str) -> None:
+    """Then it finds its own way among the hosts."""
+    url = hosts_before(postgresql_url, servers.free_port(), driver="psycopg")
+    url = url.replace("127.0.0.1:", "elsewhere.invalid:")
+    async with Database(f"{url}?hostaddr=127.0.0.1,127.0.0.1") as database:
+        assert await port_reached(database) == make_url(postgresql_url).port
+
+
+def test_the_name_of_a_database_is_found_in_any_url_of_an_engine() -> None:
+    def name_of(**parts: Any) -> str:
+        url = URL.create("postgresql+asyncpg", database="shop", **parts)
+        return Database(engine=create_async_engine(url)).stats().name
+
+    assert name_of(query={"host": ("a:1", "b:2")}) == "a:1,b:2/shop"
+    assert name_of(query={"host": "/run/pg"}) == "shop"
+    assert name_of(host="a,b:x") == "shop"
