@@ -63,3 +63,14 @@ async def test_a_transaction_that_is_open_is_rolled_back(sqlite_url: str) -> Non
             assert pooled.driver_connection.in_transaction
         async with database.session(read_only) as session:
             assert (await session.scalars(text("SELECT x FROM t"))).all() == []
+
+
+async def test_a_detached_connection_begins_and_rolls_back(sqlite_url: str) -> None:
+    async with Database(sqlite_url) as database:
+        async with database.engine.connect() as connection:
+            pooled = await connection.get_raw_connection()
+            pooled.detach()
+            await connection.exec_driver_sql("CREATE TABLE t (x int)")
+            await connection.rollback()
+            await connection.exec_driver_sql("CREATE TABLE t (x int)")
+            await connection.commit()

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Awaitable, Coroutine, Mapping
 from importlib import import_module
 from threading import Thread
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 from weakref import finalize, ref
 
 import anyio
@@ -278,7 +278,8 @@ class Aiosqlite(SQLite):
         rollback = dialect.do_rollback
 
         def do_rollback(pooled: PoolProxiedConnection) -> None:
-            connection: Any = pooled.driver_connection
+            # Not that of the pool, of which a detached connection is none.
+            connection = cast(Any, pooled.dbapi_connection).driver_connection
             try:  # Without a call in between: each connection that comes back asks.
                 is_open = isinstance(connection, StandIn) or connection.in_transaction
             except ValueError:  # It is closed.
@@ -290,11 +291,11 @@ class Aiosqlite(SQLite):
 
     def begin(self, pooled: PoolProxiedConnection, beginning: Beginning) -> None:
         if beginning.statements and pooled.driver_connection not in self._autocommit_requests:
-            if isinstance(pooled.driver_connection, StandIn):
+            connection = cast(Any, pooled.dbapi_connection).driver_connection
+            if isinstance(connection, StandIn):
                 super().begin(pooled, beginning)
                 return
             # The adapter's cursor would go through the driver's thread three times.
-            connection: Any = pooled.driver_connection
             for statement in beginning.statements:
                 try:
                     await_(connection.execute(statement))
