@@ -13,7 +13,12 @@ import pytest
 from fastapi import FastAPI, Request, Response, WebSocket
 from fastapi.responses import StreamingResponse
 from sqlalchemy import make_url, text
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.ext.asyncio import (
+    AsyncConnection,
+    AsyncEngine,
+    AsyncSession,
+    create_async_engine,
+)
 from sqlalchemy.orm import Session
 
 from asgi_db import (
@@ -26,6 +31,7 @@ from asgi_db import (
     transactional,
 )
 from asgi_db.configured import configured_database
+from asgi_db.drivers.postgresql_replication import PostgreSQLReplication
 from asgi_db.drivers.replication import UNKNOWN, Position, latest, parse_position
 from asgi_db.types import Message, Scope
 from tests.clusters import Cluster, Urls
@@ -579,3 +585,53 @@ def test_middlewares_without_a_database_share_the_one_with_these_replicas(
     having = configured_database()
     assert having is configured_database()
     assert (without.has_replicas, having.has_replicas) == (False, True)
+
+
+# -- positions of PostgreSQL -------------------------------------------------------------------
+
+
+async def test_a_replica_reaches_a_position_at_the_end_of_a_page(
+    postgresql_urls: Urls,
+) -> None:
+    """Messages fill a page of the log exactly, and nothing comes after that."""
+    replication = PostgreSQLReplication()
+    async with _autocommit(postgresql_urls.primary) as primary:
+        here = await _fill_a_page(primary)
+        (there,) = replication.reached((await primary.execute(text(replication.question))).all())
+    assert there.number == here - 24
+    async with _autocommit(postgresql_urls.prompt) as standby:
+        while True:
+            answer = (await standby.execute(text(replication.question))).all()
+            if replication.reached(answer) == [there]:
+                break
+            await asyncio.sleep(0.05)
+
+
+@asynccontextmanager
+async def _autocommit(url: str) -> AsyncGenerator[AsyncConnection]:
+    engine = create_async_engine(url, isolation_level="AUTOCOMMIT")
+    async with engine.connect() as connection:
+        yield connection
+    await engine.dispose()
+
+
+async def _fill_a_page(connection: AsyncConnection) -> int:
+    """Fill a page of the log exactly; return the place of what comes next."""
+    place = text("SELECT (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint")
+    message = text("SELECT pg_logical_emit_message(false, '', repeat('x', :size))")
+
+    async def place_after(size: int) -> int:
+        await connection.execute(message, {"size": size})
+        return cast(int, await connection.scalar(place))
+
+    here, around = await place_after(8), 0
+    for _ in range(100):
+        left = 8192 - here % 8192
+        # A message of more than 255 bytes has more around it.
+        size = left - 250 if left > 300 else left - around if around and left > around else 8
+        before, here = here, await place_after(size)
+        if here % 8192 == 24:
+            return here
+        if size == 8 and here // 8192 == before // 8192:
+            around = here - before - 8
+    raise AssertionError("something else writes into the log")

@@ -10,10 +10,17 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from asgi_db.drivers.replication import UNKNOWN, Position, Replication
 
-# A position is sent as text, because drivers differ in what they make of `pg_lsn`. The number of
-# the cluster is the same on all its servers, and on no server of another cluster.
+# A position is sent as a number, because drivers differ in what they make of `pg_lsn`. That of the
+# cluster is the same on all its servers, and on no server of another cluster.
 _POSITION = """
-    SELECT (SELECT to_hex(system_identifier) FROM pg_control_system()), {} - '0/0'::pg_lsn
+    SELECT (SELECT to_hex(system_identifier) FROM pg_control_system()),
+    number - CASE WHEN number % current_setting('wal_block_size')::int = 24 THEN 24 ELSE 0 END
+    FROM (SELECT {} - '0/0'::pg_lsn AS number) AS position
+"""
+"""Where a page has been filled exactly, the primary names the place after the header of the next
+one, which has 24 bytes; a replica names the end of the page, and comes no farther for now.
+
+Source: https://www.postgresql.org/docs/current/wal-internals.html
 """
 _AFTER_COMMIT = _POSITION.format("pg_current_wal_insert_lsn()")
 """Only after COMMIT: the position before it is smaller than that of the commit itself.
