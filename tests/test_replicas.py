@@ -396,6 +396,23 @@ async def test_a_position_that_no_replica_has_leads_to_the_primary(
         assert (await client.get("/read_only", headers={NAME: forged})).json() == "primary"
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("cookie", f'a=1; {NAME}="abcdef:5"; b=2'),
+        ("cookie", f"{NAME}=abcdef%3A5"),
+        ("cookie", f"{NAME} = abcdef:5 ;b=2"),
+        (NAME, "0:, abcdef:5"),
+    ],
+)
+async def test_a_position_counts_as_clients_and_proxies_may_write_it(
+    database: Database, servers: Servers, field: str, value: str
+) -> None:
+    """Quoted, escaped, with blanks around it, or two headers in one."""
+    async with client_of(make_app(database, servers)) as client:
+        assert (await client.get("/read_only", headers={field: value})).json() == "primary"
+
+
 def test_positions_of_different_systems_are_not_compared() -> None:
     assert latest([Position("a", 1), Position("a", 3), Position("a", 2)]) == Position("a", 3)
     assert latest([Position("a", 1), Position("b", 3)]) == UNKNOWN

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable
+from urllib.parse import unquote
 
 from asgi_db.asgi.call import Site
 from asgi_db.asgi.http import Exchange
@@ -93,14 +94,18 @@ def position_in(scope: Scope, key: str) -> Position | None:
 
 
 def _sent(scope: Scope, name: str) -> Iterable[str]:
+    """Yield what was sent as a position.
+
+    Some clients quote or escape the value of a cookie, and two headers may have become one.
+    """
     for field, value in scope["headers"]:
         if field == b"cookie":
             for cookie in value.decode("latin-1").split(";"):
                 cookie_name, _, content = cookie.strip().partition("=")
-                if cookie_name.lower() == name:
-                    yield content
+                if cookie_name.strip().lower() == name:
+                    yield unquote(content.strip(' "'))
         elif field.decode("latin-1") == name:
-            yield value.decode("latin-1").strip()
+            yield from map(str.strip, value.decode("latin-1").split(","))
 
 
 def _with_position(message: Message, key: str, position: Position, is_secure: bool) -> Message:
