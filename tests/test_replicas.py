@@ -377,7 +377,10 @@ async def test_a_client_without_cookies_sends_the_header_back(
 
 @pytest.mark.parametrize(
     "forged",
-    ["", ":", "x", "0:", ":5", "0:-1", "0:5:6", "0:" + "9" * 21, "'; DROP TABLE items", "é", "0:٣"],
+    [
+        *("", ":", "x", "0:", ":5", "0:-1", "0:5:6", "0:" + "9" * 31, "'; DROP TABLE items", "é"),
+        "0:٣",
+    ],
 )
 async def test_what_is_no_position_is_ignored(
     database: Database, servers: Servers, forged: str
@@ -388,7 +391,7 @@ async def test_what_is_no_position_is_ignored(
         assert (await client.get("/read_only", headers=headers)).json() == "replica"
 
 
-@pytest.mark.parametrize("forged", ["0:99999999999999999999", "abcdef:5", "unknown"])
+@pytest.mark.parametrize("forged", ["0:" + "9" * 30, "abcdef:5", "unknown"])
 async def test_a_position_that_no_replica_has_leads_to_the_primary(
     database: Database, servers: Servers, forged: str
 ) -> None:
@@ -419,7 +422,8 @@ def test_positions_of_different_systems_are_not_compared() -> None:
     assert latest([Position("a", 1), UNKNOWN]) == UNKNOWN
     assert latest([]) is None
     assert parse_position(str(UNKNOWN)) == UNKNOWN
-    assert parse_position(str(Position("af", 7))) == Position("af", 7)
+    for position in Position("af", 7), Position("f" * 16, 2**96):
+        assert parse_position(str(position)) == position
 
 
 # -- settings ----------------------------------------------------------------------------------
@@ -615,7 +619,7 @@ async def test_a_replica_reaches_a_position_at_the_end_of_a_page(
     async with _autocommit(postgresql_urls.primary) as primary:
         here = await _fill_a_page(primary)
         (there,) = replication.reached((await primary.execute(text(replication.question))).all())
-    assert there.number == here - 24
+    assert there.number % 2**64 == here - 24
     async with _autocommit(postgresql_urls.prompt) as standby:
         while True:
             answer = (await standby.execute(text(replication.question))).all()
