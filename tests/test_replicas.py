@@ -31,6 +31,7 @@ from asgi_db import (
     transactional,
 )
 from asgi_db.configured import configured_database
+from asgi_db.drivers.mysql_replication import MariaDBReplication
 from asgi_db.drivers.postgresql_replication import PostgreSQLReplication
 from asgi_db.drivers.replication import UNKNOWN, Position, latest, parse_position
 from asgi_db.types import Message, Scope
@@ -379,7 +380,7 @@ async def test_a_client_without_cookies_sends_the_header_back(
     "forged",
     [
         *("", ":", "x", "0:", ":5", "0:-1", "0:5:6", "0:" + "9" * 31, "'; DROP TABLE items", "é"),
-        "0:٣",
+        *("0:٣", "0-:5", "-1:5", "0-1-5", "0-1-5:5", "a-1:5", "0-12345678901:5"),
     ],
 )
 async def test_what_is_no_position_is_ignored(
@@ -391,7 +392,7 @@ async def test_what_is_no_position_is_ignored(
         assert (await client.get("/read_only", headers=headers)).json() == "replica"
 
 
-@pytest.mark.parametrize("forged", ["0:" + "9" * 30, "abcdef:5", "unknown"])
+@pytest.mark.parametrize("forged", ["0:" + "9" * 30, "0-99:5", "abcdef:5", "unknown"])
 async def test_a_position_that_no_replica_has_leads_to_the_primary(
     database: Database, servers: Servers, forged: str
 ) -> None:
@@ -422,7 +423,7 @@ def test_positions_of_different_systems_are_not_compared() -> None:
     assert latest([Position("a", 1), UNKNOWN]) == UNKNOWN
     assert latest([]) is None
     assert parse_position(str(UNKNOWN)) == UNKNOWN
-    for position in Position("af", 7), Position("f" * 16, 2**96):
+    for position in Position("af", 7), Position("f" * 16, 2**96), Position("0-1", 320):
         assert parse_position(str(position)) == position
 
 
@@ -606,6 +607,26 @@ def test_middlewares_without_a_database_share_the_one_with_these_replicas(
     having = configured_database()
     assert having is configured_database()
     assert (without.has_replicas, having.has_replicas) == (False, True)
+
+
+# -- positions of MariaDB ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("last", "logged", "reached"),
+    [
+        ("", "", {}),
+        ("0-1-320", "0-1-320", {"0-1": 320}),
+        ("0-2-321", "0-1-320,0-2-321", {"0-1": 320, "0-2": 321}),
+        ("0-2-321", "", {"0-2": 321}),  # a replica that logs nothing of what it replicates
+        ("0-1-330", "0-2-330,0-1-330", {"0-1": 330}),  # the other one may not be applied yet
+        ("0-2-321,1-1-7", "0-2-321,1-3-6,2-1-5", {"0-2": 321, "1-1": 7, "1-3": 6}),
+    ],
+)
+def test_what_a_server_has_of_each_server_that_has_written(
+    last: str, logged: str, reached: dict[str, int]
+) -> None:
+    assert dict(MariaDBReplication().reached([(last, logged)])) == reached
 
 
 # -- positions of PostgreSQL -------------------------------------------------------------------

@@ -18,6 +18,7 @@ from tests.clusters import Cluster, SlowLink, Urls
 from tests.limits import set_limits
 from tests.own_writes import tables
 from tests.servers import assert_idle, outside, running_statement, server_connections, sql
+from tests.test_cli_servers import check
 from tests.visitors import Seen, Shop, Visitor, opened, together
 
 SMALL: dict[str, Any] = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 1}
@@ -494,3 +495,31 @@ async def test_standbys_that_are_ahead_on_a_lost_timeline_do_not_count_as_having
                 await assert_own_writes(shop, urls.prompt, urls.late)
             lost = "SELECT count(*) FROM item WHERE id >= 1000"
             assert (sql(urls.prompt, lost), sql(urls.late, lost)) == ([(0,)], [(49001,)])
+
+
+async def test_a_primary_of_mariadb_that_comes_back_is_not_believed_to_have_later_commits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with AsyncExitStack() as stack:
+        cluster = stack.enter_context(clusters.mariadb())
+        urls = cluster.create_database()
+        proxy = stack.enter_context(SlowLink(port(urls.primary), 0))
+        url = make_url(urls.primary).set(port=proxy.port).render_as_string(hide_password=False)
+        (replica,) = cluster.replicas
+
+        def fail_over() -> None:
+            replica.detach()
+            lost = [f"INSERT INTO item VALUES ({number}, 0)" for number in range(1000, 1100)]
+            sql(urls.primary, *lost)
+            cluster.read_only()
+            replica.promote()
+            proxy.target = port(urls.late)
+
+        await stack.enter_async_context(tables(cluster, urls))
+        await asyncio.to_thread(fail_over)
+        shop = await stack.enter_async_context(opened(urls, urls.primary, url=url))
+        await assert_own_writes(shop, urls.late, urls.primary)
+        set_limits(monkeypatch, most_lag=1)
+        code, output = await asyncio.to_thread(check, urls.late, urls.primary)
+        assert code == 0, output
+        assert "more than 1 s late" in output

@@ -18,13 +18,19 @@ class Position(NamedTuple):
     must not count as having what the new primary has committed since.
 
     Attributes:
-        system: the history: the cluster on PostgreSQL, the domain on MariaDB.
+        system: where the numbers come from: the cluster on PostgreSQL; on MariaDB the domain and
+            the server that has written, such as `0-1`.
         number: the place; a greater one comes later. On PostgreSQL its upper part is the timeline,
             as a newer one has everything of an older one that has survived.
     """
 
     system: str
     number: int
+
+    @property
+    def history(self) -> str:
+        """The history that the servers of a database share: the system without the server."""
+        return self.system.partition("-")[0]
 
     def __str__(self) -> str:
         return f"{self.system}:{self.number}" if self.system else _UNKNOWN
@@ -35,7 +41,7 @@ _UNKNOWN = "unknown"
 UNKNOWN = Position("", 0)
 """The position of a commit that could not be found out; no replica is known to have reached it."""
 
-_POSITION = re.compile(r"([0-9a-f]{1,16}):([0-9]{1,30})")
+_POSITION = re.compile(r"([0-9a-f]{1,16}|[0-9]{1,10}-[0-9]{1,10}):([0-9]{1,30})")
 
 
 def parse_position(text: str) -> Position | None:
