@@ -31,6 +31,7 @@ from asgi_db import (
     transactional,
 )
 from asgi_db.configured import configured_database
+from asgi_db.drivers.mysql_replication import MariaDBReplication
 from asgi_db.drivers.postgresql_replication import PostgreSQLReplication
 from asgi_db.drivers.replication import UNKNOWN, Position, latest, parse_position
 from asgi_db.types import Message, Scope
@@ -378,7 +379,10 @@ async def test_a_client_without_cookies_sends_the_header_back(
 
 @pytest.mark.parametrize(
     "forged",
-    ["", ":", "x", "0:", ":5", "0:-1", "0:5:6", "0:" + "9" * 21, "'; DROP TABLE items", "é", "0:٣"],
+    [
+        *("", ":", "x", "0:", ":5", "0:-1", "0:5:6", "0:" + "9" * 31, "'; DROP TABLE items", "é"),
+        *("0:٣", "0-:5", "-1:5", "0-1-5", "0-1-5:5", "a-1:5", "0-12345678901:5"),
+    ],
 )
 async def test_what_is_no_position_is_ignored(
     database: Database, servers: Servers, forged: str
@@ -389,7 +393,7 @@ async def test_what_is_no_position_is_ignored(
         assert (await client.get("/read_only", headers=headers)).json() == "replica"
 
 
-@pytest.mark.parametrize("forged", ["0:99999999999999999999", "abcdef:5", "unknown"])
+@pytest.mark.parametrize("forged", ["0:" + "9" * 30, "0-99:5", "abcdef:5", "unknown"])
 async def test_a_position_that_no_replica_has_leads_to_the_primary(
     database: Database, servers: Servers, forged: str
 ) -> None:
@@ -420,7 +424,8 @@ def test_positions_of_different_systems_are_not_compared() -> None:
     assert latest([Position("a", 1), UNKNOWN]) == UNKNOWN
     assert latest([]) is None
     assert parse_position(str(UNKNOWN)) == UNKNOWN
-    assert parse_position(str(Position("af", 7))) == Position("af", 7)
+    for position in Position("af", 7), Position("f" * 16, 2**96), Position("0-1", 320):
+        assert parse_position(str(position)) == position
 
 
 # -- settings ----------------------------------------------------------------------------------
@@ -605,6 +610,26 @@ def test_middlewares_without_a_database_share_the_one_with_these_replicas(
     assert (without.has_replicas, having.has_replicas) == (False, True)
 
 
+# -- positions of MariaDB ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("last", "logged", "reached"),
+    [
+        ("", "", {}),
+        ("0-1-320", "0-1-320", {"0-1": 320}),
+        ("0-2-321", "0-1-320,0-2-321", {"0-1": 320, "0-2": 321}),
+        ("0-2-321", "", {"0-2": 321}),  # a replica that logs nothing of what it replicates
+        ("0-1-330", "0-2-330,0-1-330", {"0-1": 330}),  # the other one may not be applied yet
+        ("0-2-321,1-1-7", "0-2-321,1-3-6,2-1-5", {"0-2": 321, "1-1": 7, "1-3": 6}),
+    ],
+)
+def test_what_a_server_has_of_each_server_that_has_written(
+    last: str, logged: str, reached: dict[str, int]
+) -> None:
+    assert dict(MariaDBReplication().reached([(last, logged)])) == reached
+
+
 # -- positions of PostgreSQL -------------------------------------------------------------------
 
 
@@ -616,7 +641,7 @@ async def test_a_replica_reaches_a_position_at_the_end_of_a_page(
     async with _autocommit(postgresql_urls.primary) as primary:
         here = await _fill_a_page(primary)
         (there,) = replication.reached((await primary.execute(text(replication.question))).all())
-    assert there.number == here - 24
+    assert there.number % 2**64 == here - 24
     async with _autocommit(postgresql_urls.prompt) as standby:
         while True:
             answer = (await standby.execute(text(replication.question))).all()

@@ -18,6 +18,7 @@ from tests.clusters import Cluster, SlowLink, Urls
 from tests.limits import set_limits
 from tests.own_writes import tables
 from tests.servers import assert_idle, outside, running_statement, server_connections, sql
+from tests.test_cli_servers import check
 from tests.visitors import Seen, Shop, Visitor, opened, together
 
 SMALL: dict[str, Any] = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 1}
@@ -414,6 +415,13 @@ async def test_a_standby_is_promoted_under_writers() -> None:
 
         async with tables(cluster, urls), opened(urls, url=url) as shop:
             await promote_under_writers(Failover(urls, shop), switch)
+            visitor = await shop.visitor()
+            assert (await visitor.write()).status == 201
+            ((position,),) = sql(urls.prompt, "SELECT pg_current_wal_flush_lsn()::text")
+            await until(lambda: cluster.late.shows(str(position)))
+            await asyncio.to_thread(sql, cluster.late.server.url, "CHECKPOINT")
+            await visitor.read_until(port(urls.late))  # whose timeline is known now
+            assert (await visitor.read()).version == 1
 
 
 async def test_a_replica_of_mariadb_is_promoted_under_writers() -> None:
@@ -433,3 +441,85 @@ async def test_a_replica_of_mariadb_is_promoted_under_writers() -> None:
         await stack.enter_async_context(tables(cluster, urls))
         shop = await stack.enter_async_context(opened(urls, url=url))
         await promote_under_writers(Failover(urls, shop), switch)
+
+
+# -- a history that nobody goes on with --------------------------------------------------------
+
+
+async def write_elsewhere(visitor: Visitor) -> None:
+    """Write, once the first refusal has made the pool look for the new primary."""
+    async with asyncio.timeout(20):
+        while (await visitor.write()).status != 201:  # noqa: ASYNC110 - it is a question
+            await asyncio.sleep(0.02)
+
+
+async def assert_own_writes(shop: Shop, primary: str, diverged: str) -> None:
+    """A client finds its writes, though another server has come farther on a lost branch."""
+    visitor = await shop.visitor()
+    assert (await visitor.read()).port == port(diverged)  # or else this test proves nothing
+    await write_elsewhere(visitor)
+    for _ in range(10):
+        assert await visitor.read() == Seen(200, visitor.version, port(primary))
+        await asyncio.sleep(0.02)
+
+
+async def test_standbys_that_are_ahead_on_a_lost_timeline_do_not_count_as_having_a_commit() -> None:
+    """The old primary, which goes on with reads, and a standby that had received more of it."""
+    with clusters.postgresql() as cluster:
+        urls = cluster.create_database()
+        first, second = (make_url(url) for url in (urls.primary, urls.prompt))
+        url = first.set(
+            host=None,
+            port=None,
+            query={
+                "host": [f"{each.host}:{each.port}" for each in (first, second)],
+                "target_session_attrs": "read-write",
+            },
+        ).render_as_string(hide_password=False)
+
+        def fail_over() -> None:
+            cluster.prompt.detach()
+            lost = "INSERT INTO item SELECT number, 0 FROM generate_series(1000, 50000) AS number"
+            sql(urls.primary, lost)
+            cluster.wait_until_caught_up(cluster.late)
+            cluster.read_only()
+            cluster.prompt.promote()
+            cluster.late.follow(cluster.prompt.server)
+
+        async with tables(cluster, urls):
+            await asyncio.to_thread(fail_over)
+            async with opened(urls, urls.primary, url=url) as shop:
+                await assert_own_writes(shop, urls.prompt, urls.primary)
+            await asyncio.to_thread(cluster.primary.stop, "immediate")
+            async with opened(urls, urls.late, url=url) as shop:
+                await assert_own_writes(shop, urls.prompt, urls.late)
+            lost = "SELECT count(*) FROM item WHERE id >= 1000"
+            assert (sql(urls.prompt, lost), sql(urls.late, lost)) == ([(0,)], [(49001,)])
+
+
+async def test_a_primary_of_mariadb_that_comes_back_is_not_believed_to_have_later_commits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with AsyncExitStack() as stack:
+        cluster = stack.enter_context(clusters.mariadb())
+        urls = cluster.create_database()
+        proxy = stack.enter_context(SlowLink(port(urls.primary), 0))
+        url = make_url(urls.primary).set(port=proxy.port).render_as_string(hide_password=False)
+        (replica,) = cluster.replicas
+
+        def fail_over() -> None:
+            replica.detach()
+            lost = [f"INSERT INTO item VALUES ({number}, 0)" for number in range(1000, 1100)]
+            sql(urls.primary, *lost)
+            cluster.read_only()
+            replica.promote()
+            proxy.target = port(urls.late)
+
+        await stack.enter_async_context(tables(cluster, urls))
+        await asyncio.to_thread(fail_over)
+        shop = await stack.enter_async_context(opened(urls, urls.primary, url=url))
+        await assert_own_writes(shop, urls.late, urls.primary)
+        set_limits(monkeypatch, most_lag=1)
+        code, output = await asyncio.to_thread(check, urls.late, urls.primary)
+        assert code == 0, output
+        assert "more than 1 s late" in output

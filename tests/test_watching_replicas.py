@@ -170,6 +170,22 @@ def test_the_history_does_not_grow_while_nothing_reads() -> None:
     assert [commit.position.number for commit in history.commits] == [899, 901]
 
 
+def test_the_history_forgets_what_the_primary_before_a_failover_has_committed() -> None:
+    """No replica may ever name it. Another domain has a history of its own."""
+    history, now = History(), time.monotonic()
+    earlier = [Position("0-1", 320), Position("1-1", 5), Position("0-1", 330)]
+    history.commits.extend(Commit(now - MOST_LAG - 1, each) for each in earlier[:2])
+    history.commits.append(Commit(now, earlier[2]))
+    lag = Lag(history)
+    lag.answered({"0-1": 310, "1-1": 5})
+    assert (lag.seconds or 0) > MOST_LAG
+    history.add(Position("0-2", 321))
+    assert history.due() == Position("1-1", 5)
+    history.commits.append(Commit(now, Position("0-2", 322)))
+    lag.answered({"0-2": 321, "1-1": 5})
+    assert (lag.seconds or 0) < 1
+
+
 # -- Prometheus --------------------------------------------------------------------------------
 
 

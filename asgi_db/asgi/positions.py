@@ -1,6 +1,6 @@
 """How a client carries the position of its last write from one request to the next.
 
-    POST   →  201, asgi-db-db: 5f3c…:24107864, set-cookie: asgi-db-db=5f3c…:24107864; Max-Age=30; …
+    POST   →  201, asgi-db-db: 5f3c…:320, set-cookie: asgi-db-db=5f3c…:320; Max-Age=30; …
     GET    →  the same in a cookie, or in a header: a replica that is not there yet is not read from
 
 Only answers to requests that have written carry it, so that all others can be cached as before. It
@@ -25,7 +25,7 @@ from asgi_db.unit.origin import UnitLife
 
 COOKIE_MAX_AGE = 30
 """Seconds for which a client remembers its position. A replica that is later than that is not used
-in any case; after a failover the position means nothing, and does not count for longer."""
+in any case. That of a write which a failover has lost may never be reached, so it has to end."""
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 """What may be the name of a cookie and of a header.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Literal
 
@@ -90,7 +90,7 @@ async def _check(
     of_primary, server = await _identify(primary), await _identify(replica)
     if server.identity == of_primary.identity:
         return "the primary itself, at the moment"
-    needed = await _positions(primary)
+    needed = _last_of_each_history(await _positions(primary))
     if not needed:
         report.error(
             "The primary has no position that a replica could be compared with.",
@@ -98,7 +98,8 @@ async def _check(
             " each other: reads wait for what the others have committed with wsrep_sync_wait.",
         )
         return "not comparable"
-    if not needed.keys() & (await _positions(replica)).keys():
+    reached = await _positions(replica)
+    if not {each.history for each in needed} & {each.history for each in reached}:
         report.error(
             f"The replica {name} has nothing of what the primary has written: it is a server of"
             " its own, or replicates another one. Reads there would find other data.",
@@ -152,22 +153,35 @@ def _check_replication(report: Report, name: str, server: Server) -> None:
         )
 
 
-async def _positions(connection: AsyncConnection) -> dict[str, int]:
-    """Return how far a server has come, in each history that it knows."""
+async def _positions(connection: AsyncConnection) -> list[Position]:
+    """Return how far a server has come, in each system that it knows."""
     replication = driver_of(connection.dialect).replication
     if replication is None:
-        return {}
+        return []
     rows = (await connection.execute(text(replication.question))).all()
-    positions: list[Position] = replication.reached(rows)
-    return dict(positions)
+    return replication.reached(rows)
 
 
-async def _lag(replica: AsyncConnection, needed: dict[str, int]) -> float | None:
-    """Wait until a replica has what the primary had, and return the seconds that it took."""
+def _last_of_each_history(positions: Iterable[Position]) -> list[Position]:
+    """Leave out what the servers before this one have written: not every replica can name it."""
+    last: dict[str, Position] = {}
+    for position in positions:
+        if position.number >= last.get(position.history, position).number:
+            last[position.history] = position
+    return list(last.values())
+
+
+async def _lag(replica: AsyncConnection, needed: Sequence[Position]) -> float | None:
+    """Wait until a replica has what the primary had, and return the seconds that it took.
+
+    A history of which it has nothing at all is one that it does not replicate.
+    """
     started = time.monotonic()
     while time.monotonic() < started + MOST_LAG:
-        reached = await _positions(replica)
-        if all(reached.get(system, number) >= number for system, number in needed.items()):
+        positions = await _positions(replica)
+        reached, known = dict(positions), {each.history for each in positions}
+        due = [each for each in needed if each.history in known]
+        if all(reached.get(system, -1) >= number for system, number in due):
             return time.monotonic() - started
         await anyio.sleep(LOOK_AGAIN)
     return None

@@ -18,7 +18,7 @@ from asgi_db.drivers.replication import UNKNOWN, Position, Replication
 _COMMITTED = "asgi_db_committed"
 """The key in a pooled connection's `info` for what the server has said to its last COMMIT."""
 
-_GTID = re.compile(r"(\d+)-\d+-(\d+)")
+_GTID = re.compile(r"(\d+)-(\d+)-(\d+)")
 _LAST_GTID = re.compile(rb"\x09last_gtid.(\d+-\d+-\d+)", re.DOTALL)
 
 
@@ -29,8 +29,9 @@ class MariaDBReplication(Replication):
     https://mariadb.com/kb/en/ok_packet/#session-state-info
     """
 
-    # What the server has replicated, and what it has written itself since it was promoted.
-    question = "SELECT @@global.gtid_current_pos"
+    # The last that the server has replicated, or written itself since it was promoted; and the last
+    # of each server that its binary log has.
+    question = "SELECT @@global.gtid_current_pos, @@global.gtid_binlog_state"
 
     def prepare(self, engine: Engine) -> None:
         event.listen(engine, "do_connect", _ask_to_track)
@@ -52,11 +53,24 @@ class MariaDBReplication(Replication):
         return positions[0] if positions else UNKNOWN
 
     def reached(self, rows: Sequence[Any]) -> list[Position]:
-        return _positions(str(rows[0][0])) if rows else []
+        """Return what it has of each server that has written, in each domain.
+
+        A number alone says nothing of that: an old primary may have numbers of its own that are
+        greater than those of the new one. Of a server before the last one, the binary log tells;
+        what it has is certainly applied if its number is smaller than the last one in the domain.
+        """
+        if not rows:
+            return []
+        last, logged = (_positions(str(gtids)) for gtids in rows[0])
+        numbers = {position.history: position.number for position in last}
+        return [each for each in logged if each.number < numbers.get(each.history, 0)] + last
 
 
 def _positions(gtids: str) -> list[Position]:
-    return [Position(domain, int(number)) for domain, number in _GTID.findall(gtids)]
+    return [
+        Position(f"{domain}-{server}", int(number))
+        for domain, server, number in _GTID.findall(gtids)
+    ]
 
 
 def _ask_to_track(

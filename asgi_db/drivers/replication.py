@@ -11,15 +11,26 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 
 class Position(NamedTuple):
-    """A place in the history of a system, which each of its servers reaches sooner or later.
+    """A place in the history of a system, which each server that follows it reaches later.
+
+    It also names the branch of the history. After a failover, servers may have written or received
+    what the new primary never had; they are farther on a branch that has been given up, and that
+    must not count as having what the new primary has committed since.
 
     Attributes:
-        system: the history: the cluster on PostgreSQL, the domain on MariaDB.
-        number: the place; a greater one comes later.
+        system: where the numbers come from: the cluster on PostgreSQL; on MariaDB the domain and
+            the server that has written, such as `0-1`.
+        number: the place; a greater one comes later. On PostgreSQL its upper part is the timeline,
+            as a newer one has everything of an older one that has survived.
     """
 
     system: str
     number: int
+
+    @property
+    def history(self) -> str:
+        """The history that the servers of a database share: the system without the server."""
+        return self.system.partition("-")[0]
 
     def __str__(self) -> str:
         return f"{self.system}:{self.number}" if self.system else _UNKNOWN
@@ -30,7 +41,7 @@ _UNKNOWN = "unknown"
 UNKNOWN = Position("", 0)
 """The position of a commit that could not be found out; no replica is known to have reached it."""
 
-_POSITION = re.compile(r"([0-9a-f]{1,16}):([0-9]{1,20})")
+_POSITION = re.compile(r"([0-9a-f]{1,16}|[0-9]{1,10}-[0-9]{1,10}):([0-9]{1,30})")
 
 
 def parse_position(text: str) -> Position | None:
@@ -73,5 +84,5 @@ class Replication(Protocol):
         ...
 
     def reached(self, rows: Sequence[Any]) -> list[Position]:
-        """Return what the answer to `question` says: a position for each history."""
+        """Return what the answer to `question` says: a position for each system."""
         ...

@@ -40,9 +40,23 @@ class History:
     def add(self, position: Position) -> None:
         """Note a commit of this moment."""
         now = time.monotonic()
+        if self.commits and self.commits[-1].position.system != position.system:
+            self._forget_before(position)
         if not self.commits or now - self.commits[-1].at >= _APART:
             self.commits.append(Commit(now, position))
             self._forget_old()
+
+    def _forget_before(self, position: Position) -> None:
+        """Forget what the last primary of MariaDB has committed, as another one does so now.
+
+        What the new one never got no replica will ever name.
+        """
+        self.commits = deque(
+            commit
+            for commit in self.commits
+            if commit.position.system == position.system
+            or commit.position.history != position.history
+        )
 
     def due(self) -> Position | None:
         """Return the position that each replica must have reached by now, if there is one."""
@@ -77,10 +91,11 @@ class Lag:
         """Note what the replica has reached, for each system."""
         commits = self._history.commits.copy()
         missing = next((commit for commit in commits if not commit.is_in(reached)), None)
-        # The history has forgotten what a replica that is very late was missing first.
         earlier = self._missing
-        if earlier is not None and missing is commits[0] and not earlier.is_in(reached):
-            missing = earlier
+        if missing is not None and missing is commits[0] and earlier is not None:
+            # The history has forgotten what a replica that is very late was missing first.
+            if earlier.position.system == missing.position.system and not earlier.is_in(reached):
+                missing = earlier
         self._missing = missing
         if commits:
             self.seconds = 0.0 if missing is None else time.monotonic() - missing.at
