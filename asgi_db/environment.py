@@ -94,8 +94,17 @@ def database_url_from_env(environ: Mapping[str, str]) -> URL | None:
 
 
 def replica_urls_from_env(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """Read the URLs of the replicas from `DATABASE_REPLICA_URLS`, where blanks separate them."""
-    return tuple(environ.get("DATABASE_REPLICA_URLS", "").split())
+    """Read the URLs of the replicas from `DATABASE_REPLICA_URLS`, where blanks separate them.
+
+    Raises:
+        ConfigurationError: something else separates them.
+    """
+    urls = environ.get("DATABASE_REPLICA_URLS", "")
+    if re.search(r"[,;]\s*[\w+]+://|://\S*[,;](?:\s|$)", urls):
+        raise ConfigurationError(
+            "DATABASE_REPLICA_URLS has a comma or semicolon between its URLs: put blanks there."
+        )
+    return tuple(urls.split())
 
 
 def _env_port(port: str | None) -> int | None:

@@ -6,20 +6,20 @@ import re
 import weakref
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import httpx
 import pytest
-from fastapi import FastAPI, Request, Response, WebSocket
+from fastapi import Depends, FastAPI, Request, Response, WebSocket
 from fastapi.responses import StreamingResponse
-from sqlalchemy import make_url, text
+from sqlalchemy import String, make_url, text
 from sqlalchemy.ext.asyncio import (
     AsyncConnection,
     AsyncEngine,
     AsyncSession,
     create_async_engine,
 )
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from asgi_db import (
     ConfigurationError,
@@ -34,6 +34,7 @@ from asgi_db.configured import configured_database
 from asgi_db.drivers.postgresql_replication import PostgreSQLReplication
 from asgi_db.drivers.replication import UNKNOWN, Position, latest, parse_position
 from asgi_db.types import Message, Scope
+from asgi_db_fastapi import CurrentSessionReadOnly, CurrentSessionTransaction
 from tests.clusters import Cluster, Urls
 
 SERVER = {"postgresql": "SELECT inet_server_port()", "mysql": "SELECT @@port"}
@@ -656,3 +657,91 @@ async def _fill_a_page(connection: AsyncConnection) -> int:
         if size == 8 and here // 8192 == before // 8192:
             around = here - before - 8
     raise AssertionError("something else writes into the log")
+
+
+# -- from a replica to the primary -------------------------------------------------------------
+
+
+class _Base(DeclarativeBase):
+    pass
+
+
+class Account(_Base):
+    __tablename__ = "accounts"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    balance: Mapped[int]
+
+
+class Share(_Base):
+    __tablename__ = "shares"
+    account_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    name: Mapped[str] = mapped_column(String(20), primary_key=True)
+    number: Mapped[int]
+
+
+def make_bank(database: Database) -> FastAPI:
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware, database=database)
+
+    async def account(session: CurrentSessionReadOnly) -> Account:
+        await session.get_one(Share, (1, "x"))
+        return await session.get_one(Account, 1)
+
+    async def gone(session: CurrentSessionReadOnly) -> Account | None:
+        return await session.get(Account, 2)
+
+    @app.post("/spend/{amount}")
+    async def spend(
+        amount: int,
+        account: Annotated[Account, Depends(account)],
+        gone: Annotated[Account | None, Depends(gone)],
+        session: CurrentSessionTransaction,
+    ) -> list[int]:
+        share = await session.get_one(Share, (1, "x"))
+        if account.balance >= amount:
+            account.balance -= amount
+        return [account.balance, share.number, gone.balance if gone else -1]
+
+    return app
+
+
+async def test_what_a_replica_has_shown_is_read_again_before_the_primary_writes(
+    urls: Urls, cluster: Cluster
+) -> None:
+    async with Database(urls.primary, replicas=urls.replicas) as database:
+        await database.create_tables(_Base.metadata)
+        async with database.transaction() as session:
+            session.add_all([Account(id=1, balance=100), Account(id=2, balance=5)])
+            session.add(Share(account_id=1, name="x", number=7))
+        cluster.wait_until_caught_up()
+        for replica in cluster.replicas:
+            replica.pause()
+        async with Database(urls.primary) as elsewhere, elsewhere.transaction() as session:
+            await session.execute(text("UPDATE accounts SET balance = 40 WHERE id = 1"))
+            await session.execute(text("UPDATE shares SET number = 8"))
+            await session.execute(text("DELETE FROM accounts WHERE id = 2"))
+        async with client_of(make_bank(database)) as client:
+            with database.capture_statements() as statements:
+                assert (await client.post("/spend/80")).json() == [40, 8, 5]
+            assert len(statements) == 5  # three on the replica, and one for each class
+            assert (await client.post("/spend/30")).json() == [10, 8, 5]
+        async with database.session() as session:
+            assert await session.scalar(text("SELECT balance FROM accounts WHERE id = 1")) == 10
+
+
+async def test_a_function_that_writes_runs_on_the_primary(postgresql_urls: Urls) -> None:
+    urls = postgresql_urls
+    async with Database(urls.primary, replicas=urls.replicas) as database:
+        async with database.session(read_only) as session:
+            assert await session.scalar(text("SELECT pg_is_in_recovery()"))
+            assert await session.scalar(text("SELECT txid_current()"))
+            assert not await session.scalar(text("SELECT pg_is_in_recovery()"))
+
+
+@pytest.mark.parametrize("between", [",", ", ", " , ", ";", ",\n"])
+def test_replicas_are_separated_by_blanks(between: str) -> None:
+    environ = {"DATABASE_URL": PRIMARY, "DATABASE_REPLICA_URLS": f"{PRIMARY}2{between}{PRIMARY}3"}
+    with pytest.raises(ConfigurationError, match="put blanks there"):
+        Database.from_env(environ)
+    environ["DATABASE_REPLICA_URLS"] = "postgresql://a,b/x postgresql://app:a,b@db3/x"
+    assert len(Database.from_env(environ).stats().replicas) == 2

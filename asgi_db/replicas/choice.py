@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
 
+from asgi_db.drivers import driver_of
 from asgi_db.drivers.outages import WrongSettingsError
 from asgi_db.drivers.replication import Position
 from asgi_db.errors import DatabaseConflictError, DatabaseDownError
@@ -95,6 +97,8 @@ class Choice:
             self._replica = None
             if not self.has_read:
                 self._replica = await self._servers.replica_for(self.own_writes.needed)
+        elif _only_reads(replica, error):  # A function in a SELECT has written.
+            self._replica = None
         else:
             return False
         return True
@@ -115,3 +119,10 @@ class Choice:
         self.own_writes.has_committed(position)
         if position.system:
             self._servers.history.add(position)
+
+
+def _only_reads(replica: Replica, error: Exception) -> bool:
+    """Whether a statement was refused because its server only reads."""
+    if not isinstance(error, DBAPIError) or error.orig is None:
+        return False
+    return driver_of(replica.life.engine.dialect).only_reads(error.orig)

@@ -7,10 +7,12 @@ runs again on another server; nothing is lost by that, because a replica only re
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, cast
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, select, tuple_
+from sqlalchemy.orm import Mapper
 from sqlalchemy.util.concurrency import in_greenlet
 
 from asgi_db.drivers.statements import Effect
@@ -20,6 +22,7 @@ from asgi_db.sqlalchemy_versions import await_
 from asgi_db.unit.ending import give_back
 from asgi_db.unit.operation import MAY_BE_LATE
 from asgi_db.unit.sync_session import OPERATIONS, UnitSession
+from asgi_db.unit.unit_of_work import UnitOfWork
 
 
 def rerouting(sync_class: type[UnitSession]) -> type[UnitSession]:
@@ -58,6 +61,9 @@ def _moving(operation: Callable[..., Any]) -> Callable[..., Any]:
         if unit.operation is not None:  # It is part of another one, which runs again as a whole.
             return operation(self, *args, **kwargs)
         choice = _choice_of(self)
+        if choice.has_read and _leaves_replica(unit, choice) and in_greenlet():
+            choice.has_read = False
+            _read_from_primary(self)
         while True:
             try:
                 result = operation(self, *args, **kwargs)
@@ -75,6 +81,32 @@ def _moving(operation: Callable[..., Any]) -> Callable[..., Any]:
                 return result
 
     return moving
+
+
+def _leaves_replica(unit: UnitOfWork, choice: Choice) -> bool:
+    """Whether the next operation runs on the primary, and the last one ran on a replica."""
+    return choice.uses_replica and not (unit.wanted_mode() or unit.mode).may_use_replica
+
+
+def _read_from_primary(session: UnitSession) -> None:
+    """Read again what a replica has shown, before anything is decided by it on the primary.
+
+    The replica may be seconds behind. An object that the session has already would keep its values,
+    and an UPDATE made of them would undo what others have committed. What the handler has changed
+    stays as it is, and so does what the primary does not have any more.
+    """
+    identities: defaultdict[Mapper[Any], list[tuple[Any, ...]]] = defaultdict(list)
+    for state in session.identity_map.all_states():
+        if state.identity is not None and not state.modified:
+            identities[state.mapper].append(state.identity)
+    for mapper, keys in identities.items():
+        columns = mapper.primary_key
+        is_one = columns[0].in_([key[0] for key in keys])
+        if len(columns) > 1:
+            is_one = tuple_(*columns).in_(keys)
+        statement = select(mapper.class_).where(is_one)
+        found = session.execute(statement, execution_options={"populate_existing": True})
+        found.unique().all()
 
 
 def _can_run_again(session: UnitSession) -> bool:
