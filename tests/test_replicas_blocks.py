@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -367,7 +367,7 @@ def test_a_position_is_forgotten_after_a_while(monkeypatch: pytest.MonkeyPatch) 
 
 
 @contextmanager
-def unchanged_context() -> Iterator[None]:
+def unchanged_context() -> Generator[None]:
     before = dict(contextvars.copy_context().items())
     yield
     after = dict(contextvars.copy_context().items())

@@ -142,7 +142,12 @@ def _of_outer_call(site: Site, scope: Scope) -> OwnWrites | None:
 
 def position_in(scope: Scope, key: str) -> Position | None:
     """Return the latest position that the client has sent, in a cookie or a header."""
-    return latest(filter(None, map(parse_position, _sent(scope, f"asgi-db-{key}".lower()))))
+    name = f"asgi-db-{key}".lower()
+    encoded = name.encode()
+    for field, value in scope["headers"]:  # Most requests bring none.
+        if field == encoded or (field == b"cookie" and encoded in value.lower()):
+            return latest(filter(None, map(parse_position, _sent(scope, name))))
+    return None
 
 
 def _sent(scope: Scope, name: str) -> Iterable[str]:
