@@ -124,6 +124,7 @@ class Database(Generic[SessionT_co]):
         self.has_replicas = bool(replicas)
         self._topology = topology(settings, self.statistics, replicas, given=engine)
         self._engines = self._topology.primary
+        self.clients = self._topology.clients
         # Without a step in between: each request asks it.
         self.life_on: Callable[[asyncio.AbstractEventLoop], UnitLife] = (
             self._topology.on if replicas else self._engines.on

@@ -66,7 +66,7 @@ async def test_a_read_after_a_write_of_the_same_request_runs_on_the_primary(
 async def test_a_hook_reads_where_it_is_told_to(
     cluster: Cluster, urls: Urls, database: Database
 ) -> None:
-    """What a hook or another block writes is not told to the client; `fresh` reads it."""
+    """It finds what its request has committed, also without `fresh`."""
     for replica in cluster.replicas:
         await asyncio.to_thread(replica.pause)
     found = list[str]()
@@ -85,14 +85,11 @@ async def test_a_hook_reads_where_it_is_told_to(
 
     exchange = await call(DBSessionMiddleware(app, database, mode=transactional))
     assert exchange.status == 200
-    primary, replicas = ports(urls)
-    (old, old_port), (new, new_port) = (map(int, each.split()) for each in found)
-    assert old_port in replicas and old == 0
-    assert (new, new_port) == (1, primary)
+    assert found == [f"1 {ports(urls)[0]}"] * 2
 
 
-def talking(database: Database) -> ASGIApp:
-    """A WebSocket which reads for each message; a POST writes."""
+def talking(database: Database, *, in_block: bool) -> ASGIApp:
+    """A WebSocket which reads for each message, or writes before that; a POST writes."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         session: DBSession = scope["state"]["db"]
@@ -102,8 +99,16 @@ def talking(database: Database) -> ASGIApp:
             await send({"type": "http.response.start", "status": 201, "headers": []})
             return await send({"type": "http.response.body"})
         await send({"type": "websocket.accept"})
-        while (await receive())["type"] == "websocket.receive":
-            await send({"type": "websocket.send", "text": await read(session, 1)})
+        while (message := await receive())["type"] == "websocket.receive":
+            if message["text"] == "write":
+                async with database.transaction() as writing:
+                    await write(writing, 1, 2)
+            if in_block:
+                async with database.session(read_only) as block:
+                    text = await read(block, 1)
+            else:
+                text = await read(session, 1)
+            await send({"type": "websocket.send", "text": text})
 
     def mode(scope: Scope) -> Mode:
         return transactional if scope["type"] == "http" else read_only
@@ -111,12 +116,13 @@ def talking(database: Database) -> ASGIApp:
     return DBSessionMiddleware(app, database, mode=mode)
 
 
-async def test_a_websocket_reads_what_its_client_was_told_before_it_was_opened(
-    cluster: Cluster, urls: Urls, database: Database
+@pytest.mark.parametrize("in_block", [False, True])
+async def test_a_websocket_reads_what_its_client_was_told_before_and_what_it_has_written(
+    cluster: Cluster, urls: Urls, database: Database, in_block: bool
 ) -> None:
     for replica in cluster.replicas:
         await asyncio.to_thread(replica.pause)
-    async with served_here(talking(database)) as (_, port):
+    async with served_here(talking(database, in_block=in_block)) as (_, port):
         async with httpx.AsyncClient(verify=False, trust_env=False) as http:
             written = await http.post(f"http://127.0.0.1:{port}/")
         assert written.status_code == 201
@@ -134,3 +140,6 @@ async def test_a_websocket_reads_what_its_client_was_told_before_it_was_opened(
                     await socket.send("read")
                     there, server = map(int, str(await socket.recv()).split())
                     assert (there, server in expected) == (version, True)
+                if headers:
+                    await socket.send("write")
+                    assert await socket.recv() == f"2 {primary}"

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from asgi_db.asgi.frameworks import copy_scope
 from asgi_db.asgi.turns import Gates, Turn
+from asgi_db.replicas.own_writes import OwnWrites
 from asgi_db.types import Message, Receive, Scope
 
 BODY_LIMIT = 1024 * 1024
@@ -35,11 +36,13 @@ class Attempts:
         number: the number of the running attempt, from 1.
         ends_at: when the `timeout=` of the request ends, by the event loop's clock; None if it
             has none, or no statement has run yet.
+        own_writes: what they have committed together, where the database has replicas.
     """
 
     def __init__(self, scope: Scope, receive: Receive, gates: Gates) -> None:
         self.number = 1
         self.ends_at: float | None = None
+        self.own_writes: OwnWrites | None = None
         self._scope = copy_scope(scope)
         self._receive = receive
         self._messages: list[Message] = []

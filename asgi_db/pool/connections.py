@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import anyio
@@ -52,8 +52,14 @@ class Held(NamedTuple):
 
 
 class Connections:
-    """The open connections of an engine, and which of them are checked out."""
+    """The open connections of an engine, and which of them are checked out.
 
+    Attributes:
+        check_new: called with each new connection before it counts as set up; it raises an error
+            if the connection is not to be used.
+    """
+
+    check_new: Callable[[DBAPIConnection], None] | None = None
     _has_named_idle_limit = False
 
     def __init__(
@@ -94,6 +100,8 @@ class Connections:
         event.listen(target, "detach", self._detach)
 
     def _connect(self, connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
+        if self.check_new is not None:
+            self.check_new(connection)
         connect_is_complete()
         self._driver.adopt(self._dialect.get_driver_connection(connection))
         entry.info[_VERIFIED] = time.monotonic()

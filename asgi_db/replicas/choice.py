@@ -7,9 +7,10 @@ from sqlalchemy.exc import DBAPIError
 
 from asgi_db.drivers import driver_of
 from asgi_db.drivers.outages import WrongSettingsError
-from asgi_db.drivers.replication import Position, latest
+from asgi_db.drivers.replication import Position
 from asgi_db.errors import DatabaseConflictError, DatabaseDownError
 from asgi_db.modes import Mode
+from asgi_db.replicas.own_writes import OwnWrites
 from asgi_db.replicas.replica import Replica
 from asgi_db.replicas.servers import Servers
 
@@ -18,25 +19,25 @@ class Choice:
     """Chooses the server for each unit of work of one session.
 
     A unit that only reads runs on a replica that has everything which its client was told is
-    committed, all others on the primary. After a write, everything runs on the primary.
+    committed, all others on the primary. After a write, everything in a request runs on the
+    primary.
 
     Attributes:
         engine: the engine of the primary.
         statistics: where the units are counted.
-        needed: the latest position that the client was told, if any.
-        committed: the position of what this session has committed, if it has.
+        own_writes: what was committed for the client of the session, or for its script.
         is_of_request: whether the session serves one request, all whose reads go to one server.
         has_read: whether it has read from the replica.
     """
 
-    needed: Position | None = None
-    committed: Position | None = None
     is_of_request = False
     _replica: Replica | None = None
     _is_chosen = False
+    _commits = 0
     has_read = False
 
-    def __init__(self, servers: Servers) -> None:
+    def __init__(self, servers: Servers, own_writes: OwnWrites) -> None:
+        self.own_writes = own_writes
         self.engine = servers.primary.engine
         self.statistics = servers.primary.statistics
         self._servers = servers
@@ -49,6 +50,9 @@ class Choice:
     def bind_for(self, bind: Engine | Connection, mode: Mode) -> Engine | Connection:
         """Return the variant of an engine on which transactions begin as the mode says."""
         primary, replica = self._servers.primary, self._replica
+        if replica is not None and mode.autocommit and self._commits != self.own_writes.commits:
+            # Another session has committed since; each statement sees what there is by then.
+            self._replica = replica = None
         if replica is not None and bind is self.engine.sync_engine:
             return replica.life.bind_for(replica.life.engine.sync_engine, mode)
         return primary.bind_for(bind, mode)
@@ -64,13 +68,14 @@ class Choice:
         Args:
             mode: the mode in which it begins.
         """
-        may_use_replica = mode.may_use_replica and self.committed is None
+        may_use_replica = mode.may_use_replica and not self.own_writes.needs_primary
         if not may_use_replica:
             self._replica = None
         elif not (self._is_chosen and self.is_of_request):
             self.has_read = False
-            self._replica = await self._servers.replica_for(self.needed)
+            self._replica = await self._servers.replica_for(self.own_writes.needed)
         self._is_chosen = True
+        self._commits = self.own_writes.commits
         if self._replica is not None:
             self._replica.begins()
         elif may_use_replica:
@@ -91,7 +96,7 @@ class Choice:
             replica.failed(error)
             self._replica = None
             if not self.has_read:
-                self._replica = await self._servers.replica_for(self.needed)
+                self._replica = await self._servers.replica_for(self.own_writes.needed)
         elif _only_reads(replica, error):  # A function in a SELECT has written.
             self._replica = None
         else:
@@ -111,8 +116,7 @@ class Choice:
 
     def has_committed(self, position: Position) -> None:
         """Note the position of a COMMIT of the session."""
-        earlier = [] if self.committed is None else [self.committed]
-        self.committed = latest([*earlier, position])
+        self.own_writes.has_committed(position)
         if position.system:
             self._servers.history.add(position)
 

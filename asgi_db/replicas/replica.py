@@ -6,10 +6,9 @@ import asyncio
 import time
 from typing import Any
 
-from sqlalchemy import Connection, event
+from sqlalchemy import Connection
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.pool import ConnectionPoolEntry
 
 from asgi_db.drivers import driver_of
 from asgi_db.drivers.describing import brief
@@ -64,7 +63,7 @@ class Replica:
         self._asked = self._heard = -HEARD_FOR
         self._silent_since: float | None = None
         self._down_since: float | None = None
-        event.listen(life.engine.sync_engine, "connect", self._connected)
+        life.connections.check_new = self._check_new
 
     @property
     def is_down(self) -> bool:
@@ -160,7 +159,7 @@ class Replica:
             connection.invalidate()  # It may be in the middle of the answer.
             raise
 
-    def _connected(self, connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
+    def _check_new(self, connection: DBAPIConnection) -> None:
         """Refuse a new connection to a replica that has lost what it had.
 
         It may have crashed without being missed. A unit of work that has chosen it, by what it had

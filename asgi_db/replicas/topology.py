@@ -18,6 +18,7 @@ from asgi_db.pool.life import EngineLife
 from asgi_db.replicas.choice import Choice
 from asgi_db.replicas.commits import follow_commits
 from asgi_db.replicas.history import History
+from asgi_db.replicas.own_writes import Clients
 from asgi_db.replicas.replica import Replica
 from asgi_db.replicas.servers import Servers
 from asgi_db.settings import Secret, read_url
@@ -29,6 +30,7 @@ class Topology:
 
     Attributes:
         primary: the engines of the primary.
+        clients: what was committed for each client, or script.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Topology:
             replication: what is known of the replicas of this database.
         """
         self.primary = primary
+        self.clients = Clients()
         self._replicas = tuple(replicas)
         self._replication = replication
         self._history = History()
@@ -55,7 +58,7 @@ class Topology:
             for closed in [each for each in self._servers.copy() if each.is_closed()]:
                 self._servers.pop(closed, None)
             servers = self._servers[loop] = self._servers_on(loop, primary)
-        return Choice(servers)
+        return Choice(servers, self.clients.here())
 
     def _servers_on(self, loop: asyncio.AbstractEventLoop, primary: EngineLife) -> Servers:
         replicas: list[Replica] = []
