@@ -42,11 +42,6 @@ class Choice:
         self.statistics = servers.primary.statistics
         self._servers = servers
 
-    @property
-    def uses_replica(self) -> bool:
-        """Whether the unit runs on a replica."""
-        return self._replica is not None
-
     def bind_for(self, bind: Engine | Connection, mode: Mode) -> Engine | Connection:
         """Return the variant of an engine on which transactions begin as the mode says."""
         primary, replica = self._servers.primary, self._replica

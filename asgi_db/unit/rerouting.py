@@ -17,6 +17,7 @@ from sqlalchemy.util.concurrency import in_greenlet
 
 from asgi_db.drivers.statements import Effect
 from asgi_db.errors import DatabaseTimeoutError
+from asgi_db.modes import Mode
 from asgi_db.replicas.choice import Choice
 from asgi_db.sqlalchemy_versions import await_
 from asgi_db.unit.ending import give_back
@@ -61,7 +62,7 @@ def _moving(operation: Callable[..., Any]) -> Callable[..., Any]:
         if unit.operation is not None:  # It is part of another one, which runs again as a whole.
             return operation(self, *args, **kwargs)
         choice = _choice_of(self)
-        if choice.has_read and _leaves_replica(unit, choice) and in_greenlet():
+        if choice.has_read and not _mode_of_next(unit).may_use_replica and in_greenlet():
             choice.has_read = False
             _read_from_primary(self)
         while True:
@@ -83,9 +84,9 @@ def _moving(operation: Callable[..., Any]) -> Callable[..., Any]:
     return moving
 
 
-def _leaves_replica(unit: UnitOfWork, choice: Choice) -> bool:
-    """Whether the next operation runs on the primary, and the last one ran on a replica."""
-    return choice.uses_replica and not (unit.wanted_mode() or unit.mode).may_use_replica
+def _mode_of_next(unit: UnitOfWork) -> Mode:
+    """Return the mode in which the next operation runs."""
+    return unit.wanted_mode() or unit.mode
 
 
 def _read_from_primary(session: UnitSession) -> None:
