@@ -341,7 +341,7 @@ async def test_no_log_line_error_or_repr_shows_the_password(
     caplog.set_level(logging.DEBUG)
     url = make_url(server_url).set(port=1, database="missing", password=SECRET)
     options = {"echo": "debug", "echo_pool": "debug"}
-    database = Database(url, wait_for=0.2, engine_options=options)
+    database = Database(url, wait_for=1.5, engine_options=options)
     with pytest.raises(ConnectionError, match="did not come up within") as raised:
         await database.start()
     await database.dispose()
