@@ -142,7 +142,7 @@ class Cluster:
             replica.resume()
             replica.set_lag(LAG if replica is self.late else 0)
 
-    def wait_until_caught_up(self, *replicas: Replica, within: float = 30) -> None:
+    def wait_until_caught_up(self, *replicas: Replica, within: float = 60) -> None:
         """Wait until replicas (or all of them) show everything that is committed now."""
         waiting = list(replicas or self.replicas)
         position = self.position()
@@ -392,7 +392,7 @@ def change(server: DatabaseServer, name: str, value: str) -> None:
         _wait_until(lambda: sql(server.url, asked) == [(value,)])
 
 
-def _wait_until(holds: Callable[[], bool], within: float = 20) -> None:
+def _wait_until(holds: Callable[[], bool], within: float = 60) -> None:
     deadline = time.monotonic() + within
     while not holds():
         assert time.monotonic() < deadline

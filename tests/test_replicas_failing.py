@@ -69,7 +69,7 @@ async def readers(shop: Shop, number: int = 6) -> AsyncGenerator[list[Seen]]:
         await asyncio.gather(*tasks)
 
 
-async def until(holds: Callable[[], bool], within: float = 20) -> None:
+async def until(holds: Callable[[], bool], within: float = 60) -> None:
     """Wait for something that is to come."""
     async with asyncio.timeout(within):
         while not holds():  # noqa: ASYNC110 - nobody says when
@@ -448,7 +448,7 @@ async def test_a_replica_of_mariadb_is_promoted_under_writers() -> None:
 
 async def write_elsewhere(visitor: Visitor) -> None:
     """Write, once the first refusal has made the pool look for the new primary."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while (await visitor.write()).status != 201:  # noqa: ASYNC110 - it is a question
             await asyncio.sleep(0.02)
 

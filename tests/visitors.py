@@ -52,7 +52,7 @@ class Visitor:
         self.version += answer.status_code == 201
         return _seen(answer)
 
-    async def read_until(self, port: int, within: float = 20) -> None:
+    async def read_until(self, port: int, within: float = 60) -> None:
         """Read until a server answers."""
         async with asyncio.timeout(within):
             while (await self.read()).port != port:  # noqa: ASYNC110 - it is a question
