@@ -392,13 +392,13 @@ async def test_a_database_that_cannot_be_started_fails_the_startup(
         yield
 
     never_up = {"async_creator": refuse_connection}
-    app = make(Database(database_url, wait_for=0.3, engine_options=never_up), own)
+    app = make(Database(database_url, wait_for=0.8, engine_options=never_up), own)
     server = Server(app, at_the_end(lambda: assert_no_connection(database_url)))
     assert await server.startup() == "lifespan.startup.failed"
     await server.task
     assert server.types == ["lifespan.startup.failed"]
     reason = server.messages[0]["message"]
-    assert "did not come up within 0.3 s: " in reason and "the database is not ready" in reason
+    assert "did not come up within 0.8 s: " in reason and "the database is not ready" in reason
     assert is_or_holds(server.error, ConnectionError)
     assert started == []
     if make is not litestar:  # whose plugin is a lifespan like any other, so Litestar reports it
