@@ -73,6 +73,7 @@ class _Routed(Call):
         life = super().life()
         if isinstance(life, Choice):
             life.own_writes = self._own_writes  # The session may be used in another context first.
+            life.is_of_request = self._serves_request
         return life
 
     def shares(self, own_writes: OwnWrites) -> bool:
@@ -102,12 +103,6 @@ class RoutedExchange(_Routed, Exchange):
             if self._is_outermost and not self.needs_retry:
                 # What the request has started may go on for long.
                 self._own_writes.is_of_request = False
-
-    def life(self) -> UnitLife:
-        life = super().life()
-        if isinstance(life, Choice):
-            life.is_of_request = True
-        return life
 
     async def _send_with_position(self, send: Send, message: Message) -> None:
         """Tell the client the position of what was committed while the request was served."""

@@ -181,7 +181,7 @@ async def _lag(replica: AsyncConnection, needed: Sequence[Position]) -> float | 
         positions = await _positions(replica)
         reached, known = dict(positions), {each.history for each in positions}
         due = [each for each in needed if each.history in known]
-        if all(reached.get(system, -1) >= number for system, number in due):
+        if all(position.is_in(reached) for position in due):
             return time.monotonic() - started
         await anyio.sleep(LOOK_AGAIN)
     return None

@@ -60,6 +60,18 @@ def count(number: float) -> str:
     return f"{number:,.0f}"
 
 
+def scrolled(table: Markup, of_what: str) -> Markup:
+    """Wrap a table that may be wider than the page, so that it scrolls, by keys too."""
+    return tag(
+        "div",
+        table,
+        class_="scroll",
+        role="region",
+        tabindex="0",
+        aria_label=f"Table of the {of_what}, which can be scrolled",
+    )
+
+
 def seconds(value: float | None) -> str:
     """Format a time with two significant digits at least: 4.2 ms, 320 ms, 1.5 s, 3 min."""
     if value is None:

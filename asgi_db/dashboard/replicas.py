@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from asgi_db.dashboard.chart import bar
-from asgi_db.dashboard.markup import Markup, count, join, percent, seconds, tag
+from asgi_db.dashboard.markup import Markup, count, join, percent, scrolled, seconds, tag
 from asgi_db.statistics import DatabaseStats, PoolStats
 
 _HEADS = (
@@ -63,21 +63,15 @@ def table_of_replicas(stats: DatabaseStats) -> Markup:
         tag("th", label, scope="col", role="columnheader", class_=f"c-{key}", title=title)
         for key, label, title in _HEADS
     )
-    return tag(
-        "div",
-        tag(
-            "table",
-            tag("thead", tag("tr", *heads, role="row"), role="rowgroup"),
-            tag("tbody", *_rows(servers, reads), role="rowgroup"),
-            class_="routes replicas",
-            role="table",
-            aria_labelledby="replicas-title",
-        ),
-        class_="scroll",
-        role="region",
-        tabindex="0",
-        aria_label="Table of the replicas, which can be scrolled",
+    table = tag(
+        "table",
+        tag("thead", tag("tr", *heads, role="row"), role="rowgroup"),
+        tag("tbody", *_rows(servers, reads), role="rowgroup"),
+        class_="routes replicas",
+        role="table",
+        aria_labelledby="replicas-title",
     )
+    return scrolled(table, "replicas")
 
 
 def _rows(servers: Iterable[_Server], reads: int) -> Iterable[Markup]:

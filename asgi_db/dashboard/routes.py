@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from asgi_db.dashboard.chart import bar
-from asgi_db.dashboard.markup import Markup, count, join, percent, rate, seconds, tag
+from asgi_db.dashboard.markup import Markup, count, join, percent, rate, scrolled, seconds, tag
 from asgi_db.dashboard.view import View
 from asgi_db.histograms import Histogram
 from asgi_db.statistics import RouteStats
@@ -152,22 +152,16 @@ def table_of(routes: Mapping[str, RouteStats], view: View) -> Markup:
     if not rows:
         return tag("p", "No request has used the database yet.", class_="empty")
     more = len(rows) - len(shown)
+    table = tag(
+        "table",
+        tag("thead", *_heads(view), role="rowgroup"),
+        tag("tbody", *map(_row, shown), role="rowgroup"),
+        class_="routes",
+        role="table",
+        aria_labelledby="routes-title",
+    )
     return join(
-        tag(
-            "div",
-            tag(
-                "table",
-                tag("thead", *_heads(view), role="rowgroup"),
-                tag("tbody", *map(_row, shown), role="rowgroup"),
-                class_="routes",
-                role="table",
-                aria_labelledby="routes-title",
-            ),
-            class_="scroll",
-            role="region",
-            tabindex="0",
-            aria_label="Table of the routes, which can be scrolled",
-        ),
+        scrolled(table, "routes"),
         more > 0
         and tag(
             "p",

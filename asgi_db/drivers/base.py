@@ -123,6 +123,16 @@ class AnyDriver(Driver):
     def leave_autocommit(self, connection: DBAPIConnection) -> None:
         pass
 
+    def ask(self, connection: DBAPIConnection, question: str) -> list[Any]:
+        self.enter_autocommit(connection)
+        cursor = connection.cursor()
+        try:
+            cursor.execute(question)
+            return list(cursor.fetchall())
+        finally:
+            cursor.close()
+            self.leave_autocommit(connection)
+
     def effect_of(self, sql: str) -> Effect:
         return self.grammar.effect_of(sql)
 

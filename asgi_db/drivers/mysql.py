@@ -128,16 +128,13 @@ class MySQL(AnyDriver):
         driver_connection: Any = dialect.get_driver_connection(connection)
         if isinstance(driver_connection, StandIn):
             return
-        cursor = connection.cursor()
+        question = _WHICH_MARIADB if _is_mariadb(driver_connection) else _WHICH_MYSQL
         try:
-            cursor.execute(_WHICH_MARIADB if _is_mariadb(driver_connection) else _WHICH_MYSQL)
-            ((id, *place, started, uptime),) = cursor.fetchall()
+            ((id, *place, started, uptime),) = self.ask(connection, question)
         except Exception:
             if self.is_closed(driver_connection):
                 raise
             return  # It says nothing, so nothing is ended there.
-        finally:
-            cursor.close()
         if id == self.id_at_server(driver_connection):  # else a proxy has numbers of its own
             note_server(driver_connection, Server(tuple(place), int(started), float(uptime)))
 

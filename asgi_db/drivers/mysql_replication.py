@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -47,7 +47,9 @@ class MariaDBReplication(Replication):
 
         dialect.do_commit = do_commit  # type: ignore[method-assign, assignment]
 
-    def position(self, pooled: PoolProxiedConnection) -> Position:
+    def position(
+        self, pooled: PoolProxiedConnection, ask: Callable[[str], Sequence[Any]]
+    ) -> Position:
         found = _LAST_GTID.search(pooled.info.pop(_COMMITTED, b""))
         positions = _positions(found[1].decode()) if found else []
         return positions[0] if positions else UNKNOWN

@@ -267,25 +267,19 @@ class SupportedPostgreSQL(PostgreSQL):
         def connect(connection: Any, _: ConnectionPoolEntry) -> None:
             nonlocal warned
             driver_connection = engine.dialect.get_driver_connection(connection)
-            self.enter_autocommit(connection)
-            cursor = connection.cursor()
             try:
-                cursor.execute(_WATCH_CLIENT)
-                ((*which, id, chosen_by, limit, other_limit),) = cursor.fetchall()
-                limits = limit, other_limit
-                if id == self.id_at_server(driver_connection):
-                    note_server(driver_connection, _server(*which))
-                if chosen_by in _CHOSEN_BY_USER:
-                    self._read_by_choice.add(driver_connection)
-                self._idle_limits[driver_connection] = tuple(limits)
+                answer = self.ask(connection, _WATCH_CLIENT)
             except engine.dialect.loaded_dbapi.Error:
                 if self.is_closed(driver_connection):
                     raise
                 return  # On some systems the server cannot check its clients.
-            finally:
-                cursor.close()
-                self.leave_autocommit(connection)
-            if id != self.id_at_server(driver_connection) and not warned:
+            ((*which, id, chosen_by, limit, other_limit),) = answer
+            self._idle_limits[driver_connection] = limit, other_limit
+            if chosen_by in _CHOSEN_BY_USER:
+                self._read_by_choice.add(driver_connection)
+            if id == self.id_at_server(driver_connection):
+                note_server(driver_connection, _server(*which))
+            elif not warned:
                 warned = True
                 logger.warning(
                     "There is a pooler between this application and PostgreSQL. If it pools"
@@ -299,18 +293,12 @@ class SupportedPostgreSQL(PostgreSQL):
         driver_connection = dialect.get_driver_connection(connection)
         if isinstance(driver_connection, StandIn) or server_of(driver_connection) is not None:
             return  # It was asked already.
-        self.enter_autocommit(connection)
-        cursor = connection.cursor()
         try:
-            cursor.execute(_WHICH_SERVER)
-            ((*which, id),) = cursor.fetchall()
+            ((*which, id),) = self.ask(connection, _WHICH_SERVER)
         except dialect.loaded_dbapi.Error:
             if self.is_closed(driver_connection):
                 raise
             return  # It says nothing, so nothing is ended there.
-        finally:
-            cursor.close()
-            self.leave_autocommit(connection)
         if id == self.id_at_server(driver_connection):  # else a pooler has numbers of its own
             note_server(driver_connection, _server(*which))
 
@@ -318,14 +306,7 @@ class SupportedPostgreSQL(PostgreSQL):
         driver_connection = dialect.get_driver_connection(connection)
         if isinstance(driver_connection, StandIn) or driver_connection in self._read_by_choice:
             return super().takes_writes(dialect, connection)
-        self.enter_autocommit(connection)
-        cursor = connection.cursor()
-        try:
-            cursor.execute(self.ping)
-            ((takes_writes,),) = cursor.fetchall()
-        finally:
-            cursor.close()
-            self.leave_autocommit(connection)
+        ((takes_writes,),) = self.ask(connection, self.ping)
         return bool(takes_writes)
 
     def refuses_writes(self, pooled: PoolProxiedConnection) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sqlalchemy import Engine
@@ -60,13 +60,10 @@ class PostgreSQLReplication(Replication):
     def prepare(self, engine: Engine) -> None:
         pass
 
-    def position(self, pooled: PoolProxiedConnection) -> Position:
-        cursor = pooled.cursor()
-        try:
-            cursor.execute(_AFTER_COMMIT)
-            positions = self.reached(cursor.fetchall())
-        finally:
-            cursor.close()
+    def position(
+        self, pooled: PoolProxiedConnection, ask: Callable[[str], Sequence[Any]]
+    ) -> Position:
+        positions = self.reached(ask(_AFTER_COMMIT))
         return positions[0] if positions else UNKNOWN
 
     def reached(self, rows: Sequence[Any]) -> list[Position]:

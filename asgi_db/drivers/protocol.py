@@ -210,6 +210,14 @@ class Driver(Protocol):
     def leave_autocommit(self, connection: DBAPIConnection) -> None:
         """Undo `enter_autocommit`, when the connection is back in the pool; costs no round trip."""
 
+    def ask(self, connection: DBAPIConnection, question: str) -> list[Any]:
+        """Ask the server something that stands alone, and is no statement of the application.
+
+        Returns:
+            The rows of the answer.
+        """
+        ...
+
     # -- a statement
 
     def effect_of(self, sql: str) -> Effect:

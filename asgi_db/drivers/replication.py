@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from sqlalchemy import Engine
@@ -31,6 +31,10 @@ class Position(NamedTuple):
     def history(self) -> str:
         """The history that the servers of a database share: the system without the server."""
         return self.system.partition("-")[0]
+
+    def is_in(self, reached: Mapping[str, int]) -> bool:
+        """Return whether a server has it that has reached this, for each system."""
+        return reached.get(self.system, -1) >= self.number
 
     def __str__(self) -> str:
         return f"{self.system}:{self.number}" if self.system else _UNKNOWN
@@ -75,8 +79,14 @@ class Replication(Protocol):
     def prepare(self, engine: Engine) -> None:
         """Prepare the engine of a primary, before it connects, for what `position` needs."""
 
-    def position(self, pooled: PoolProxiedConnection) -> Position:
+    def position(
+        self, pooled: PoolProxiedConnection, ask: Callable[[str], Sequence[Any]]
+    ) -> Position:
         """Return the position of the COMMIT that this connection has just carried out.
+
+        Args:
+            pooled: the connection.
+            ask: returns the rows of the answer to a question over it; see `Driver.ask`.
 
         Raises:
             Exception: it cannot be found out.

@@ -66,11 +66,7 @@ def _position(driver: Driver, replication: Replication, pooled: PoolProxiedConne
         connection = pooled.dbapi_connection
         if connection is None:
             return UNKNOWN
-        driver.enter_autocommit(connection)
-        try:
-            return replication.position(pooled)
-        finally:
-            driver.leave_autocommit(connection)
+        return replication.position(pooled, functools.partial(driver.ask, connection))
 
     async def ask_in_time() -> Position:
         async with asyncio.timeout(POSITION_TIMEOUT):

@@ -22,10 +22,6 @@ class Commit(NamedTuple):
     at: float
     position: Position
 
-    def is_in(self, reached: Mapping[str, int]) -> bool:
-        """Return whether a server has it that has reached this, for each system."""
-        return reached.get(self.position.system, -1) >= self.position.number
-
 
 class History:
     """The last commits of this process.
@@ -90,11 +86,12 @@ class Lag:
     def answered(self, reached: Mapping[str, int]) -> None:
         """Note what the replica has reached, for each system."""
         commits = self._history.commits.copy()
-        missing = next((commit for commit in commits if not commit.is_in(reached)), None)
+        missing = next((commit for commit in commits if not commit.position.is_in(reached)), None)
         earlier = self._missing
         if missing is not None and missing is commits[0] and earlier is not None:
             # The history has forgotten what a replica that is very late was missing first.
-            if earlier.position.system == missing.position.system and not earlier.is_in(reached):
+            first = earlier.position
+            if first.system == missing.position.system and not first.is_in(reached):
                 missing = earlier
         self._missing = missing
         if commits:

@@ -82,7 +82,7 @@ class Replica:
             self._down_since is None
             and now - self._heard < HEARD_FOR
             and (silent_since is None or now - silent_since < ANSWER_TIMEOUT)
-            and all(self.reached.get(system, -1) >= number for system, number in positions)
+            and all(position.is_in(self.reached) for position in positions)
         )
 
     async def may_have(self, positions: tuple[Position, ...]) -> bool:
@@ -139,8 +139,7 @@ class Replica:
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT):
                 async with connection_of(AsyncEngine(engine)) as connection:
-                    rows = await connection.run_sync(self._ask_on)
-            self.reached = dict(self._replication.reached(rows))
+                    self.reached = await connection.run_sync(self._ask_on)
             self.lag.answered(self.reached)
         except Exception as error:
             self.failed(error)
@@ -152,9 +151,10 @@ class Replica:
         finally:
             self._question = None
 
-    def _ask_on(self, connection: Connection) -> list[Any]:
+    def _ask_on(self, connection: Connection) -> dict[str, int]:
+        adapted = connection.connection.dbapi_connection
         try:
-            return self._read_answer(connection.connection.dbapi_connection)
+            return {} if adapted is None else self._reached_over(adapted)
         except BaseException:
             connection.invalidate()  # It may be in the middle of the answer.
             raise
@@ -166,20 +166,11 @@ class Replica:
         before, then moves to another server.
         """
         before = self.reached
-        now = dict(self._replication.reached(self._read_answer(connection)))
-        if any(now.get(system, -1) < number for system, number in before.items()):
+        now = self._reached_over(connection)
+        if not all(Position(*each).is_in(now) for each in before.items()):
             raise connection_error(ConnectionError("it has come back without all that it had"))
 
-    def _read_answer(self, connection: DBAPIConnection | None) -> list[Any]:
-        """Ask the question; it is no statement of the application, and is not counted as one."""
-        if connection is None:
-            return []
+    def _reached_over(self, connection: DBAPIConnection) -> dict[str, int]:
+        """Ask the question over a connection."""
         driver = driver_of(self.life.engine.dialect)
-        driver.enter_autocommit(connection)
-        cursor = connection.cursor()
-        try:
-            cursor.execute(self._replication.question)
-            return list(cursor.fetchall())
-        finally:
-            cursor.close()
-            driver.leave_autocommit(connection)
+        return dict(self._replication.reached(driver.ask(connection, self._replication.question)))
