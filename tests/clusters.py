@@ -223,7 +223,7 @@ class GtidReplica:
         sql(self.server.url, "STOP SLAVE")
 
     def follow(self, primary: DatabaseServer) -> None:
-        self._link.target = _port(primary)
+        self._link.target = port(primary.url)
         user = make_url(primary.url).username
         sql(
             self.server.url,
@@ -364,7 +364,7 @@ def mariadb() -> Generator[Cluster, None, None]:
             )
             for number, folder in enumerate(folders, 1)
         )
-        link = stack.enter_context(SlowLink(_port(primary), LAG))
+        link = stack.enter_context(SlowLink(port(primary.url), LAG))
         replica = GtidReplica(follower, link)
         replica.follow(primary)
         yield Cluster(primary, [replica])
@@ -375,8 +375,9 @@ def _conninfo(primary: DatabaseServer) -> str:
     return f"host=127.0.0.1 port={url.port} user={url.username}"
 
 
-def _port(server: DatabaseServer) -> int:
-    return int(make_url(server.url).port or 0)
+def port(url: str) -> int:
+    """The port by which a server is recognized."""
+    return make_url(url).port or 0
 
 
 def _database(server: DatabaseServer, name: str) -> str:

@@ -224,6 +224,20 @@ def mysql_urls(mysql_cluster: clusters.Cluster) -> Iterator[clusters.Urls]:
         yield urls
 
 
+@pytest.fixture(params=["postgresql", "mysql"])
+def cluster(request: pytest.FixtureRequest) -> clusters.Cluster:
+    """A primary with its replicas, of each kind in turn."""
+    found: clusters.Cluster = request.getfixturevalue(f"{request.param}_cluster")
+    return found
+
+
+@pytest.fixture
+def urls(cluster: clusters.Cluster) -> Iterator[clusters.Urls]:
+    """An empty database on each server of the cluster."""
+    with cluster.fresh_database() as urls:
+        yield urls
+
+
 @pytest.fixture
 def postgresql_url(postgresql_server: servers.DatabaseServer) -> Iterator[str]:
     """The URL of an empty PostgreSQL database."""

@@ -19,7 +19,6 @@ import fastapi
 import httpx
 import litestar
 from sqlalchemy import Integer, insert, literal_column, select, update
-from sqlalchemy.engine import make_url
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -30,7 +29,7 @@ from asgi_db import Database, DBSession, DBSessionMiddleware, plain, read_only, 
 from asgi_db.types import ASGIApp, Receive, Scope, Send
 from asgi_db_fastapi import CurrentSession, CurrentSessionReadOnly, CurrentSessionTransaction
 from asgi_db_litestar import DatabasePlugin
-from tests.clusters import Cluster, Urls
+from tests.clusters import Cluster, Urls, port
 from tests.serving import served_here
 
 CLIENTS = 20
@@ -261,7 +260,7 @@ class Seen:
     def share(self, *urls: str, of_later: bool = False) -> float:
         """The part of all reads, or of the later ones, which these servers have answered."""
         counted = self.later if of_later else self.before + self.at_once + self.later
-        return sum(counted[make_url(url).port or 0] for url in urls) / counted.total()
+        return sum(counted[port(url)] for url in urls) / counted.total()
 
 
 @asynccontextmanager

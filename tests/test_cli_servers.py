@@ -135,18 +135,6 @@ def check(primary: str, *replicas: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-@pytest.fixture(params=["postgresql", "mysql"])
-def cluster(request: pytest.FixtureRequest) -> Cluster:
-    cluster: Cluster = request.getfixturevalue(f"{request.param}_cluster")
-    return cluster
-
-
-@pytest.fixture
-def urls(cluster: Cluster) -> Iterator[Urls]:
-    with cluster.fresh_database() as urls:
-        yield urls
-
-
 def findings_of_replicas(output: str) -> list[str]:
     return re.findall(r"^(?:error|warning|note): .*(?:replica |primary ).*$", output, re.MULTILINE)
 

@@ -4,7 +4,6 @@ What the replicas show is asked through the drivers alone, without the library.
 """
 
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -13,18 +12,11 @@ from tests.clusters import LAG, Cluster, Urls
 from tests.servers import sql
 
 
-@pytest.fixture(params=["postgresql", "mysql"])
-def cluster(request: pytest.FixtureRequest) -> Cluster:
-    found: Cluster = request.getfixturevalue(f"{request.param}_cluster")
-    return found
-
-
 @pytest.fixture
-def urls(cluster: Cluster) -> Iterator[Urls]:
-    with cluster.fresh_database() as urls:
-        sql(urls.primary, "CREATE TABLE item (id INTEGER PRIMARY KEY)")
-        cluster.wait_until_caught_up()
-        yield urls
+def urls(cluster: Cluster, urls: Urls) -> Urls:
+    sql(urls.primary, "CREATE TABLE item (id INTEGER PRIMARY KEY)")
+    cluster.wait_until_caught_up()
+    return urls
 
 
 def count(url: str) -> int:

@@ -102,13 +102,18 @@ class Telemetry:
         return span
 
 
+def uninstrument() -> None:
+    """Switch off what an application has switched on in SQLAlchemy."""
+    instrumentor: Any = SQLAlchemyInstrumentor()
+    if instrumentor.is_instrumented_by_opentelemetry:
+        instrumentor.uninstrument()
+
+
 @pytest.fixture
 def telemetry() -> Iterator[Telemetry]:
     """OpenTelemetry, switched off again at the end."""
     yield Telemetry()
-    instrumentor: Any = SQLAlchemyInstrumentor()
-    if instrumentor.is_instrumented_by_opentelemetry:
-        instrumentor.uninstrument()
+    uninstrument()
 
 
 @pytest.fixture

@@ -9,9 +9,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 import pytest
-from sqlalchemy.engine import make_url
 
-from tests.clusters import Cluster, Urls
+from tests.clusters import Cluster, Urls, port
 from tests.limits import set_limits
 from tests.own_writes import tables
 from tests.relay import Relay
@@ -21,22 +20,10 @@ NAME = "asgi-db-db"
 """The name of the cookie and of the header."""
 
 
-@pytest.fixture(params=["postgresql", "mysql"])
-def cluster(request: pytest.FixtureRequest) -> Cluster:
-    found: Cluster = request.getfixturevalue(f"{request.param}_cluster")
-    return found
-
-
 @pytest.fixture
-async def urls(cluster: Cluster) -> AsyncIterator[Urls]:
-    with cluster.fresh_database() as urls:
-        async with tables(cluster, urls):
-            yield urls
-
-
-def port(url: str) -> int:
-    """The port by which a server is recognized."""
-    return make_url(url).port or 0
+async def urls(cluster: Cluster, urls: Urls) -> AsyncIterator[Urls]:
+    async with tables(cluster, urls):
+        yield urls
 
 
 @dataclass

@@ -184,14 +184,19 @@ print(generate_latest(registry).decode())
 """
 
 
-@pytest.mark.timing
-def test_the_processes_of_one_application_are_added_up(tmp_path: Path, sqlite_url: str) -> None:
-    folder = tmp_path / "metrics"
-    folder.mkdir()
+def scrape_beside_workers(program: str, *arguments: str, folder: Path, said: list[str]) -> str:
+    """What is scraped in a third process, while two run the program.
+
+    Args:
+        program: what they run; its last argument is how many units of work each of them does.
+        arguments: its other arguments.
+        folder: where they leave their metrics.
+        said: the lines that each of them writes before.
+    """
     environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(folder)}
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, sqlite_url, str(units)],
+            [sys.executable, "-c", program, *arguments, str(units)],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -202,8 +207,7 @@ def test_the_processes_of_one_application_are_added_up(tmp_path: Path, sqlite_ur
     try:
         for worker in workers:
             assert worker.stdout is not None
-            said = [worker.stdout.readline().strip() for _ in range(2)]
-            assert said == ["holds", "was sampled"]
+            assert [worker.stdout.readline().strip() for _ in said] == said
         done = subprocess.run(
             [sys.executable, "-c", SCRAPE], env=environment, capture_output=True, text=True
         )
@@ -212,7 +216,15 @@ def test_the_processes_of_one_application_are_added_up(tmp_path: Path, sqlite_ur
         for worker in workers:
             worker.communicate("end\n")
     assert [worker.returncode for worker in workers] == [0, 0]
-    found = samples(done.stdout)
+    return done.stdout
+
+
+@pytest.mark.timing
+def test_the_processes_of_one_application_are_added_up(tmp_path: Path, sqlite_url: str) -> None:
+    folder = tmp_path / "metrics"
+    folder.mkdir()
+    said = ["holds", "was sampled"]
+    found = samples(scrape_beside_workers(WORKER, sqlite_url, folder=folder, said=said))
     route = "`async with database.transaction()`"
     assert found["asgi_db_units_total", "committed", route] == 5
     assert found["asgi_db_statements_total", route] == 5

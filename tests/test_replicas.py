@@ -42,33 +42,13 @@ SERVER = {"postgresql": "SELECT inet_server_port()", "mysql": "SELECT @@port"}
 NAME = "asgi-db-db"
 
 
-@pytest.fixture(params=["postgresql", "mysql"])
-def backend(request: pytest.FixtureRequest) -> str:
-    """The kind of server."""
-    kind: str = request.param
-    return kind
-
-
-@pytest.fixture
-def urls(request: pytest.FixtureRequest, backend: str) -> Urls:
-    """An empty database on a primary and its replicas."""
-    found: Urls = request.getfixturevalue(f"{backend}_urls")
-    return found
-
-
-@pytest.fixture
-def cluster(request: pytest.FixtureRequest, backend: str) -> Cluster:
-    """The servers."""
-    found: Cluster = request.getfixturevalue(f"{backend}_cluster")
-    return found
-
-
 class Servers:
     """Tells on which server a session reads."""
 
-    def __init__(self, urls: Urls, backend: str) -> None:
-        self._question = text(SERVER[backend])
-        self._primary = make_url(urls.primary).port
+    def __init__(self, urls: Urls) -> None:
+        primary = make_url(urls.primary)
+        self._question = text(SERVER[primary.get_backend_name()])
+        self._primary = primary.port
 
     async def of(self, session: DBSession) -> str:
         is_primary = await session.scalar(self._question) == self._primary
@@ -76,8 +56,8 @@ class Servers:
 
 
 @pytest.fixture
-def servers(urls: Urls, backend: str) -> Servers:
-    return Servers(urls, backend)
+def servers(urls: Urls) -> Servers:
+    return Servers(urls)
 
 
 async def create_items(urls: Urls) -> None:

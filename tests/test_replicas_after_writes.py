@@ -8,28 +8,20 @@ from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy.engine import make_url
 from websockets.asyncio.client import connect
 
 from asgi_db import Database, DBSession, DBSessionMiddleware, Mode, plain, read_only, transactional
 from asgi_db.types import ASGIApp, Receive, Scope, Send
-from tests.clusters import Cluster, Urls
+from tests.clusters import Cluster, Urls, port
 from tests.contract.client import call
 from tests.own_writes import read, tables, write
 from tests.serving import served_here
 
 
-@pytest.fixture(params=["postgresql", "mysql"])
-def cluster(request: pytest.FixtureRequest) -> Cluster:
-    found: Cluster = request.getfixturevalue(f"{request.param}_cluster")
-    return found
-
-
 @pytest.fixture
-async def urls(cluster: Cluster) -> AsyncIterator[Urls]:
-    with cluster.fresh_database() as urls:
-        async with tables(cluster, urls):
-            yield urls
+async def urls(cluster: Cluster, urls: Urls) -> AsyncIterator[Urls]:
+    async with tables(cluster, urls):
+        yield urls
 
 
 @pytest.fixture
@@ -40,7 +32,7 @@ async def database(urls: Urls) -> AsyncIterator[Database]:
 
 def ports(urls: Urls) -> tuple[int, set[int]]:
     """Those of the primary, and of the replicas."""
-    primary, *replicas = (make_url(url).port or 0 for url in (urls.primary, *urls.replicas))
+    primary, *replicas = map(port, (urls.primary, *urls.replicas))
     return primary, set(replicas)
 
 

@@ -30,7 +30,6 @@ from asgi_db.replicas.own_writes import OwnWrites
 from asgi_db.types import Scope
 from tests.clusters import Cluster, Urls
 from tests.own_writes import read, tables, write
-from tests.test_replicas_after_writes import cluster as cluster
 from tests.test_replicas_after_writes import database as database
 from tests.test_replicas_after_writes import ports
 from tests.test_replicas_after_writes import urls as urls

@@ -59,6 +59,13 @@ def urls(module_urls: tuple[Cluster, Urls]) -> Urls:
     return urls
 
 
+async def cancel(site: Site, way: str) -> None:
+    """Cancel the request of a site, once or twice."""
+    for _ in range(2 if way == "twice" else 1):
+        site.cancel()
+        await turns(10)
+
+
 def backend_of(urls: Urls) -> str:
     return make_url(urls.primary).get_backend_name()
 
@@ -143,9 +150,7 @@ async def test_cancelled_while_it_asks_for_the_position_of_its_commit(
         relay.fate_of = once(POSITION, fate)
         request = asyncio.create_task(site.serve(site.app(endpoint, way, mode)))
         await relay.holds_something.wait()
-        for _ in range(2 if way == "twice" else 1):
-            site.cancel()
-            await turns(10)
+        await cancel(site, way)
         relay.thaw()
         await site.assert_cancelled(request, way)
         assert await authors(urls.primary) == ["ada"]
@@ -194,9 +199,7 @@ async def test_cancelled_while_it_asks_a_replica_how_far_it_has_come(
         relay.fate_of = once(QUESTION[backend_of(urls)], fate)
         request = asyncio.create_task(site.serve(site.app(reads, way, read_only)))
         await relay.holds_something.wait()
-        for _ in range(2 if way == "twice" else 1):
-            site.cancel()
-            await turns(10)
+        await cancel(site, way)
         relay.thaw()
         await site.assert_cancelled(request, way)
         assert site.delivered == []

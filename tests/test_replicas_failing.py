@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy.engine import make_url
 
 from tests import clusters
-from tests.clusters import Cluster, SlowLink, Urls
+from tests.clusters import Cluster, SlowLink, Urls, port
 from tests.limits import set_limits
 from tests.own_writes import tables
 from tests.servers import assert_idle, outside, running_statement, server_connections, sql
@@ -24,29 +24,18 @@ from tests.visitors import Seen, Shop, Visitor, opened, together
 SMALL: dict[str, Any] = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 1}
 
 
-@pytest.fixture(params=["postgresql", "mysql"])
-def cluster(request: pytest.FixtureRequest) -> Cluster:
-    found: Cluster = request.getfixturevalue(f"{request.param}_cluster")
-    return found
+@pytest.fixture
+async def urls(cluster: Cluster, urls: Urls) -> AsyncIterator[Urls]:
+    async with tables(cluster, urls):
+        yield urls
 
 
 @pytest.fixture
-async def urls(cluster: Cluster) -> AsyncIterator[Urls]:
-    with cluster.fresh_database() as urls:
-        async with tables(cluster, urls):
-            yield urls
-
-
-@pytest.fixture
-async def postgresql_urls(postgresql_cluster: Cluster) -> AsyncIterator[Urls]:
-    with postgresql_cluster.fresh_database() as urls:
-        async with tables(postgresql_cluster, urls):
-            yield urls
-
-
-def port(url: str) -> int:
-    """The port by which a server is recognized."""
-    return make_url(url).port or 0
+async def postgresql_urls(
+    postgresql_cluster: Cluster, postgresql_urls: Urls
+) -> AsyncIterator[Urls]:
+    async with tables(postgresql_cluster, postgresql_urls):
+        yield postgresql_urls
 
 
 @asynccontextmanager
@@ -395,18 +384,20 @@ async def promote_under_writers(failover: Failover, switch: Callable[[], Any]) -
         assert found[visitor.id] >= visitor.version
 
 
+def of_both(urls: Urls) -> str:
+    """The URL of the primary and the prompt standby, which leads to the one that takes writes."""
+    first, second = (make_url(url) for url in (urls.primary, urls.prompt))
+    query = {
+        "host": [f"{each.host}:{each.port}" for each in (first, second)],
+        "target_session_attrs": "read-write",
+    }
+    return first.set(host=None, port=None, query=query).render_as_string(hide_password=False)
+
+
 async def test_a_standby_is_promoted_under_writers() -> None:
     with clusters.postgresql() as cluster:
         urls = cluster.create_database()
-        first, second = (make_url(url) for url in (urls.primary, urls.prompt))
-        url = first.set(
-            host=None,
-            port=None,
-            query={
-                "host": [f"{each.host}:{each.port}" for each in (first, second)],
-                "target_session_attrs": "read-write",
-            },
-        ).render_as_string(hide_password=False)
+        url = of_both(urls)
 
         def switch() -> None:
             cluster.primary.stop("fast")  # which sends the standbys all that is committed
@@ -467,15 +458,7 @@ async def test_standbys_that_are_ahead_on_a_lost_timeline_do_not_count_as_having
     """The old primary, which goes on with reads, and a standby that had received more of it."""
     with clusters.postgresql() as cluster:
         urls = cluster.create_database()
-        first, second = (make_url(url) for url in (urls.primary, urls.prompt))
-        url = first.set(
-            host=None,
-            port=None,
-            query={
-                "host": [f"{each.host}:{each.port}" for each in (first, second)],
-                "target_session_attrs": "read-write",
-            },
-        ).render_as_string(hide_password=False)
+        url = of_both(urls)
 
         def fail_over() -> None:
             cluster.prompt.detach()

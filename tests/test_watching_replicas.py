@@ -2,10 +2,7 @@
 
 import asyncio
 import logging
-import os
 import re
-import subprocess
-import sys
 import time
 import traceback
 from collections.abc import AsyncGenerator, Iterator
@@ -15,9 +12,6 @@ from typing import Any
 
 import httpx
 import pytest
-from opentelemetry.instrumentation.sqlalchemy import (  # pyright: ignore[reportMissingTypeStubs]
-    SQLAlchemyInstrumentor,
-)
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import URL, make_url, text
@@ -33,37 +27,23 @@ from tests.clusters import Cluster, Urls
 from tests.internals import MOST_LAG, Commit, History, Lag
 from tests.servers import DatabaseServer, sql
 from tests.test_dashboard import events, get, part
-from tests.test_opentelemetry import Telemetry
-from tests.test_prometheus import SCRAPE
+from tests.test_opentelemetry import Telemetry, uninstrument
+from tests.test_prometheus import scrape_beside_workers
 
 QUERY, WRITE = text("SELECT id FROM items"), text("INSERT INTO items VALUES (1)")
 
 
-@pytest.fixture(params=["postgresql", "mysql"])
-def kind(request: pytest.FixtureRequest) -> str:
-    """The kind of server."""
-    return str(request.param)
-
-
 @pytest.fixture
-def cluster(request: pytest.FixtureRequest, kind: str) -> Cluster:
-    """The servers."""
-    found: Cluster = request.getfixturevalue(f"{kind}_cluster")
-    return found
-
-
-@pytest.fixture
-def urls(request: pytest.FixtureRequest, kind: str, cluster: Cluster) -> Urls:
-    """A database with an empty table, on each of them."""
-    found: Urls = request.getfixturevalue(f"{kind}_urls")
+def urls(cluster: Cluster, urls: Urls) -> Urls:
+    """A database with an empty table, on each server."""
 
     async def create_table() -> None:
-        async with Database(found.primary) as database, database.transaction() as session:
+        async with Database(urls.primary) as database, database.transaction() as session:
             await session.execute(text("CREATE TABLE items (id int)"))
 
     asyncio.run(create_table())
     cluster.wait_until_caught_up()
-    return found
+    return urls
 
 
 @pytest.fixture
@@ -73,7 +53,7 @@ async def database(urls: Urls) -> AsyncGenerator[Database]:
         yield database
 
 
-on_one_kind = pytest.mark.parametrize("kind", ["postgresql"], indirect=True)
+on_one_kind = pytest.mark.parametrize("cluster", ["postgresql"], indirect=True)
 """For what does not depend on the kind of server."""
 
 
@@ -81,9 +61,7 @@ on_one_kind = pytest.mark.parametrize("kind", ["postgresql"], indirect=True)
 def telemetry() -> Iterator[Telemetry]:
     """OpenTelemetry, switched off again at the end."""
     yield Telemetry()
-    instrumentor: Any = SQLAlchemyInstrumentor()
-    if instrumentor.is_instrumented_by_opentelemetry:
-        instrumentor.uninstrument()
+    uninstrument()
 
 
 @asynccontextmanager
@@ -288,29 +266,8 @@ def test_the_replicas_of_the_processes_of_one_application(tmp_path: Path, urls: 
     nowhere = make_url(urls.primary).set(host="127.0.0.1", port=1)
     primary, late, dead = (name_of(url) for url in (urls.primary, urls.late, nowhere))
     replicas = [urls.late, nowhere.render_as_string(hide_password=False)]
-    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, urls.primary, *replicas, str(units)],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for units in (2, 3)
-    ]
-    try:
-        for worker in workers:
-            assert worker.stdout is not None
-            assert worker.stdout.readline() == "was sampled\n"
-        done = subprocess.run(
-            [sys.executable, "-c", SCRAPE], env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-    finally:
-        for worker in workers:
-            worker.communicate("end\n")
-    found = samples(done.stdout)
+    arguments = (WORKER, urls.primary, *replicas)
+    found = samples(scrape_beside_workers(*arguments, folder=tmp_path, said=["was sampled"]))
     assert found["asgi_db_replica_units_total", primary, late] == 5
     assert found["asgi_db_replica_behind_total", primary, late] == 0
     assert found["asgi_db_replica_down", primary, late] == 0
@@ -420,7 +377,7 @@ async def test_no_password_is_in_the_log_of_replicas_that_cannot_be_used(
 
 
 async def test_no_value_is_in_the_log_of_a_replica_that_fails_in_a_statement(
-    urls: Urls, cluster: Cluster, kind: str, caplog: pytest.LogCaptureFixture
+    urls: Urls, cluster: Cluster, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "asgi_db")
     query = text("SELECT :value").bindparams(value=SECRET)
@@ -428,7 +385,7 @@ async def test_no_value_is_in_the_log_of_a_replica_that_fails_in_a_statement(
         for _ in range(2):
             async with database.session(read_only) as session:
                 assert await session.scalar(query) == SECRET
-            end_connections(cluster.late.server, make_url(urls.late).database or "", kind)
+            end_connections(cluster.late.server, make_url(urls.late))
         while any(replica.is_down for replica in database.stats().replicas):
             async with database.session(read_only) as session:
                 assert await session.scalar(query) == SECRET
@@ -468,13 +425,13 @@ def test_no_password_is_in_the_error_of_a_replica_that_cannot_work(replicas: Any
     assert SECRET not in "".join(traceback.format_exception_only(raised.value))
 
 
-def end_connections(server: DatabaseServer, database: str, kind: str) -> None:
+def end_connections(server: DatabaseServer, to: URL) -> None:
     """Let the server end its connections to a database."""
-    if kind == "postgresql":
-        ended = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname='{database}'"
-        sql(server.url, ended)
+    if to.get_backend_name() == "postgresql":
+        ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        sql(server.url, f"{ended} WHERE datname = '{to.database}'")
     else:
-        asked = f"SELECT id FROM information_schema.processlist WHERE db = '{database}'"
+        asked = f"SELECT id FROM information_schema.processlist WHERE db = '{to.database}'"
         sql(server.url, *(f"KILL {id}" for (id,) in sql(server.url, asked)))
 
 
