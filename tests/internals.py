@@ -17,7 +17,6 @@ from asgi_db.dashboard.recorder import (
     KINDS,
     MOST_SHOWN,
     MOST_UNITS,
-    SLOW,
     Recorder,
     UnitOfInterest,
 )
@@ -113,7 +112,6 @@ __all__ = [
     "ReadOnly",
     "Recorder",
     "RouteStats",
-    "SLOW",
     "Sampler",
     "State",
     "Statistics",

@@ -31,6 +31,7 @@ Limit = Literal[
     "sandbox_close",
     "sandbox_wait",
     "silent_for",
+    "slow",
     "sqlite_busy",
     "verify_after_idle",
 ]
@@ -59,6 +60,7 @@ _CONSTANTS: dict[Limit, tuple[str, ...]] = {
     "sandbox_close": ("asgi_db.testing.shared.CLOSE_TIMEOUT",),
     "sandbox_wait": ("asgi_db.testing.shared.WAIT_TIMEOUT",),
     "silent_for": ("asgi_db.drivers.hosts.SILENT_FOR",),
+    "slow": ("asgi_db.dashboard.recorder.SLOW",),
     "sqlite_busy": ("asgi_db.drivers.sqlite.SQLITE_BUSY_TIMEOUT",),
     "verify_after_idle": ("asgi_db.pool.connections.VERIFY_AFTER_IDLE",),
 }
@@ -88,6 +90,7 @@ class Limits(TypedDict, total=False):
     sandbox_close: float
     sandbox_wait: float
     silent_for: float
+    slow: float
     sqlite_busy: float
     verify_after_idle: float
 

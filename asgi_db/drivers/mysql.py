@@ -130,13 +130,13 @@ class MySQL(AnyDriver):
             return
         question = _WHICH_MARIADB if _is_mariadb(driver_connection) else _WHICH_MYSQL
         try:
-            ((id, *place, started, uptime),) = self.ask(connection, question)
+            ((id, *place, drawn, started, uptime),) = self.ask(connection, question)
         except Exception:
             if self.is_closed(driver_connection):
                 raise
             return  # It says nothing, so nothing is ended there.
         if id == self.id_at_server(driver_connection):  # else a proxy has numbers of its own
-            note_server(driver_connection, Server(tuple(place), int(started), float(uptime)))
+            note_server(driver_connection, Server(tuple(place), (drawn, int(started)), float(uptime)))
 
     async def end_statement(self, connection: AsyncConnection, id: int, age: float) -> None:
         try:
@@ -152,11 +152,12 @@ def _is_mariadb(driver_connection: Any) -> bool:
 
 _WHICH = """
     SELECT CONNECTION_ID(), {}, @@hostname, @@port, @@server_id, RIGHT(UUID(), 12),
-    UNIX_TIMESTAMP() - variable_value, variable_value
+    SUBSTR(UUID(), 20, 4), UNIX_TIMESTAMP() - variable_value, variable_value
     FROM {}.session_status WHERE variable_name = 'Uptime'
 """
 """What tells a server from others. UUID() ends with the address of its network, or a number that
-is drawn at its start. The difference does not change, because both parts are of one moment.
+is drawn at its start. The part before is drawn at each start, which tells two starts in one second
+apart. The difference does not change, because both parts are of one moment.
 
 Sources: https://mariadb.com/docs/server/reference/sql-functions/secondary-functions/miscellaneous-functions/uuid,
 https://dev.mysql.com/doc/refman/8.4/en/miscellaneous-functions.html#function_uuid
