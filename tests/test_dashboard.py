@@ -33,6 +33,7 @@ from tests.internals import (
     tag,
     top_of,
 )
+from tests.limits import set_limits
 from tests.tables import Author, Base
 
 SECRET = "Agnes-Grey-1847"
@@ -244,7 +245,10 @@ async def test_replicas_have_a_section_where_there_are_some() -> None:
     assert page.count('aria-labelledby="replicas-title"') == 2
 
 
-async def test_the_page_says_what_has_happened(database: Database) -> None:
+async def test_the_page_says_what_has_happened(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_limits(monkeypatch, slow=600)
     dashboard = Dashboard(database)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

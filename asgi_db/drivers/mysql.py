@@ -136,7 +136,9 @@ class MySQL(AnyDriver):
                 raise
             return  # It says nothing, so nothing is ended there.
         if id == self.id_at_server(driver_connection):  # else a proxy has numbers of its own
-            note_server(driver_connection, Server(tuple(place), (drawn, int(started)), float(uptime)))
+            note_server(
+                driver_connection, Server(tuple(place), (drawn, int(started)), float(uptime))
+            )
 
     async def end_statement(self, connection: AsyncConnection, id: int, age: float) -> None:
         try:
