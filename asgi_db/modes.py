@@ -230,7 +230,7 @@ class Transactional(Mode):
 
 @dataclass(frozen=True, slots=True)
 class ReadOnly(Mode):
-    """No transaction: each statement runs by itself, and no connection is held in between."""
+    """No transaction: each statement runs by itself, and who waits holds no connection."""
 
     name: ClassVar[str] = "read_only"
     strength: ClassVar[int] = 0

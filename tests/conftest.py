@@ -116,11 +116,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 WITH_PSYCOPG = frozenset(
     f"test_{name}"
     for name in (
-        "abandoned_elsewhere abandoned_queries cancellation cancellation_storm engine event_loops"
-        " failed_clean_up garbage leaks loops_without_dispose outage own_writes pgbouncer"
-        " positions random_walks recovery_conflicts replicas_cancelled retries sandbox"
-        " server_faults servers_that_only_read shutdown streams_and_release unit_of_work"
-        " wrong_settings"
+        "abandoned_elsewhere abandoned_queries cancellation cancellation_storm engine"
+        " event_loops failed_clean_up garbage kept_connections leaks loops_without_dispose"
+        " outage own_writes pgbouncer positions random_walks recovery_conflicts"
+        " replicas_cancelled retries sandbox server_faults servers_that_only_read shutdown"
+        " streams_and_release unit_of_work wrong_settings"
     ).split()
 )
 """The files beside the contract whose tests depend on the driver."""

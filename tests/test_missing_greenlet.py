@@ -405,6 +405,7 @@ async def test_a_session_goes_on_after_a_misuse(request: pytest.FixtureRequest, 
                 await misuse(session, case, swallows=True)
                 await session.rollback()
                 assert await session.scalar(ONE) == 1
+                await asyncio.sleep(0)
                 assert checked_out(database) == (0 if mode is read_only else 1)
             author = await an_author(session)
             assert await author.awaitable_attrs.books == []

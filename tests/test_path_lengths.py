@@ -12,11 +12,11 @@ from tests.servers import run
 from tests.tracing import Path, paths
 
 BOUNDS = {
-    "a read_only read": (75, 61, 40),
+    "a read_only read": (78, 64, 40),
     "a transactional write": (95, 77, 56),
     # While a dashboard watches; without one nothing of it is called. What is slow is kept, too, and
     # on a busy machine everything is.
-    "a watched read": (112, 83, 58),
+    "a watched read": (112, 83, 56),
     "a watched write": (136, 101, 74),
 }
 """At most so many calls, hops between files, and hops back into a file already visited."""

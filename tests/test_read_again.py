@@ -9,7 +9,16 @@ import pytest
 from sqlalchemy import String, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from asgi_db import Database, DBSession, DBSessionMiddleware, session_of, transactional
+from asgi_db import (
+    Database,
+    DBSession,
+    DBSessionMiddleware,
+    Mode,
+    plain,
+    read_only,
+    session_of,
+    transactional,
+)
 from asgi_db.types import ASGIApp, Receive, Scope, Send
 from tests.contract.client import call
 from tests.internals import Transactional
@@ -43,8 +52,14 @@ async def counted(database: Database) -> int:
         return (await session.scalars(select(Counter.n))).one()
 
 
-def counting(database: Database, mode: Transactional, *, locks: bool) -> ASGIApp:
-    """An application whose authentication has read the row that the route counts up."""
+def counting(
+    database: Database, mode: Transactional, *, locks: bool, before: Mode = plain
+) -> ASGIApp:
+    """An application whose authentication has read the row that the route counts up.
+
+    Args:
+        before: the mode before the route is known.
+    """
 
     @mode
     async def count(session: DBSession) -> None:
@@ -67,27 +82,33 @@ def counting(database: Database, mode: Transactional, *, locks: bool) -> ASGIApp
         await route(scope, receive, send)
 
     together, all_have_read = list[None](), asyncio.Event()
-    return DBSessionMiddleware(authenticating, database)
+    return DBSessionMiddleware(authenticating, database, mode=before)
 
 
 REQUESTS = 5
 
 
-async def test_no_update_is_lost_to_what_a_middleware_has_read(database: Database) -> None:
-    app = counting(database, transactional, locks=True)
+@pytest.mark.parametrize("before", [plain, read_only])
+async def test_no_update_is_lost_to_what_a_middleware_has_read(
+    database: Database, before: Mode
+) -> None:
+    app = counting(database, transactional, locks=True, before=before)
     answers = await asyncio.gather(*(call(app) for _ in range(REQUESTS)))
     assert [answer.status for answer in answers] == [200] * REQUESTS
     assert await counted(database) == REQUESTS
 
 
-async def test_no_update_is_lost_in_serializable(database: Database) -> None:
-    app = counting(database, transactional(isolation="SERIALIZABLE"), locks=False)
+@pytest.mark.parametrize("before", [plain, read_only])
+async def test_no_update_is_lost_in_serializable(database: Database, before: Mode) -> None:
+    serializable = transactional(isolation="SERIALIZABLE")
+    app = counting(database, serializable, locks=False, before=before)
     answers = await asyncio.gather(*(call(app) for _ in range(REQUESTS)))
     assert await counted(database) == [answer.status for answer in answers].count(200) > 0
 
 
-async def test_what_is_read_again_after_release_is_new(database: Database) -> None:
-    async with database.transaction() as session:
+@pytest.mark.parametrize("mode", [transactional, read_only])
+async def test_what_is_read_again_after_release_is_new(database: Database, mode: Mode) -> None:
+    async with database.session(mode) as session:
         counter = await session.get_one(Counter, "visits")
         await session.release()
         async with database.transaction() as other:
@@ -95,8 +116,6 @@ async def test_what_is_read_again_after_release_is_new(database: Database) -> No
         assert counter.n == 0  # it can still be read, without a statement
         assert (await session.scalars(select(Counter))).one() is counter
         assert counter.n == 7
-        counter.n += 1
-    assert await counted(database) == 8
 
 
 async def test_a_change_that_was_not_flushed_is_not_thrown_away(database: Database) -> None:

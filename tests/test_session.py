@@ -334,9 +334,11 @@ async def test_blocks_of_begin_and_begin_nested_work(database: Database, databas
 async def test_a_begin_block_holds_its_connection_also_in_read_only(database: Database) -> None:
     async with unit_of(database, read_only) as unit:
         await unit.session.execute(select(Author))
+        await asyncio.sleep(0)
         assert checked_out(database) == 0
         async with unit.session.begin():
             await unit.session.execute(select(Author))
+            await asyncio.sleep(0)
             assert checked_out(database) == 1
             await unit.session.execute(select(Author))
         assert checked_out(database) == 0
@@ -403,11 +405,13 @@ async def test_between_statements_of_read_only_results_and_objects_stay_usable(
 ) -> None:
     async with unit_of(database, read_only) as unit:
         result = await unit.session.execute(select(Book.title).order_by(Book.id))
+        await asyncio.sleep(0)
         assert checked_out(database) == 0
         books = (await unit.session.scalars(select(Book).order_by(Book.id))).all()
         assert result.scalars().all() == ["one", "two"]
         assert [book.title for book in books] == ["one", "two"]
         assert (await books[0].awaitable_attrs.author).name == "ada"
+        await asyncio.sleep(0)
         assert checked_out(database) == 0
 
 

@@ -349,6 +349,7 @@ async def test_a_lazy_load_after_release_begins_a_new_unit(database: Database, m
         assert checked_out(database) == 0
         books = await ada.awaitable_attrs.books
         assert sorted(book.title for book in books) == ["Notes", "Sketch"]
+        await asyncio.sleep(0)
         assert checked_out(database) == (0 if mode is read_only else 1)
         await session.release()
         assert checked_out(database) == 0

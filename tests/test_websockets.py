@@ -550,6 +550,7 @@ async def test_in_a_read_only_socket_each_read_stands_alone_and_writes_are_refus
         while True:
             name = await line.receive()
             before = await line.session.scalar(COUNT)
+            await asyncio.sleep(0)
             assert checked_out(database) == 0
             async with outside(url) as other:
                 await other.execute(f"INSERT INTO author (name) VALUES ('{name}')")

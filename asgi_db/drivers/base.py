@@ -120,6 +120,9 @@ class AnyDriver(Driver):
     def enter_autocommit(self, connection: DBAPIConnection) -> None:
         pass
 
+    def returns_silently(self, engine: Engine) -> bool:
+        return False
+
     def leave_autocommit(self, connection: DBAPIConnection) -> None:
         pass
 

@@ -355,6 +355,9 @@ class Asyncmy(MySQL):
     def _terminate(self, connection: Any) -> None:
         connection.close()
 
+    def returns_silently(self, engine: Engine) -> bool:
+        return BEGIN_OPTION in engine.get_execution_options()  # else SQLAlchemy resets autocommit
+
     def begin(self, pooled: PoolProxiedConnection, beginning: Beginning) -> None:
         if beginning.autocommit is not None:
             connection: Any = pooled.dbapi_connection

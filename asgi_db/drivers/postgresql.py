@@ -219,14 +219,10 @@ class SupportedPostgreSQL(PostgreSQL):
     def _execute(self, execute: Callable[..., None], cursor: Any, *arguments: Any) -> None:
         """Execute a statement; send it again, once, where that helps and nothing is lost by it."""
         context: ExecutionContext = arguments[-1]
-        connection: Any = context.root_connection.connection.driver_connection
-        # It is None if it was detached from the pool. A driver begins a transaction with its first
-        # statement.
-        comes_first = not (
-            connection is None
-            or isinstance(connection, StandIn)
-            or self.is_in_transaction(connection)
-        )
+        adapted: Any = context.root_connection.connection.dbapi_connection
+        connection = adapted.driver_connection
+        # A driver begins a transaction with its first statement.
+        comes_first = not (isinstance(connection, StandIn) or self.is_in_transaction(connection))
         try:
             execute(cursor, *arguments)
         except Exception as error:

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from importlib import import_module
 from typing import Any, cast
 
-from sqlalchemy import URL
+from sqlalchemy import URL, Engine
 from sqlalchemy.engine.interfaces import DBAPIConnection, ExecutionContext
 from sqlalchemy.pool import PoolProxiedConnection
 
@@ -128,6 +128,9 @@ class Asyncpg(SupportedPostgreSQL):
 
     def enter_autocommit(self, connection: DBAPIConnection) -> None:
         connection.autocommit = True
+
+    def returns_silently(self, engine: Engine) -> bool:
+        return True  # Without a transaction the adapter has nothing to roll back.
 
     def leave_autocommit(self, connection: DBAPIConnection) -> None:
         connection.autocommit = False

@@ -207,6 +207,10 @@ class Driver(Protocol):
     def enter_autocommit(self, connection: DBAPIConnection) -> None:
         """Let each statement stand alone, where `begin` has not seen to that."""
 
+    def returns_silently(self, engine: Engine) -> bool:
+        """Say whether nothing is sent when a connection in autocommit is returned to its pool."""
+        ...
+
     def leave_autocommit(self, connection: DBAPIConnection) -> None:
         """Undo `enter_autocommit`, when the connection is back in the pool; costs no round trip."""
 

@@ -46,7 +46,9 @@ LEAST_COMMIT_TIMEOUT = 1.0
 
 def has_changes(session: Session | None) -> bool:
     """Return whether there are objects that a flush would write."""
-    return session is not None and bool(session.new or session.dirty or session.deleted)
+    return session is not None and (
+        session.identity_map.check_modified() or bool(session.new or session.deleted)
+    )
 
 
 def give_back(session: Session, connections: Iterable[Connection]) -> None:
@@ -63,6 +65,11 @@ def give_back(session: Session, connections: Iterable[Connection]) -> None:
         for connection in connections:
             if not connection.closed:
                 connection.invalidate()
+    give_back_silently(session)
+
+
+def give_back_silently(session: Session) -> None:
+    """Return the connections of a transaction for whose end nothing is sent."""
     while (
         transaction := session.get_nested_transaction() or session.get_transaction()
     ) is not None:

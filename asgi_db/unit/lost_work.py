@@ -26,7 +26,8 @@ def loses_work(unit: Standing) -> bool:
         or session is not None
         and (
             bool(session.new or session.deleted)
-            or any(session.is_modified(changed) for changed in session.dirty)
+            or session.identity_map.check_modified()
+            and any(session.is_modified(changed) for changed in session.dirty)
         )
     )
 

@@ -21,7 +21,7 @@ from asgi_db.errors import (
 from asgi_db.logs import logger
 from asgi_db.modes import Mode
 from asgi_db.unit.deadline import Deadline
-from asgi_db.unit.ending import CLEANUP_TIMEOUT, EndableSession, has_changes
+from asgi_db.unit.ending import CLEANUP_TIMEOUT, EndableSession, give_back_silently, has_changes
 from asgi_db.unit.hooks import Hooks
 from asgi_db.unit.loaded import LoadedValues
 from asgi_db.unit.operation import MAY_BE_LATE, Operation
@@ -44,6 +44,7 @@ class Standing:
         next_mode: another mode that was asked for meanwhile, in which the next one has to begin.
         transaction: the transaction that is open, or was open last.
         operation: the running operation; in ENDING it is the end itself.
+        keeps_connection: whether a connection is kept for the next read.
         deadline: the deadline of the unit, if its mode has a `timeout=`.
         hooks: the functions to call after its end; None before the first one is added.
         conflict: the last error of the database about a conflict with another transaction.
@@ -61,6 +62,7 @@ class Standing:
     fixed_mode: Mode | None = None
     next_mode: Mode | None = None
     operation: Operation | None = None
+    keeps_connection = False
     deadline: Deadline | None = None
     hooks: Hooks | None = None
     conflict: DatabaseConflictError | None = None
@@ -216,6 +218,21 @@ class Standing:
             return self.overdue() if deadline.is_over else None
         return None
 
+    # -- the connection between two reads ------------------------------------------------------
+
+    def keep_connection(self) -> None:
+        """Keep the connection for the next read, until the event loop turns."""
+        self.keeps_connection = True
+        self.loop.call_soon(self.give_back_kept)
+
+    def give_back_kept(self) -> None:
+        """Give back a connection that is kept for the next read; nothing is sent."""
+        if self.keeps_connection and self.sync_session is not None:
+            self.keeps_connection = False
+            give_back_silently(self.sync_session)
+            if has_changes(self.sync_session) and self.left_over is None:
+                self.left_over = LeftOver.KEPT
+
     # -- how it stands -------------------------------------------------------------------------
 
     @property
@@ -302,6 +319,8 @@ class Standing:
 
         Its objects are detached, and keep what they have loaded.
         """
+        if self.keeps_connection:
+            self.give_back_kept()
         self.move(State.CLOSED)
         session = self.sync_session
         self.sync_session = self.owner = self.deadline = self.conflict = None

@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 from sqlalchemy.util.concurrency import in_greenlet
 
 from asgi_db.drivers.connecting import abandon_connect
+from asgi_db.engine.returning import returns_silently
 from asgi_db.engine.unit import begin_now, begin_unit
 from asgi_db.errors import DatabaseTimeoutError, FailedTransactionError, ReadOnlyError
 from asgi_db.sqlalchemy_versions import NEW_OPERATIONS, await_
@@ -31,6 +32,7 @@ from asgi_db.unit.operation import (
     ENDS_UNIT,
     KEEPS_CONNECTION,
     MAY_BE_LATE,
+    READS,
     Operation,
 )
 from asgi_db.unit.state import LeftOver, State
@@ -129,6 +131,11 @@ class UnitSession(Session):
             unit.left_over = LeftOver.DISCARDED
         # The engine itself may have tried to connect, which has nothing to do with this operation.
         abandon_connect()
+        if unit.keeps_connection:
+            if name in READS:
+                unit.keeps_connection = False
+            else:
+                unit.give_back_kept()
         unit.operation = Operation(name, task, time.monotonic())
         if name == "commit":  # It was called inside `run_sync`.
             unit.begin()
@@ -138,19 +145,25 @@ class UnitSession(Session):
         return True
 
     def leave(self, error: BaseException | None) -> None:
-        """End an operation; in autocommit its connection goes back to the pool at once.
+        """End an operation; in autocommit its connection is not held any longer.
 
         The operation counts as running until the connection is back, so that no other task begins
         one meanwhile.
         """
         unit = self.unit_of_work
+        running = unit.operation
         try:
             if error is not None:
                 self._note_error(error)
             if error is not None and self._is_half_ended():
                 self._discard_transaction()
-            elif self._should_give_back(error):
-                give_back(self, unit.transaction.connections)
+            elif self._should_give_back(running, error):
+                connections = unit.transaction.connections
+                is_read = running is not None and running.name in READS and error is None
+                if is_read and all(map(returns_silently, connections)):
+                    unit.keep_connection()
+                else:
+                    give_back(self, connections)
         finally:
             operation, deadline = unit.operation, unit.deadline
             if operation is not None and operation.task is asyncio.current_task():
@@ -192,13 +205,13 @@ class UnitSession(Session):
             if not self.is_active and not in_savepoint:  # A flush has failed, whatever the reason.
                 unit.transaction.note_failure(error)
 
-    def _should_give_back(self, error: BaseException | None) -> bool:
+    def _should_give_back(self, operation: Operation | None, error: BaseException | None) -> bool:
         """Decide whether the connection goes back to the pool after an operation.
 
         In autocommit it does, unless the handler is in a transaction block of its own.
         """
         unit = self.unit_of_work
-        mode, operation = unit.fixed_mode, unit.operation
+        mode = unit.fixed_mode
         if mode is None or not mode.autocommit or unit.state is not State.ACTIVE:
             return False
         if operation is None or operation.name in KEEPS_CONNECTION:

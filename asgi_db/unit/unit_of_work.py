@@ -84,6 +84,8 @@ class UnitOfWork(Standing):
             UncommittedWorkError: there was work to commit, but the handler had closed the session.
             Exception: the error of a hook that is not robust.
         """
+        if self.keeps_connection:
+            self.give_back_kept()
         if not self.in_use:
             return
         if self.is_rollback_only:
@@ -143,9 +145,10 @@ class UnitOfWork(Standing):
         if self.left_over is LeftOver.DISCARDED and commits:
             problem = problem or UncommittedWorkError(self.describe(), is_lost=True)
         warns = success and problem is None and not commits
-        is_lost = warns and loses_work(self)
         session = self.sync_session
         has_transaction = session is not None and session.in_transaction()
+        # A change begins a transaction of the session, if none is open.
+        is_lost = warns and (has_transaction or self.left_over is not None) and loses_work(self)
         if has_transaction or straggler is not None or self.left_over is LeftOver.KEPT:
             try:
                 if success and problem is None and commits:
@@ -195,6 +198,7 @@ class UnitOfWork(Standing):
         if self.operation is not None:
             await self.wait_for_turn()
         self.check_free("commit")
+        self.give_back_kept()
         if self.is_outdated():
             await self.change_mode()
         self.begin()
@@ -216,18 +220,20 @@ class UnitOfWork(Standing):
         if self.operation is not None:
             await self.wait_for_turn()
         self.check_free("release")
+        self.give_back_kept()
         transaction, session = self.transaction, self.sync_session
         if transaction.effect.writes and transaction.is_open:
             raise UncommittedWorkError(self.describe(), is_lost=False)
-        if session is not None and session.in_transaction():
-            try:
+        try:
+            if session is not None and session.in_transaction():
                 await self._end_by("release", self._ending().give_back())
-            finally:
+            elif self.state is State.ACTIVE:
+                self.become_idle()
+        finally:
+            if session is not None:
                 read_again(session)
-                if has_changes(session) and self.left_over is None:
-                    self.left_over = LeftOver.KEPT
-        elif self.state is State.ACTIVE:
-            self.become_idle()
+            if has_changes(session) and self.left_over is None:
+                self.left_over = LeftOver.KEPT
 
     async def change_mode(self) -> None:
         """Give the connection back if another mode is asked for by now; the next unit has it.
@@ -245,6 +251,7 @@ class UnitOfWork(Standing):
         What the user has asked to last stays: an isolation level, a snapshot, a block, a savepoint,
         a cursor, a lock, and every change.
         """
+        self.give_back_kept()
         session, transaction = self.sync_session, self.transaction
         mode = self.fixed_mode
         if (

@@ -1,0 +1,271 @@
+"""Between two reads in a row a read_only session keeps its connection, and not while it waits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from sqlalchemy import event, select, text
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool
+
+from asgi_db import Database, DBSession, read_only
+from tests.cancelling import no_complaints
+from tests.drivers import is_psycopg
+from tests.pools import ONE_CONNECTION, checked_out
+from tests.servers import assert_disconnected, assert_idle
+from tests.tables import Author, Base, authors
+
+READS = [select(Author.id).where(Author.id == id) for id in range(5)]
+
+
+@pytest.fixture
+async def database(database_url: str) -> AsyncIterator[Database]:
+    """A database with one connection, and no complaint of the event loop or the pool."""
+    async with no_complaints(), Database(database_url, engine_options=ONE_CONNECTION) as database:
+        await database.create_tables(Base.metadata)
+        yield database
+        assert checked_out(database) == 0
+
+
+def counted(engine: AsyncEngine, name: str) -> Callable[[], int]:
+    """How often this event of the pool happens from now on."""
+    happened: list[None] = []
+    event.listen(engine.sync_engine, name, lambda *_: happened.append(None))
+    return lambda: len(happened)
+
+
+async def read(session: DBSession) -> None:
+    for statement in READS:
+        assert await session.scalar(statement) is None
+
+
+def keeps(url: str) -> bool:
+    """Whether a connection of this driver is returned without a word to the server."""
+    return not is_psycopg(url)
+
+
+# -- in a row ----------------------------------------------------------------------------------
+
+
+async def test_reads_in_a_row_have_one_connection(database: Database, database_url: str) -> None:
+    checkouts = counted(database.engine, "checkout")
+    async with database.session(read_only) as session:
+        await read(session)
+        assert checked_out(database) == keeps(database_url)
+        assert checkouts() == (1 if keeps(database_url) else 5)
+    assert checked_out(database) == 0
+
+
+async def test_what_finds_nothing_or_sends_nothing_is_a_read_in_a_row(
+    database: Database, database_url: str
+) -> None:
+    async with database.transaction() as session:
+        session.add(Author(id=1, name="ada"))
+    checkouts = counted(database.engine, "checkout")
+    async with database.session(read_only) as session:
+        ada = await session.get_one(Author, 1)
+        assert await session.get(Author, 1) is ada
+        assert await session.get(Author, 2) is None
+        await session.refresh(ada)
+        assert checkouts() == (1 if keeps(database_url) else 3)
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda: asyncio.sleep(0),
+        lambda: asyncio.to_thread(int),
+        lambda: asyncio.wait_for(asyncio.sleep(0), 5),
+    ],
+)
+async def test_who_waits_for_anything_else_holds_none(
+    database: Database, wait: Callable[[], Any]
+) -> None:
+    async with database.session(read_only) as session:
+        for _ in range(3):
+            await read(session)
+            await wait()
+            assert checked_out(database) == 0
+            async with database.transaction() as other:  # on the only connection
+                await read(other)
+
+
+async def test_who_uses_another_session_holds_none(database: Database) -> None:
+    async with database.session(read_only) as session:
+        await read(session)
+        async with database.session(read_only) as other:
+            await read(other)
+            await read(session)
+
+
+async def test_tasks_that_take_turns_read_on(database: Database) -> None:
+    async with database.session(read_only) as session:
+        for _ in range(3):
+            await asyncio.create_task(read(session))
+            await read(session)
+
+
+# -- what ends it ------------------------------------------------------------------------------
+
+
+async def test_a_cancelled_handler_gives_it_back(database: Database) -> None:
+    async def handler() -> None:
+        async with database.session(read_only) as session:
+            await read(session)
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            await read(session)
+
+    for _ in range(3):
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.create_task(handler())
+        assert checked_out(database) == 0
+
+
+async def test_an_error_of_the_handler_gives_it_back(database: Database) -> None:
+    with pytest.raises(LookupError):
+        async with database.session(read_only) as session:
+            await read(session)
+            raise LookupError
+    assert checked_out(database) == 0
+
+
+async def test_a_statement_that_fails_gives_it_back_at_once(database: Database) -> None:
+    async with database.session(read_only) as session:
+        await read(session)
+        with pytest.raises(Exception, match="nothing"):
+            await session.execute(text("SELECT nothing FROM nowhere"))
+        assert checked_out(database) == 0
+        await read(session)
+
+
+async def release(session: DBSession) -> None:
+    await session.release()
+
+
+async def roll_back(session: DBSession) -> None:
+    await session.rollback()
+
+
+async def commit(session: DBSession) -> None:
+    await session.commit()
+
+
+async def close(session: DBSession) -> None:
+    await session.close()
+
+
+@pytest.mark.parametrize("end", [release, roll_back, commit, close])
+async def test_what_ends_the_transaction_gives_it_back_at_once(
+    database: Database, end: Callable[[DBSession], Any]
+) -> None:
+    async with database.session(read_only) as session:
+        await read(session)
+        await end(session)
+        assert checked_out(database) == 0
+        await read(session)
+
+
+async def test_a_block_begins_after_a_read(database: Database) -> None:
+    async with database.session(read_only) as session:
+        await read(session)
+        async with session.begin():
+            await read(session)
+            await asyncio.sleep(0)
+            assert checked_out(database) == 1
+        await read(session)
+        connection = await session.connection()
+        await connection.execute(READS[0])
+        await asyncio.sleep(0)
+        assert checked_out(database) == 1
+
+
+async def test_what_is_added_after_a_read_is_not_forgotten(
+    database: Database, database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for waits in (False, True):
+        async with database.session(read_only) as session:
+            await read(session)
+            session.add(Author(name="ada"))
+            if waits:
+                await asyncio.sleep(0)
+        [message] = [record.getMessage() for record in caplog.records]
+        assert "uncommitted work was rolled back" in message
+        caplog.clear()
+    assert await authors(database_url) == []
+
+
+# -- where something would be sent -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["reset", "checkin"])
+@pytest.mark.parametrize("early", [True, False])
+async def test_a_listener_of_the_users_own_may_send_something(
+    database_url: str, name: str, early: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """So the connection goes back where something can be awaited: in the operation itself."""
+    questions: list[None] = []
+
+    def ask(connection: Any, *_: Any) -> None:
+        cursor = connection.cursor()
+        cursor.execute("SELECT 1")
+        cursor.close()
+        questions.append(None)
+
+    async with Database(database_url, engine_options=ONE_CONNECTION) as database:
+        await database.create_tables(Base.metadata)
+        if not early:
+            async with database.session(read_only) as session:
+                await read(session)
+        event.listen(database.engine.sync_engine, name, ask)
+        async with database.session(read_only) as session:
+            before = len(questions)
+            for number, statement in enumerate(READS, 1):
+                await session.scalar(statement)
+                assert checked_out(database) == 0
+                assert len(questions) - before == number
+    assert caplog.messages == []
+
+
+async def test_a_connection_for_which_the_pool_has_no_place_is_closed_in_good_order(
+    database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def read_together() -> None:
+        async with database.session(read_only) as session:
+            await barrier.wait()  # so that several are out at once
+            await read(session)
+
+    barrier = asyncio.Barrier(3)
+    options = {"pool_size": 1, "max_overflow": 2, "pool_timeout": 5}
+    async with no_complaints(), Database(database_url, engine_options=options) as database:
+        await database.create_tables(Base.metadata)
+        closed = counted(database.engine, "close")
+        tasks = [asyncio.create_task(read_together()) for _ in range(3)]
+        await asyncio.gather(*tasks)
+        assert checked_out(database) == 0
+        assert closed() > 0
+        await assert_idle(database_url)
+    assert caplog.messages == []
+    await assert_disconnected(database_url)
+
+
+@pytest.mark.parametrize("options", [{"poolclass": NullPool}, {"pool_size": 1}])
+async def test_an_engine_of_the_users_own(
+    database_url: str, options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = create_async_engine(database_url, **options)
+    try:
+        async with no_complaints(), Database(engine=engine) as database:
+            await database.create_tables(Base.metadata)
+            async with database.session(read_only) as session:
+                await read(session)
+                await asyncio.sleep(0)
+                await read(session)
+            assert database.stats().pool.checked_out == 0
+    finally:
+        await engine.dispose()
+    assert caplog.messages == []
