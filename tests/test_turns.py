@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import statistics
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 
@@ -244,3 +245,95 @@ async def test_a_request_that_has_lost_holds_no_connection_while_it_waits(
         await until(lambda: database.checked_out() == 1)
         losers.let_go()
     assert database.checked_out() == 0
+
+
+# -- one that has lost again in its turn -------------------------------------------------------
+
+
+def losing_twice(database: Database, **options: float) -> tuple[Losers, ASGIApp]:
+    """An application in which "a" loses twice, and stays in its third attempt; others win."""
+    losers = Losers(1, losses={"a": 2, "new": 0, "other": 0}, held="a")
+    return losers, served(losers, database, **options)
+
+
+@pytest.mark.usefixtures("long_turns")
+async def test_it_goes_alone(database: Database) -> None:
+    """Who comes then waits without a connection, and other routes are not concerned."""
+    losers, app = losing_twice(database)
+    async with asyncio.TaskGroup() as group:
+        alone = group.create_task(ask(app, "a"))
+        await losers.until(("a", 3))
+        new = group.create_task(ask(app, "new"))
+        for _ in range(3):
+            assert (await ask(app, "other", endpoint=lose)).status == 201
+        assert ("new", 1) not in losers.steps
+        assert database.checked_out() == 1
+        losers.let_go()
+    assert [task.result().status for task in (alone, new)] == [201, 201]
+    assert (await ask(app, "new")).status == 201
+
+
+async def test_it_goes_alone_for_no_longer_than_a_turn(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_limits(monkeypatch, longest_turn=0.05)
+    losers, app = losing_twice(database)
+    async with asyncio.TaskGroup() as group:
+        alone = group.create_task(ask(app, "a"))
+        await losers.until(("a", 3))
+        assert (await ask(app, "new")).status == 201
+        assert not alone.done()
+        losers.let_go()
+    assert alone.result().status == 201
+
+
+@pytest.mark.usefixtures("long_turns")
+async def test_if_it_is_cancelled_nobody_waits_any_more(database: Database) -> None:
+    losers, app = losing_twice(database)
+    alone = asyncio.create_task(ask(app, "a"))
+    await losers.until(("a", 3))
+    tasks = [asyncio.create_task(ask(app, "new")) for _ in range(3)]
+    await asyncio.sleep(0.05)  # They wait, or are about to.
+    tasks[0].cancel()
+    await asyncio.wait((tasks[0],))
+    assert ("new", 1) not in losers.steps
+    alone.cancel()
+    assert [(await task).status for task in tasks[1:]] == [201, 201]
+    assert database.checked_out() == 0
+
+
+CLIENTS, EACH = 50, 6
+
+
+async def test_no_request_waits_much_longer_than_the_others(database: Database) -> None:
+    """A wait is counted by the requests that were answered meanwhile."""
+    answered, waits, attempts = 0, list[int](), Counter[int]()
+
+    async def increment(scope: Scope, receive: Receive, send: Send) -> None:
+        session = session_of(scope)
+        attempts[session.attempt] += 1
+        n = await session.scalar(text("SELECT n FROM counter WHERE id = 1"))
+        await session.execute(text("UPDATE counter SET n = :n WHERE id = 1"), {"n": n + 1})
+        await send({"type": "http.response.start", "status": 201, "headers": []})
+        await send({"type": "http.response.body"})
+
+    async def be_client() -> None:
+        nonlocal answered
+        for _ in range(EACH):
+            before = answered
+            assert (await call(app)).status == 201
+            waits.append(answered - before)
+            answered += 1
+
+    mode = transactional(isolation="SERIALIZABLE", retries=5)
+    app = DBSessionMiddleware(increment, database, mode=mode)
+    async with database.transaction() as session:
+        await session.execute(text("CREATE TABLE counter (id integer PRIMARY KEY, n integer)"))
+        await session.execute(text("INSERT INTO counter VALUES (1, 0)"))
+    async with asyncio.TaskGroup() as group:
+        for _ in range(CLIENTS):
+            group.create_task(be_client())
+    async with database.session() as session:
+        assert await session.scalar(text("SELECT n FROM counter")) == CLIENTS * EACH
+    assert attempts.total() <= 2.5 * CLIENTS * EACH
+    assert max(waits) <= 10 * statistics.median(waits)

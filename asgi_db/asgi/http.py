@@ -110,6 +110,8 @@ class Exchange(Call):
         self._attempts = attempts
         if attempts.number > 1:
             self.before_unit = attempts.wait_for_turn
+        elif attempts.others_go_alone:
+            self.before_unit = lambda: attempts.let_others_go_alone(self.route())
         attempts.keep_body_if(lambda: (self.route_mode() or self.default_mode()).retries > 0)
 
     def leave(self) -> None:

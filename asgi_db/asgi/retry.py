@@ -21,9 +21,9 @@ from asgi_db.types import Message, Receive, Scope
 BODY_LIMIT = 1024 * 1024
 """The most bytes of a body that are kept; a request with a longer body is not run again."""
 
-FIRST_DELAY = 0.01
-"""The longest delay before the third attempt, in seconds, or as long as the second one took if that
-is longer; it doubles with each attempt."""
+FIRST_DELAY = 0.08
+"""The longest delay before the fourth attempt, in seconds, or as long as the third one took if that
+is longer; it triples with each attempt."""
 
 LONGEST_DELAY = 1.0
 """The longest delay before any attempt, in seconds."""
@@ -99,16 +99,17 @@ class Attempts:
 
     @property
     def _longest_delay(self) -> float:
-        if self.number == 1:
+        if self.number < 3:
             return 0.0
         took = _now() - self._began
-        return min(max(FIRST_DELAY, took) * 2.0 ** (self.number - 2), LONGEST_DELAY)
+        return min(max(FIRST_DELAY, took) * 3.0 ** (self.number - 3), LONGEST_DELAY)
 
     async def next(self, route: str) -> Scope:
         """Return the scope of the next attempt.
 
-        From the third one on it comes after a delay left to chance: what makes a request lose
-        although it has its turn may be a request of another process, which has lost as well.
+        From the third one on it goes alone in this process. What makes it lose nevertheless may be
+        a request of another process, which has lost as well, so the next ones come after a delay
+        left to chance.
 
         Args:
             route: the name of the route.
@@ -130,6 +131,15 @@ class Attempts:
         if self._turn is None:
             self._turn = await self._gates.turn(self._route, self.ends_at)
             self._began = _now()
+
+    @property
+    def others_go_alone(self) -> bool:
+        """Whether a request of some route has lost again in its turn."""
+        return bool(self._gates.closed)
+
+    async def let_others_go_alone(self, route: str) -> None:
+        """Wait for a request of this route that has lost again in its turn."""
+        await self._gates.wait_until_open(route)
 
     def end_turn(self) -> None:
         """Let the next request have its turn."""
