@@ -46,7 +46,8 @@ class Gates:
 
     async def wait_until_open(self, route: str) -> None:
         """Let a request of this route go alone that has lost again in its turn."""
-        gate = self._gates.get(asyncio.get_running_loop(), {}).get(route)
+        gates = self._gates.get(asyncio.get_running_loop())
+        gate = None if gates is None else gates.get(route)
         if gate is not None and gate.opened is not None:
             await asyncio.wait((gate.opened,))
 
