@@ -145,10 +145,9 @@ class UnitOfWork(Standing):
         if self.left_over is LeftOver.DISCARDED and commits:
             problem = problem or UncommittedWorkError(self.describe(), is_lost=True)
         warns = success and problem is None and not commits
+        is_lost = warns and loses_work(self)
         session = self.sync_session
         has_transaction = session is not None and session.in_transaction()
-        # A change begins a transaction of the session, if none is open.
-        is_lost = warns and (has_transaction or self.left_over is not None) and loses_work(self)
         if has_transaction or straggler is not None or self.left_over is LeftOver.KEPT:
             try:
                 if success and problem is None and commits:

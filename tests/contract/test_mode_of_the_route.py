@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -93,6 +94,7 @@ async def test_a_route_that_only_reads_holds_no_connection_whatever_was_read_bef
 ) -> None:
     async def read(session: DBSession) -> None:
         await session.scalars(select(Item))
+        await asyncio.sleep(0)
         assert site.checked_out == 0
 
     for default in transactional, plain:
