@@ -119,6 +119,27 @@ async def test_a_setting_with_parameters_does_not_outlive_its_session(url: str, 
             assert await session.scalar(text("SHOW work_mem")) != "5MB"
 
 
+async def test_how_transactions_begin_is_set_without_waiting(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cancelled there, a connection would neither be its user's nor in the pool."""
+    monkeypatch.setattr("psycopg.waiting.MAX_BUSY_TIME", 0)  # It always lets others go first.
+    values = {
+        "autocommit": True,
+        "isolation_level": psycopg.IsolationLevel.SERIALIZABLE,
+        "read_only": True,
+        "deferrable": True,
+    }
+    async with database.session() as session:
+        connection = await connection_of(session)
+        await connection.rollback()
+        for name, value in values.items():
+            with pytest.raises(StopIteration):
+                getattr(connection, f"set_{name}")(value).send(None)
+            assert getattr(connection, name) == value
+            await getattr(connection, f"set_{name}")(None)
+
+
 async def test_copy_in_a_sandbox_is_undone_with_it(database: Database, url: str) -> None:
     async with database.sandbox():
         async with database.transaction() as session:

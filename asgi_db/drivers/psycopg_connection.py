@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import functools
 import os
@@ -41,6 +42,30 @@ def connection_class() -> type[Any]:
                 self._waits_in = None
                 if self.is_terminated:
                     self.pgconn.finish()
+
+        # SQLAlchemy calls these before it has a connection that it would close after an error.
+        # psycopg lets others go first now and then, even if it waits for nothing; cancelled there,
+        # the connection would stay out of its pool. A test in `test_psycopg.py` breaks when psycopg
+        # calls its generators differently.
+
+        async def set_autocommit(self, value: bool) -> None:
+            await self._set(self._set_autocommit_gen(value))
+
+        async def set_isolation_level(self, value: Any) -> None:
+            await self._set(self._set_isolation_level_gen(value))
+
+        async def set_read_only(self, value: bool | None) -> None:
+            await self._set(self._set_read_only_gen(value))
+
+        async def set_deferrable(self, value: bool | None) -> None:
+            await self._set(self._set_deferrable_gen(value))
+
+        async def _set(self, setting: Any) -> None:
+            async with self.lock:
+                if self._pipeline is not None:
+                    await self.wait(setting)
+                else:
+                    collections.deque(setting, maxlen=0)
 
         def terminate(self) -> None:
             """Close it without waiting for anything."""
