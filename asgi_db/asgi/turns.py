@@ -45,11 +45,11 @@ class Gates:
         return Turn(gate)
 
     async def wait_until_open(self, route: str) -> None:
-        """Let a request of this route go alone that has lost again in its turn."""
+        """Let a request of this route go alone that has lost again in its turn, for so long."""
         gates = self._gates.get(asyncio.get_running_loop())
         gate = None if gates is None else gates.get(route)
         if gate is not None and gate.opened is not None:
-            await asyncio.wait((gate.opened,))
+            await asyncio.wait((gate.opened,), timeout=LONGEST_TURN)
 
 
 class Gate(asyncio.Lock):
