@@ -101,6 +101,26 @@ async def test_who_uses_another_session_holds_none(database: Database) -> None:
             await read(session)
 
 
+async def test_who_reads_from_another_engine_gives_it_back_first(
+    database: Database, database_url: str
+) -> None:
+    """Two that held one of each, and waited for the other, would wait for ever."""
+    other = create_async_engine(database_url, pool_size=1)
+    held: list[int] = []
+    event.listen(other.sync_engine, "checkout", lambda *_: held.append(checked_out(database)))
+    elsewhere = {"bind": other.sync_engine}
+    try:
+        async with database.session(read_only) as session:
+            for _ in range(3):
+                await read(session)
+                assert await session.scalar(READS[0], bind_arguments=elsewhere) is None
+                assert await session.scalar(READS[1], bind_arguments=elsewhere) is None
+        assert set(held) == {0}
+        assert len(held) >= 3
+    finally:
+        await other.dispose()
+
+
 async def test_tasks_that_take_turns_read_on(database: Database) -> None:
     async with database.session(read_only) as session:
         for _ in range(3):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 
+from sqlalchemy import Connection, Engine
 from sqlalchemy.orm import Session, SessionTransactionOrigin
 
 from asgi_db.drivers.statements import Effect
@@ -224,6 +225,16 @@ class Standing:
         """Keep the connection for the next read, until the event loop turns."""
         self.keeps_connection = True
         self.loop.call_soon(self.give_back_kept)
+
+    def take_kept(self, engine: Engine | Connection) -> None:
+        """Let a read have the connection that is kept, if it is one of its own engine.
+
+        Else it goes back first: who holds one must not wait for another.
+        """
+        if all(connection.engine is engine for connection in self.transaction.connections):
+            self.keeps_connection = False
+        else:
+            self.give_back_kept()
 
     def give_back_kept(self) -> None:
         """Give back a connection that is kept for the next read; nothing is sent."""

@@ -60,12 +60,15 @@ class EngineChoice(Session):
             if unit.origin.before_unit is not None and in_greenlet():
                 await_(unit.origin.before_unit())
             mode = unit.begin()
+        chosen = unit.life.bind_for(bind, mode)
+        if unit.keeps_connection:
+            unit.take_kept(chosen)
         tally = unit.tally
         if not unit.transaction.connections or not unit.transaction.is_open:
             tally.asked = now = time.monotonic()
             if tally.began is None:
                 tally.began = now
-        return unit.life.bind_for(bind, mode)
+        return chosen
 
 
 class UnitSession(Session):
@@ -131,11 +134,8 @@ class UnitSession(Session):
             unit.left_over = LeftOver.DISCARDED
         # The engine itself may have tried to connect, which has nothing to do with this operation.
         abandon_connect()
-        if unit.keeps_connection:
-            if name in READS:
-                unit.keeps_connection = False
-            else:
-                unit.give_back_kept()
+        if unit.keeps_connection and name not in READS:
+            unit.give_back_kept()
         unit.operation = Operation(name, task, time.monotonic())
         if name == "commit":  # It was called inside `run_sync`.
             unit.begin()
@@ -163,6 +163,7 @@ class UnitSession(Session):
                 if is_read and all(map(returns_silently, connections)):
                     unit.keep_connection()
                 else:
+                    unit.keeps_connection = False
                     give_back(self, connections)
         finally:
             operation, deadline = unit.operation, unit.deadline
