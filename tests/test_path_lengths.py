@@ -12,7 +12,7 @@ from tests.servers import run
 from tests.tracing import Path, paths
 
 BOUNDS = {
-    "a read_only read": (79, 65, 40),
+    "a read_only read": (75, 61, 37),
     "a transactional write": (95, 77, 56),
     # While a dashboard watches; without one nothing of it is called. What is slow is kept, too, and
     # on a busy machine everything is.

@@ -33,8 +33,8 @@ KEEPS_CONNECTION = frozenset({"connection", "begin", "begin_nested"})
 """Operations that return the open connection or transaction itself."""
 
 READS = frozenset({"execute", "scalar", "scalars", "get", "get_one", "refresh"})
-"""Operations in autocommit after which the connection is kept for the next one of them, until the
-event loop turns: a handler that waits for anything else holds none."""
+"""Operations in autocommit after which the connection is kept for the next one of them, from the
+second one on and until the event loop turns: a handler that waits for anything else holds none."""
 
 WAITING = "wait for the body"
 """The end of a unit that gives its connection back before a wait for the network. An operation of

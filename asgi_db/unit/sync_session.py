@@ -158,13 +158,12 @@ class UnitSession(Session):
             if error is not None and self._is_half_ended():
                 self._discard_transaction()
             elif self._should_give_back(running, error):
-                connections = unit.transaction.connections
-                is_read = running is not None and running.name in READS and error is None
-                if is_read and all(map(returns_silently, connections)):
+                # Most units have only one statement: the first is no reason to expect another.
+                if error is None and unit.tally.statements > 1 and self._may_keep(running):
                     unit.keep_connection()
                 else:
                     unit.keeps_connection = False
-                    give_back(self, connections)
+                    give_back(self, unit.transaction.connections)
         finally:
             operation, deadline = unit.operation, unit.deadline
             if operation is not None and operation.task is asyncio.current_task():
@@ -223,6 +222,15 @@ class UnitSession(Session):
             and transaction.origin is SessionTransactionOrigin.AUTOBEGIN
             and not self.in_nested_transaction()
             and (error is None or isinstance(error, Exception))
+        )
+
+    def _may_keep(self, operation: Operation | None) -> bool:
+        """Whether the connection is kept for the next read, and later given back silently."""
+        connections = self.unit_of_work.transaction.connections
+        return (
+            operation is not None
+            and operation.name in READS
+            and all(map(returns_silently, connections))
         )
 
     def _raise_translated(self, error: BaseException | None, deadline: Deadline | None) -> None:

@@ -1,5 +1,6 @@
 """`read_only`: each statement stands alone, and nothing is written."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ READ_ONLY: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("way", READ_ONLY.values(), ids=READ_ONLY)
-async def test_in_read_only_no_connection_is_held_between_statements(
+async def test_in_read_only_who_waits_between_statements_holds_no_connection(
     site: Site, way: dict[str, Any]
 ) -> None:
     await site.from_outside("INSERT INTO item (name, note) VALUES ('a', 'old')")
@@ -30,11 +31,14 @@ async def test_in_read_only_no_connection_is_held_between_statements(
         item = await session.get_one(Item, "a")
         held.append(site.checked_out)
         rows = (await session.scalars(select(Item))).all()
+        await asyncio.sleep(0)
         held.append(site.checked_out)
         await site.from_outside("UPDATE item SET note = 'new'")
         note = await session.scalar(text("SELECT note FROM item"))
+        await asyncio.sleep(0)
         held.append(site.checked_out)
         await session.refresh(item)
+        await asyncio.sleep(0)
         held.append(site.checked_out)
         await site.assert_nothing_held()
         assert rows == [item]
