@@ -1,5 +1,6 @@
 """What is special to FastAPI besides `tests/contract/test_fastapi_dependencies.py`."""
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated, Any
 
@@ -182,6 +183,7 @@ async def test_a_socket_that_only_reads_sees_what_others_commit_and_refuses_writ
             before = await session.scalar(COUNT)
             await site.from_outside(f"INSERT INTO item (name) VALUES ('{name}')")
             after = await session.scalar(COUNT)
+            await asyncio.sleep(0)
             await socket.send_text(f"{before} {after} {site.checked_out}")
             await write(name="refused")(session)
             try:

@@ -260,6 +260,24 @@ async def test_a_listener_of_the_users_own_may_send_something(
     assert caplog.messages == []
 
 
+async def test_what_a_listener_has_left_open_is_rolled_back(
+    database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def begin(connection: Any, *_: object) -> None:
+        cursor = connection.cursor()
+        cursor.execute("BEGIN")
+        cursor.close()
+
+    async with no_complaints(), Database(database_url, engine_options=ONE_CONNECTION) as database:
+        await database.create_tables(Base.metadata)
+        event.listen(database.engine.sync_engine, "checkout", begin)
+        async with database.session(read_only) as session:
+            await read(session)
+            await read(session)
+        await assert_idle(database_url)
+    assert caplog.messages == []
+
+
 async def test_a_connection_for_which_the_pool_has_no_place_is_closed_in_good_order(
     database_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:

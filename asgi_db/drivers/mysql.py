@@ -352,6 +352,9 @@ class Asyncmy(MySQL):
         # closed connections in `test_engine.py` breaks when this changes.
         return bool(connection._stream_broken)
 
+    def is_in_transaction(self, connection: Any) -> bool:
+        return bool(connection.get_transaction_status())
+
     def _terminate(self, connection: Any) -> None:
         connection.close()
 

@@ -9,32 +9,37 @@ from sqlalchemy.engine import AdaptedConnection
 from sqlalchemy.pool import QueuePool
 
 from asgi_db.drivers import driver_of
+from asgi_db.drivers.protocol import Driver
 
 
 def returns_silently(connection: Connection) -> bool:
     """Say whether nothing is sent when a connection in autocommit goes back to its pool.
 
     A pool takes leave of the server when it closes a connection for which it has no place. A
-    stand-in, as in a sandbox, is not adapted, and has a transaction to roll back.
+    stand-in, as in a sandbox, is not adapted, and has a transaction to roll back. So has a
+    connection over which something was sent past SQLAlchemy, by a listener to `connect`, say.
     """
     engine = connection.engine
     pool = engine.pool
     if not isinstance(pool, QueuePool) or pool.overflow() > 0:
         return False
-    if not isinstance(connection.connection.dbapi_connection, AdaptedConnection):
+    adapted = connection.connection.dbapi_connection
+    if not isinstance(adapted, AdaptedConnection):
         return False
     events = pool.dispatch
     number = len(events.reset) + len(events.checkin)
     known = _known.get(engine)
     if known is None or known[0] != number:
-        is_silent = driver_of(engine.dialect).returns_silently(engine)
-        listeners = (*events.reset, *events.checkin)
-        _known[engine] = known = number, is_silent and all(map(_is_own, listeners))
-    return known[1]
+        driver = driver_of(engine.dialect)
+        is_silent = all(map(_is_own, (*events.reset, *events.checkin)))
+        is_silent = is_silent and driver.returns_silently(engine)
+        _known[engine] = known = number, driver if is_silent else None
+    return known[1] is not None and not known[1].is_in_transaction(adapted.driver_connection)
 
 
-_known: WeakKeyDictionary[Engine, tuple[int, bool]] = WeakKeyDictionary()
-"""Of how many listeners an engine's pool had when it was last looked at, and the answer.
+_known: WeakKeyDictionary[Engine, tuple[int, Driver | None]] = WeakKeyDictionary()
+"""Of how many listeners an engine's pool had when it was last looked at, and its driver; None if
+something may be sent in any case.
 
 A listener of the user's own may send something. SQLAlchemy has no other way to ask for them; a test
 in `test_kept_connections.py` breaks when that changes.
