@@ -79,8 +79,8 @@ async def test_with_a_second_database_for_reading_clients_miss_their_own_writes(
 ) -> None:
     """The same clients find it, so that the tests above can fail.
 
-    The replica is 2 s late: on a busy machine few reads come within 0.2 s after a write. Of 140
-    reads nearly all find it on a quiet one, and 83 beside three other suites.
+    The replica is 2 s late: on a busy machine few reads come within 0.2 s after a write. Beside
+    three other suites 83 of 140 reads have found it, so there are twice as many.
     """
     cluster: Cluster = request.getfixturevalue(f"{backend}_cluster")
     urls: Urls = request.getfixturevalue(f"{backend}_urls")
@@ -93,5 +93,5 @@ async def test_with_a_second_database_for_reading_clients_miss_their_own_writes(
         app = bare_asgi(reads_in="replica")
         app = DBSessionMiddleware(app, replica, key="replica")
         app = DBSessionMiddleware(app, database)
-        seen = await write_and_read([app, app], 100)
-    assert len(seen.stale) >= 30, seen
+        seen = await write_and_read([app, app], 200)
+    assert len(seen.stale) >= 100, seen
