@@ -6,7 +6,7 @@ instance of it.
 
 from __future__ import annotations
 
-from sqlalchemy import URL
+from sqlalchemy import URL, Engine
 from sqlalchemy.engine import Dialect
 
 from asgi_db.drivers.base import AnyDriver
@@ -14,7 +14,7 @@ from asgi_db.drivers.mysql import MySQL, asyncmy
 from asgi_db.drivers.postgresql import PostgreSQL
 from asgi_db.drivers.postgresql_asyncpg import asyncpg
 from asgi_db.drivers.postgresql_psycopg import psycopg
-from asgi_db.drivers.protocol import Driver
+from asgi_db.drivers.protocol import BEGIN_OPTION, Driver
 from asgi_db.drivers.sqlite import SQLite, aiosqlite
 from asgi_db.settings import accept_driver
 
@@ -42,6 +42,11 @@ def register(driver: Driver) -> None:
 def driver_of(dialect: Dialect) -> Driver:
     """Return what is known about an engine's driver, including that of a user's own engine."""
     return _drivers.get(dialect.driver) or _other_drivers.get(dialect.name, _unknown)
+
+
+def is_prepared(engine: Engine) -> bool:
+    """Say whether an engine is one that `Driver.prepare` has prepared."""
+    return BEGIN_OPTION in engine.get_execution_options()
 
 
 def driver_of_url(url: URL) -> Driver:

@@ -120,7 +120,7 @@ class AnyDriver(Driver):
     def enter_autocommit(self, connection: DBAPIConnection) -> None:
         pass
 
-    def returns_silently(self, engine: Engine) -> bool:
+    def returns_silently(self, *, is_prepared: bool) -> bool:
         return False
 
     def leave_autocommit(self, connection: DBAPIConnection) -> None:

@@ -327,7 +327,7 @@ class Asyncmy(MySQL):
         ) -> None:
             driver_connection: Any = dialect.get_driver_connection(connection)
             if state.asyncio_safe and not state.terminate_only:
-                if driver_connection.get_transaction_status():
+                if self.is_in_transaction(driver_connection):
                     connection.rollback()
 
         event.listen(engine, "reset", reset)
@@ -358,8 +358,8 @@ class Asyncmy(MySQL):
     def _terminate(self, connection: Any) -> None:
         connection.close()
 
-    def returns_silently(self, engine: Engine) -> bool:
-        return BEGIN_OPTION in engine.get_execution_options()  # else SQLAlchemy resets autocommit
+    def returns_silently(self, *, is_prepared: bool) -> bool:
+        return is_prepared  # else SQLAlchemy resets autocommit
 
     def begin(self, pooled: PoolProxiedConnection, beginning: Beginning) -> None:
         if beginning.autocommit is not None:

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from importlib import import_module
 from typing import Any, cast
 
-from sqlalchemy import URL, Engine
+from sqlalchemy import URL
 from sqlalchemy.engine.interfaces import DBAPIConnection, ExecutionContext
 from sqlalchemy.pool import PoolProxiedConnection
 
@@ -129,7 +129,7 @@ class Asyncpg(SupportedPostgreSQL):
     def enter_autocommit(self, connection: DBAPIConnection) -> None:
         connection.autocommit = True
 
-    def returns_silently(self, engine: Engine) -> bool:
+    def returns_silently(self, *, is_prepared: bool) -> bool:
         return True  # Without a transaction the adapter has nothing to roll back.
 
     def leave_autocommit(self, connection: DBAPIConnection) -> None:

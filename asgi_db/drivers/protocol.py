@@ -207,8 +207,12 @@ class Driver(Protocol):
     def enter_autocommit(self, connection: DBAPIConnection) -> None:
         """Let each statement stand alone, where `begin` has not seen to that."""
 
-    def returns_silently(self, engine: Engine) -> bool:
-        """Say whether nothing is sent when a connection in autocommit is returned to its pool."""
+    def returns_silently(self, *, is_prepared: bool) -> bool:
+        """Say whether nothing is sent when a connection in autocommit is returned to its pool.
+
+        Args:
+            is_prepared: whether its engine is one that `prepare` has prepared.
+        """
         ...
 
     def leave_autocommit(self, connection: DBAPIConnection) -> None:

@@ -289,8 +289,8 @@ class Aiosqlite(SQLite):
 
         dialect.do_rollback = do_rollback  # type: ignore[method-assign, assignment]
 
-    def returns_silently(self, engine: Engine) -> bool:
-        return BEGIN_OPTION in engine.get_execution_options()  # else SQLAlchemy resets autocommit
+    def returns_silently(self, *, is_prepared: bool) -> bool:
+        return is_prepared  # else SQLAlchemy resets autocommit
 
     def begin(self, pooled: PoolProxiedConnection, beginning: Beginning) -> None:
         if beginning.statements and pooled.driver_connection not in self._autocommit_requests:

@@ -8,7 +8,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.engine import AdaptedConnection
 from sqlalchemy.pool import QueuePool
 
-from asgi_db.drivers import driver_of
+from asgi_db.drivers import driver_of, is_prepared
 from asgi_db.drivers.protocol import Driver
 
 
@@ -32,7 +32,7 @@ def returns_silently(connection: Connection) -> bool:
     if known is None or known[0] != number:
         driver = driver_of(engine.dialect)
         is_silent = all(map(_is_own, (*events.reset, *events.checkin)))
-        is_silent = is_silent and driver.returns_silently(engine)
+        is_silent = is_silent and driver.returns_silently(is_prepared=is_prepared(engine))
         _known[engine] = known = number, driver if is_silent else None
     return known[1] is not None and not known[1].is_in_transaction(adapted.driver_connection)
 

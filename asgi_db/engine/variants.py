@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Engine
 from sqlalchemy.pool import PoolProxiedConnection
 
-from asgi_db.drivers import driver_of
+from asgi_db.drivers import driver_of, is_prepared
 from asgi_db.drivers.protocol import BEGIN_OPTION
 from asgi_db.engine.watching import BEGINNING, watch
 from asgi_db.errors import ConfigurationError
@@ -60,8 +60,7 @@ def variant_options(engine: Engine, mode: Mode) -> dict[str, Any]:
             f"deferrable=True exists only on PostgreSQL, and this database is {dialect.name}: leave"
             " it out of transactional(...)."
         )
-    is_prepared = BEGIN_OPTION in engine.get_execution_options()
-    return driver.begin_options(mode, is_prepared=is_prepared)
+    return driver.begin_options(mode, is_prepared=is_prepared(engine))
 
 
 def variant(engine: Engine, mode: Mode) -> Engine:

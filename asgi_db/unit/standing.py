@@ -241,8 +241,12 @@ class Standing:
         if self.keeps_connection and self.sync_session is not None:
             self.keeps_connection = False
             give_back_silently(self.sync_session)
-            if has_changes(self.sync_session) and self.left_over is None:
-                self.left_over = LeftOver.KEPT
+            self.keep_changes()
+
+    def keep_changes(self) -> None:
+        """Leave what is not flushed to the next transaction, after the last one was given back."""
+        if has_changes(self.sync_session) and self.left_over is None:
+            self.left_over = LeftOver.KEPT
 
     # -- how it stands -------------------------------------------------------------------------
 

@@ -231,8 +231,7 @@ class UnitOfWork(Standing):
         finally:
             if session is not None:
                 read_again(session)
-            if has_changes(session) and self.left_over is None:
-                self.left_over = LeftOver.KEPT
+            self.keep_changes()
 
     async def change_mode(self) -> None:
         """Give the connection back if another mode is asked for by now; the next unit has it.
