@@ -40,6 +40,7 @@ from asgi_db.pool.fair import FairPool, FairQueue
 from asgi_db.pool.life import MOST_VARIANTS, EngineLife
 from asgi_db.profiles import POOL_PROFILES, PoolName, pool_profile
 from asgi_db.replicas.history import MOST_LAG, Commit, History, Lag
+from asgi_db.replicas.replica import ASK_AGAIN_AFTER
 from asgi_db.sampling import Sampler
 from asgi_db.settings import DatabaseType, parse_database_url
 from asgi_db.sqlalchemy_versions import NEW_OPERATIONS, has_begun
@@ -60,6 +61,7 @@ from asgi_db.unit.transaction import STAGES, Stage, Transaction
 from asgi_db.unit.unit_of_work import UnitOfWork
 
 __all__ = [
+    "ASK_AGAIN_AFTER",
     "MOST_ROWS",
     "NEW_OPERATIONS",
     "MOST_VARIANTS",

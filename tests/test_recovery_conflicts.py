@@ -45,16 +45,18 @@ async def get_in_the_way(urls: Urls) -> None:
 
 @asynccontextmanager
 async def always_in_the_way(urls: Urls) -> AsyncGenerator[None]:
+    enough = asyncio.Event()
+
     async def go_on() -> None:
-        while True:
+        while not enough.is_set():
             await get_in_the_way(urls)
 
     going_on = asyncio.create_task(go_on())
     try:
         yield
     finally:
-        going_on.cancel()
-        await asyncio.wait((going_on,))
+        enough.set()  # asyncpg leaves an exception behind where its connecting is cancelled
+        await going_on
 
 
 async def serve(database: Database, mode: Mode, *statements: str) -> Exchange:
