@@ -25,7 +25,8 @@ from asgi_db.errors import DatabaseTimeoutError, FailedTransactionError, ReadOnl
 from asgi_db.sqlalchemy_versions import NEW_OPERATIONS, await_
 from asgi_db.tasks import current_task
 from asgi_db.unit.deadline import Deadline
-from asgi_db.unit.ending import give_back, has_changes, terminate
+from asgi_db.unit.ending import give_back, has_changes
+from asgi_db.unit.failed_operation import discard_transaction, is_half_ended, note_error
 from asgi_db.unit.loaded import LoadedValues
 from asgi_db.unit.operation import (
     DISCARDING,
@@ -37,7 +38,7 @@ from asgi_db.unit.operation import (
 )
 from asgi_db.unit.state import LeftOver, State
 from asgi_db.unit.transaction import Stage, Transaction
-from asgi_db.unit.translating import conflict_in, outside_the_loop, translated
+from asgi_db.unit.translating import outside_the_loop, translated
 from asgi_db.unit.unit_of_work import UnitOfWork
 
 
@@ -154,9 +155,9 @@ class UnitSession(Session):
         running = unit.operation
         try:
             if error is not None:
-                self._note_error(error)
-            if error is not None and self._is_half_ended():
-                self._discard_transaction()
+                note_error(error, self, unit)
+            if error is not None and is_half_ended(unit):
+                discard_transaction(self, unit)
             elif self._should_give_back(running, error):
                 # Most units have only one statement: the first is no reason to expect another.
                 if error is None and unit.tally.statements > 1 and self._may_keep(running):
@@ -174,36 +175,6 @@ class UnitSession(Session):
                     unit.become_idle()
             if error is not None or deadline is not None:
                 self._raise_translated(error, deadline)
-
-    def _is_half_ended(self) -> bool:
-        """Whether the operation that failed has left a transaction which nothing ends any more."""
-        operation = self.unit_of_work.operation
-        if operation is None or operation.name not in MAY_BE_LATE:
-            return False
-        return operation.name == "commit" or not in_greenlet()
-
-    def _discard_transaction(self) -> None:
-        """End the transaction; outside a greenlet nothing can be sent, so it is terminated."""
-        unit = self.unit_of_work
-        if unit.has_uncommitted_work:
-            unit.left_over = LeftOver.DISCARDED
-        connections = unit.transaction.connections
-        give_back(self, connections)
-        if not in_greenlet():
-            terminate(connections)
-        if unit.transaction.stage is Stage.OPEN:
-            unit.transaction.end()
-        if unit.state is State.ACTIVE:
-            unit.become_idle()
-
-    def _note_error(self, error: BaseException) -> None:
-        unit = self.unit_of_work
-        if self.in_transaction():  # Otherwise the error has ended the transaction.
-            error = conflict_in(error, unit) or error
-            in_savepoint = self.in_nested_transaction()
-            unit.transaction.note_error(error, in_savepoint=in_savepoint)
-            if not self.is_active and not in_savepoint:  # A flush has failed, whatever the reason.
-                unit.transaction.note_failure(error)
 
     def _should_give_back(self, operation: Operation | None, error: BaseException | None) -> bool:
         """Decide whether the connection goes back to the pool after an operation.
