@@ -24,7 +24,6 @@ from asgi_db.drivers.outages import REMEDIES
 from asgi_db.drivers.postgresql import NOT_SUPPORTED, PATIENCE, SupportedPostgreSQL
 from asgi_db.drivers.postgresql_sandbox import PostgreSQLSandbox
 from asgi_db.drivers.protocol import StandIn
-from asgi_db.drivers.psycopg_connection import connection_class, send
 from asgi_db.drivers.psycopg_options import translate_url
 from asgi_db.drivers.sandbox import INTERRUPT_AGAIN, SandboxControl, SandboxRules, SandboxStandIn
 from asgi_db.sqlalchemy_versions import await_
@@ -263,6 +262,8 @@ class Psycopg(SupportedPostgreSQL):
     def interrupt(self, connection: Any) -> Coroutine[Any, Any, None] | None:
         # libpq sends it to the address of the connection, with its secret, since version 17. It has
         # to be made before the connection is closed.
+        from asgi_db.drivers.psycopg_connection import send
+
         is_behind_pooler = getattr(connection, "is_behind_pooler", False)
         if is_behind_pooler or not import_module("psycopg").capabilities.has_cancel_safe():
             return None
@@ -298,8 +299,10 @@ _REMEDIES = {
 
 
 async def _connect(*args: Any, **kwargs: Any) -> Any:
+    from asgi_db.drivers.psycopg_connection import PromptConnection
+
     try:
-        return await connection_class().connect(*args, **kwargs)
+        return await PromptConnection.connect(*args, **kwargs)
     except BaseException as error:
         # The frames of the traceback hold the socket of a connection that was not made, which
         # would stay open until they are collected as garbage.
@@ -334,7 +337,9 @@ def _set_autocommit(connection: Any, value: bool) -> None:
 
 
 def _terminate(connection: Any) -> None:
-    if isinstance(connection, connection_class()):
+    from asgi_db.drivers.psycopg_connection import PromptConnection
+
+    if isinstance(connection, PromptConnection):
         connection.terminate()
     else:  # A function of the user's has made it.
         connection.pgconn.finish()
