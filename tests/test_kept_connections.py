@@ -7,9 +7,12 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import event, select, text
+from sqlalchemy import Connection, Engine, event, select, text
+from sqlalchemy.exc import ResourceClosedError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
+from sqlalchemy.util import await_only
 
 from asgi_db import Database, DBSession, read_only
 from tests.cancelling import no_complaints
@@ -258,6 +261,136 @@ async def test_a_listener_of_the_users_own_may_send_something(
                 assert checked_out(database) == 0
                 assert len(questions) - before == number
     assert caplog.messages == []
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("of_session", [True, False])
+async def test_so_may_one_to_the_end_of_the_transaction(
+    database_url: str, early: bool, of_session: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    questions: list[None] = []
+
+    def ask(connection: Connection) -> None:
+        cursor = connection.connection.cursor()
+        cursor.execute("SELECT 1")
+        cursor.close()
+        questions.append(None)
+
+    def ask_in_session(session: Session, _: object) -> None:
+        engine = session.get_bind()
+        assert isinstance(engine, Engine)
+        with engine.connect() as connection:
+            ask(connection)
+
+    async with no_complaints(), Database(database_url, engine_options=ONE_CONNECTION) as database:
+        await database.create_tables(Base.metadata)
+        async with database.session(read_only) as session:
+            if not early:
+                await read(session)
+            if of_session:
+                event.listen(session.sync_session, "after_transaction_end", ask_in_session)
+            else:
+                event.listen(database.engine.sync_engine, "rollback", ask)
+            before = len(questions)
+            for number, statement in enumerate(READS, 1):
+                await session.scalar(statement)
+                assert checked_out(database) == 0
+                assert len(questions) - before >= number
+        await asyncio.sleep(0)
+        assert checked_out(database) == 0
+    assert caplog.messages == []
+
+
+async def test_a_listener_that_raises_does_not_keep_the_connection(
+    database: Database, database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    if not keeps(database_url):
+        return
+    async with database.session(read_only) as session:
+        await read(session)
+        connection = session.unit_of_work.transaction.connections[0]
+
+        def fail(_: Connection) -> None:
+            event.remove(connection, "rollback", fail)
+            raise LookupError
+
+        event.listen(connection, "rollback", fail)
+        await asyncio.sleep(0)
+        assert checked_out(database) == 0
+        [message] = [record.getMessage() for record in caplog.records]
+        assert "a connection could not be given back" in message
+        await read(session)
+
+
+async def test_one_that_was_handed_out_is_never_kept(database: Database) -> None:
+    """A statement may be running over it when the event loop turns."""
+    async with database.session(read_only) as session:
+        await read(session)
+        for _ in range(2):
+            connection = await session.connection()
+            await connection.execute(READS[0])
+            await session.scalar(READS[1])
+            assert checked_out(database) == 0
+            with pytest.raises(ResourceClosedError):
+                await connection.execute(READS[0])
+            await read(session)
+
+
+async def test_an_engine_is_disposed_while_connections_are_kept(
+    database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They go back to the pool that was before, which may have no place for them."""
+
+    def wait(connection: Connection, cursor: object, statement: str, *_: object) -> None:
+        if "pauses" in statement:
+            await_only(barrier.wait())  # so that several are out at once
+            await_only(barrier.wait())
+
+    async def read_together() -> None:
+        async with database.session(read_only) as session:
+            await session.scalar(READS[0])
+            await session.scalar(text("SELECT 1 AS pauses"))
+
+    barrier = asyncio.Barrier(4)
+    options = {"pool_size": 1, "max_overflow": 2, "pool_timeout": 5}
+    async with no_complaints(), Database(database_url, engine_options=options) as database:
+        await database.create_tables(Base.metadata)
+        event.listen(database.engine.sync_engine, "after_cursor_execute", wait)
+        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+            for _ in range(3):
+                group.create_task(read_together())
+            await barrier.wait()
+            await database.engine.dispose()
+            await barrier.wait()
+        assert checked_out(database) == 0
+    assert caplog.messages == []
+    await assert_disconnected(database_url)
+
+
+async def test_reads_that_never_suspend_ask_the_event_loop_once(
+    database: Database, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not keeps(database_url):
+        return
+    async with database.transaction() as session:
+        session.add(Author(id=9, name="ada"))
+    async with database.session(read_only) as session:
+        ada = await session.get_one(Author, 9)
+        await read(session)
+        await asyncio.sleep(0)
+        loop = asyncio.get_running_loop()
+        asked: list[object] = []
+        call_soon = loop.call_soon
+
+        def counting(callback: Any, *args: Any, **options: Any) -> Any:
+            asked.append(callback)
+            return call_soon(callback, *args, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "call_soon", counting)
+            for _ in range(100):
+                assert await session.get_one(Author, 9) is ada
+        assert len(asked) <= 1
 
 
 async def test_what_a_listener_has_left_open_is_rolled_back(

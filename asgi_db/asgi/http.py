@@ -262,8 +262,8 @@ class Exchange(Call):
             return
         if unit.in_use or unit.conflict is not None:
             await self._end_before_response(unit, status, error)
-            if self._attempts is not None:
-                self._attempts.end_turn()
+        if self._attempts is not None:  # The handler may have committed by hand.
+            self._attempts.end_turn()
         self._response = STARTED
         self._commit_error = None
         if self._site.server_timing and self._statements:

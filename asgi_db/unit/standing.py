@@ -22,7 +22,13 @@ from asgi_db.errors import (
 from asgi_db.logs import logger
 from asgi_db.modes import Mode
 from asgi_db.unit.deadline import Deadline
-from asgi_db.unit.ending import CLEANUP_TIMEOUT, EndableSession, give_back_silently, has_changes
+from asgi_db.unit.ending import (
+    CLEANUP_TIMEOUT,
+    EndableSession,
+    give_back_silently,
+    has_changes,
+    terminate,
+)
 from asgi_db.unit.hooks import Hooks
 from asgi_db.unit.loaded import LoadedValues
 from asgi_db.unit.operation import MAY_BE_LATE, Operation
@@ -46,6 +52,7 @@ class Standing:
         transaction: the transaction that is open, or was open last.
         operation: the running operation; in ENDING it is the end itself.
         keeps_connection: whether a connection is kept for the next read.
+        awaits_turn_of_loop: whether such a connection goes back when the event loop turns.
         deadline: the deadline of the unit, if its mode has a `timeout=`.
         hooks: the functions to call after its end; None before the first one is added.
         conflict: the last error of the database about a conflict with another transaction.
@@ -63,7 +70,7 @@ class Standing:
     fixed_mode: Mode | None = None
     next_mode: Mode | None = None
     operation: Operation | None = None
-    keeps_connection = False
+    keeps_connection = awaits_turn_of_loop = False
     deadline: Deadline | None = None
     hooks: Hooks | None = None
     conflict: DatabaseConflictError | None = None
@@ -224,7 +231,13 @@ class Standing:
     def keep_connection(self) -> None:
         """Keep the connection for the next read, until the event loop turns."""
         self.keeps_connection = True
-        self.loop.call_soon(self.give_back_kept)
+        if not self.awaits_turn_of_loop:  # An object that is loaded already is read without one.
+            self.awaits_turn_of_loop = True
+            self.loop.call_soon(self._loop_has_turned)
+
+    def _loop_has_turned(self) -> None:
+        self.awaits_turn_of_loop = False
+        self.give_back_kept()
 
     def take_kept(self, engine: Engine | Connection) -> None:
         """Let a read have the connection that is kept, if it is one of its own engine.
@@ -240,7 +253,12 @@ class Standing:
         """Give back a connection that is kept for the next read; nothing is sent."""
         if self.keeps_connection and self.sync_session is not None:
             self.keeps_connection = False
-            give_back_silently(self.sync_session)
+            connections = self.transaction.connections
+            try:
+                give_back_silently(self.sync_session)
+            except Exception:  # of a listener to SQLAlchemy's events
+                logger.exception("%s: a connection could not be given back", self.describe())
+                terminate(connections)
             self.keep_changes()
 
     def keep_changes(self) -> None:

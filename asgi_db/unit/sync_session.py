@@ -196,12 +196,18 @@ class UnitSession(Session):
         )
 
     def _may_keep(self, operation: Operation | None) -> bool:
-        """Whether the connection is kept for the next read, and later given back silently."""
-        connections = self.unit_of_work.transaction.connections
+        """Whether the connection is kept for the next read, and later given back silently.
+
+        Over one that was handed out something may be running by then, and a listener of the user's
+        own to the end of the transaction may send something.
+        """
+        transaction = self.unit_of_work.transaction
         return (
             operation is not None
             and operation.name in READS
-            and all(map(returns_silently, connections))
+            and not transaction.was_handed_out
+            and len(self.dispatch.after_transaction_end) == 1  # the listener below
+            and all(map(returns_silently, transaction.connections))
         )
 
     def _raise_translated(self, error: BaseException | None, deadline: Deadline | None) -> None:
