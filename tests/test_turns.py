@@ -211,7 +211,10 @@ async def test_one_that_is_cancelled_in_its_turn_leaves_it_to_the_next(database:
 
 
 @pytest.mark.usefixtures("long_turns")
-async def test_the_turn_ends_with_the_commit_and_not_with_the_body(database: Database) -> None:
+@pytest.mark.parametrize("by_hand", [False, True])
+async def test_the_turn_ends_with_the_commit_and_not_with_the_body(
+    database: Database, by_hand: bool
+) -> None:
     losers = Losers(2)
     body_may_end = asyncio.Event()
 
@@ -219,6 +222,8 @@ async def test_the_turn_ends_with_the_commit_and_not_with_the_body(database: Dat
         async def send_slowly(message: Message) -> None:
             if message["type"] == "http.response.body":
                 await body_may_end.wait()
+            elif by_hand:
+                await session_of(scope).commit()
             await send(message)
 
         await losers(scope, receive, send_slowly)
