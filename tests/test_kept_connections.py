@@ -234,6 +234,13 @@ async def test_what_is_added_after_a_read_is_not_forgotten(
 # -- where something would be sent -------------------------------------------------------------
 
 
+def send(statement: str, connection: Any) -> None:
+    """Send a statement past SQLAlchemy, as a listener may."""
+    cursor = connection.cursor()
+    cursor.execute(statement)
+    cursor.close()
+
+
 @pytest.mark.parametrize("name", ["reset", "checkin"])
 @pytest.mark.parametrize("early", [True, False])
 async def test_a_listener_of_the_users_own_may_send_something(
@@ -243,9 +250,7 @@ async def test_a_listener_of_the_users_own_may_send_something(
     questions: list[None] = []
 
     def ask(connection: Any, *_: Any) -> None:
-        cursor = connection.cursor()
-        cursor.execute("SELECT 1")
-        cursor.close()
+        send("SELECT 1", connection)
         questions.append(None)
 
     async with Database(database_url, engine_options=ONE_CONNECTION) as database:
@@ -271,9 +276,7 @@ async def test_so_may_one_to_the_end_of_the_transaction(
     questions: list[None] = []
 
     def ask(connection: Connection) -> None:
-        cursor = connection.connection.cursor()
-        cursor.execute("SELECT 1")
-        cursor.close()
+        send("SELECT 1", connection.connection)
         questions.append(None)
 
     def ask_in_session(session: Session, _: object) -> None:
@@ -301,11 +304,10 @@ async def test_so_may_one_to_the_end_of_the_transaction(
     assert caplog.messages == []
 
 
+@pytest.mark.asyncpg
 async def test_a_listener_that_raises_does_not_keep_the_connection(
-    database: Database, database_url: str, caplog: pytest.LogCaptureFixture
+    database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if not keeps(database_url):
-        return
     async with database.session(read_only) as session:
         await read(session)
         connection = session.unit_of_work.transaction.connections[0]
@@ -367,11 +369,10 @@ async def test_an_engine_is_disposed_while_connections_are_kept(
     await assert_disconnected(database_url)
 
 
+@pytest.mark.asyncpg
 async def test_reads_that_never_suspend_ask_the_event_loop_once(
-    database: Database, database_url: str, monkeypatch: pytest.MonkeyPatch
+    database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not keeps(database_url):
-        return
     async with database.transaction() as session:
         session.add(Author(id=9, name="ada"))
     async with database.session(read_only) as session:
@@ -397,9 +398,7 @@ async def test_what_a_listener_has_left_open_is_rolled_back(
     database_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     def begin(connection: Any, *_: object) -> None:
-        cursor = connection.cursor()
-        cursor.execute("BEGIN")
-        cursor.close()
+        send("BEGIN", connection)
 
     async with no_complaints(), Database(database_url, engine_options=ONE_CONNECTION) as database:
         await database.create_tables(Base.metadata)

@@ -105,7 +105,8 @@ async def test_in_autocommit_it_is_sent_again(urls: Urls) -> None:
             if exchange.status == 200:
                 assert exchange.error is None
                 break
-            # VACUUM was in its way a second time, when it was between two messages.
+            # A read that is not sent again is refused as a conflict. This one was, and the standby
+            # has closed its connection between two messages.
             assert_refused(exchange, "down")
         else:
             pytest.fail("it was never sent again")
