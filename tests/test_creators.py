@@ -8,8 +8,9 @@ import aiosqlite
 import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
 
-from asgi_db import Database
+from asgi_db import Database, read_only
 from tests.tables import Author, Base, authors
 
 SLOW = """
@@ -52,3 +53,13 @@ async def test_a_connection_of_the_users_own_making_leaves_no_lock_when_it_is_in
         assert await authors(sqlite_url) == ["0", "1", "2"]
     await engine.dispose()
     assert len(kept) == 3
+
+
+async def test_a_result_outlives_a_connection_of_the_users_own_making(sqlite_url: str) -> None:
+    async def connect(*_: object, **__: object) -> aiosqlite.Connection:
+        return await aiosqlite.connect(sqlite_url.partition("///")[2])
+
+    options = {"async_creator": connect, "poolclass": NullPool}
+    async with Database(sqlite_url, engine_options=options) as database:
+        async with database.session(read_only) as session:
+            assert (await session.execute(text("SELECT 1"))).scalar_one() == 1

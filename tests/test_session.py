@@ -21,6 +21,7 @@ from sqlalchemy.ext.asyncio import (
 )
 from sqlalchemy.orm import Session, object_session
 from sqlalchemy.orm.exc import DetachedInstanceError
+from sqlalchemy.pool import NullPool
 
 from asgi_db import (
     ConcurrentUseError,
@@ -37,7 +38,7 @@ from asgi_db import (
 )
 from tests.internals import OPERATIONS
 from tests.pools import checked_out
-from tests.servers import assert_idle
+from tests.servers import assert_disconnected, assert_idle
 from tests.tables import Author, Base, Book, authors
 from tests.units import NewUnit, new_unit
 from tests.versions import IS_SQLALCHEMY_2_0
@@ -413,6 +414,34 @@ async def test_between_statements_of_read_only_results_and_objects_stay_usable(
         assert (await books[0].awaitable_attrs.author).name == "ada"
         await asyncio.sleep(0)
         assert checked_out(database) == 0
+
+
+@pytest.mark.parametrize("is_given", [False, True], ids=["own", "given"])
+@pytest.mark.parametrize("mode", [read_only, plain], ids=lambda mode: mode.name)
+async def test_a_result_outlives_a_connection_that_is_closed_as_it_goes_back(
+    database: Database, database_url: str, mode: Mode, is_given: bool
+) -> None:
+    """A connection in overflow is closed, too. SQLAlchemy closes the cursor of a result later."""
+    options: dict[str, Any] = {"poolclass": NullPool}
+    if is_given:
+        unpooled = Database(engine=create_async_engine(database_url, **options))
+    else:
+        unpooled = Database(database_url, engine_options=options)
+    async with unpooled, unpooled.session(mode) as session:
+        names = await session.scalars(text("SELECT name FROM author"))
+        results = [
+            await session.execute(text("SELECT name FROM author")),
+            await session.execute(select(Author.__table__.c.name)),
+            await session.execute(select(Author.name)),
+        ]
+        assert [result.all() for result in results] == [[("ada",)]] * 3
+        assert names.all() == ["ada"]
+        if not mode.read_only:
+            await session.execute(text("UPDATE author SET name = 'grace'"))
+            await session.execute(insert(Author).values(name="eve"))
+    for opened in (unpooled, database):
+        await opened.engine.dispose()
+    await assert_disconnected(database_url)
 
 
 # -- after the request -------------------------------------------------------------------------
