@@ -156,9 +156,8 @@ class Exchange(Call):
         if unit.unanswered is not None:
             return "it has committed by hand before"
         for session in self._scope.values():
-            if isinstance(session, DBSession) and session.origin is not self:
-                if session.unit is not None:
-                    return "it has used another database too"
+            if isinstance(session, DBSession) and session.origin is not self and session.unit:
+                return "it has used another database too"
         return ""
 
     # -- receive and send ----------------------------------------------------------------------
@@ -217,9 +216,8 @@ class Exchange(Call):
             await self._late.raise_now()
         # A task that only produces the stream is cancelled at the end of the stream, so there the
         # hooks are left to `run`.
-        if unit.hooks is not None and self._response is COMPLETE:
-            if asyncio.current_task() is self._app_task:
-                await unit.run_late_hooks()
+        if self._response is COMPLETE and asyncio.current_task() is self._app_task:
+            await unit.run_late_hooks()
 
     def _is_used_by_body_task(self, unit: UnitOfWork) -> bool:
         """Whether the body is produced in a task of its own, which must not be disturbed.

@@ -135,7 +135,8 @@ class _Made(NamedTuple):
     connection: Any
 
 
-_being_set_up: WeakKeyDictionary[asyncio.Task[Any], _Made] = WeakKeyDictionary()
+being_set_up: WeakKeyDictionary[asyncio.Task[Any], _Made] = WeakKeyDictionary()
+"""The connection that each task has made and not yet set up."""
 
 
 async def _connect_uninterrupted(
@@ -159,20 +160,20 @@ async def _connect_uninterrupted(
         task.add_done_callback(_terminate_abandoned)
         raise
     if (caller := asyncio.current_task()) is not None:
-        _being_set_up[caller] = made
+        being_set_up[caller] = made
     return made.connection
 
 
 def connect_is_complete() -> None:
     """Note that the connection made by this task is set up and belongs to the pool now."""
     if (task := current_task()) is not None:
-        _being_set_up.pop(task, None)
+        being_set_up.pop(task, None)
 
 
 def _being_set_up_here() -> _Made | None:
     """Return the connection that this task is setting up, if any."""
     task = current_task()
-    return None if task is None else _being_set_up.get(task)
+    return None if task is None else being_set_up.get(task)
 
 
 def abandon_connect() -> None:
@@ -181,8 +182,6 @@ def abandon_connect() -> None:
     SQLAlchemy sends statements to set up a new connection, and forgets the connection if it is
     interrupted meanwhile.
     """
-    if not _being_set_up:
-        return
     made = _being_set_up_here()
     connect_is_complete()
     if made is not None:

@@ -37,6 +37,16 @@ class Block(Origin, Generic[SessionT_co]):
     """An `async with` block that has a session."""
 
     def __init__(self, database: Opener[SessionT_co], mode: Mode, name: str) -> None:
+        """Prepare it; nothing is opened.
+
+        Raises:
+            ConfigurationError: the mode has `retries=`, or this is not run by asyncio.
+        """
+        if mode.retries:
+            raise ConfigurationError(
+                f"A block cannot be run again: leave out retries={mode.retries}, and put the block"
+                " into a loop of your own."
+            )
         if (loop := running_loop()) is None:
             raise ConfigurationError.without_asyncio()
         self.loop = loop

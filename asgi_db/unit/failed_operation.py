@@ -8,7 +8,6 @@ from sqlalchemy.util.concurrency import in_greenlet
 from asgi_db.unit.ending import give_back, terminate
 from asgi_db.unit.operation import MAY_BE_LATE
 from asgi_db.unit.state import LeftOver, State
-from asgi_db.unit.transaction import Stage
 from asgi_db.unit.translating import conflict_in
 from asgi_db.unit.unit_of_work import UnitOfWork
 
@@ -39,7 +38,6 @@ def discard_transaction(session: Session, unit: UnitOfWork) -> None:
     give_back(session, connections)
     if not in_greenlet():
         terminate(connections)
-    if unit.transaction.stage is Stage.OPEN:
-        unit.transaction.end()
+    unit.transaction.end()
     if unit.state is State.ACTIVE:
         unit.become_idle()

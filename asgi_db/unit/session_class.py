@@ -36,6 +36,9 @@ from asgi_db.unit.sync_session import (
     inside_the_unit,
 )
 
+_DEFAULTS = {"autoflush": False, "expire_on_commit": False}
+"""The options that differ from SQLAlchemy's own defaults."""
+
 _OURS = {"bind": "engine= of Database", "unit_of_work": "nothing"}
 """The options that a `DBSession` sets itself, and what to use instead."""
 
@@ -59,19 +62,19 @@ class SessionChoice(NamedTuple):
 
 
 def choose_session(
-    options: Mapping[str, Any], dialect: type[Dialect], *, has_replicas: bool = False
+    options: Mapping[str, Any] | None, dialect: type[Dialect], *, has_replicas: bool = False
 ) -> SessionChoice:
     """Return the class of the sessions, and the options with which they are made.
 
     Args:
-        options: the arguments for SQLAlchemy's `async_sessionmaker`.
+        options: the arguments for SQLAlchemy's `async_sessionmaker`; they override the defaults.
         dialect: the one of the database.
         has_replicas: whether the sessions choose between servers.
 
     Raises:
         ConfigurationError: an option cannot work; the message names it, and the remedy.
     """
-    rest = dict(options)
+    rest = {**_DEFAULTS, **(options or {})}
     class_: type[AsyncSession] = rest.pop("class_", None) or DBSession
     _check_base("class_", class_, AsyncSession)
     sync_class: type[Session] = rest.pop("sync_session_class", None) or _sync_class_of(class_)

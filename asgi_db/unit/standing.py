@@ -12,13 +12,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.orm import Session, SessionTransactionOrigin
 
 from asgi_db.drivers.statements import Effect
-from asgi_db.errors import (
-    ConcurrentUseError,
-    DatabaseConflictError,
-    DatabaseTimeoutError,
-    ModeConflictError,
-    SessionExpiredError,
-)
+from asgi_db.errors import DatabaseConflictError, DatabaseTimeoutError, ModeConflictError
 from asgi_db.logs import logger
 from asgi_db.modes import Mode
 from asgi_db.unit.deadline import Deadline
@@ -31,51 +25,41 @@ from asgi_db.unit.ending import (
 )
 from asgi_db.unit.hooks import Hooks
 from asgi_db.unit.loaded import LoadedValues
+from asgi_db.unit.one_task import OneTask
 from asgi_db.unit.operation import MAY_BE_LATE, Operation
 from asgi_db.unit.origin import Origin
 from asgi_db.unit.state import TRANSITIONS, LeftOver, State
 from asgi_db.unit.transaction import OUTCOMES, Stage, Transaction
 
 
-class Standing:
+class Standing(OneTask):
     """Where a unit of work stands.
 
     Attributes:
         session: the session that handlers use.
         sync_session: its synchronous half; None before the session is first used.
-        origin: the request or block that the session is for.
         life: the engine of the session, with its pool.
-        loop: the event loop of the session.
-        state: where the unit stands.
         fixed_mode: the mode that the first statement has fixed until the unit ends.
         next_mode: another mode that was asked for meanwhile, in which the next one has to begin.
         transaction: the transaction that is open, or was open last.
-        operation: the running operation; in ENDING it is the end itself.
-        keeps_connection: whether a connection is kept for the next read.
-        awaits_turn_of_loop: whether such a connection goes back when the event loop turns.
         deadline: the deadline of the unit, if its mode has a `timeout=`.
         hooks: the functions to call after its end; None before the first one is added.
         conflict: the last error of the database about a conflict with another transaction.
         tally: what the unit has done so far.
         unanswered: the first committed transaction that the client has not been told about.
-        owner: the task that began the open transaction.
         left_over: work of the session that belongs to no transaction.
         is_rollback_only: whether the handler has asked for a ROLLBACK, whatever the answer.
         loaded: what its objects had loaded; None before the first flush or rollback.
     """
 
     # Most requests never set these, so that as class attributes they cost nothing.
-    state = State.IDLE
     sync_session: Session | None = None
     fixed_mode: Mode | None = None
     next_mode: Mode | None = None
-    operation: Operation | None = None
-    keeps_connection = awaits_turn_of_loop = False
     deadline: Deadline | None = None
     hooks: Hooks | None = None
     conflict: DatabaseConflictError | None = None
     unanswered: Transaction | None = None
-    owner: asyncio.Task[object] | None = None
     left_over: LeftOver | None = None
     is_rollback_only = False
     loaded: LoadedValues | None = None
@@ -85,14 +69,10 @@ class Standing:
         self.session = session
         self.origin = origin
         self.life = origin.life()
-        self.loop = origin.loop
+        self.loop = origin.loop  # known from now on, if it is that of the first use
         self.transaction = Transaction()
         self.transaction.stage = Stage.NONE
         self.tally = self.life.statistics.new_tally()
-
-    def describe(self) -> str:
-        """Name the request or block, for messages."""
-        return self.origin.describe()
 
     def __repr__(self) -> str:
         standing = f"{self.state.name} {self.mode.name} {self.transaction.stage.name}"
@@ -186,31 +166,10 @@ class Standing:
         if self.deadline is not None and operation is not None and self.state is State.ACTIVE:
             self.deadline.watch_task(CLEANUP_TIMEOUT if operation.name in MAY_BE_LATE else 0.0)
 
-    # -- one task at a time --------------------------------------------------------------------
-
-    def check_free(self, name: str) -> None:
-        """Refuse an operation if the session has ended, or if another task is using it.
-
-        Raises:
-            SessionExpiredError: the request is over.
-            ConcurrentUseError: another task is in the middle of an operation, or this is another
-                event loop.
-        """
-        if asyncio.get_running_loop() is not self.loop:
-            raise ConcurrentUseError.session_in_another_loop(name, self.describe())
-        if self.state is State.CLOSED:
-            raise SessionExpiredError(name, self.describe())
-        if self.operation is not None and self.operation.task is not asyncio.current_task():
-            raise self._concurrent_use(name)
-
     def overdue(self) -> DatabaseTimeoutError:
         """Make the error for a unit whose time is over."""
         timeout = 0.0 if self.deadline is None else self.deadline.timeout
         return DatabaseTimeoutError(self.describe(), timeout)
-
-    def _concurrent_use(self, name: str) -> ConcurrentUseError:
-        running = "commit" if self.operation is None else self.operation.name
-        return ConcurrentUseError(name, running, self.describe())
 
     def end_operation(self, operation: Operation) -> None:
         """Note that the operation has ended."""
@@ -230,14 +189,17 @@ class Standing:
 
     def keep_connection(self) -> None:
         """Keep the connection for the next read, until the event loop turns."""
-        self.keeps_connection = True
-        if not self.awaits_turn_of_loop:  # An object that is loaded already is read without one.
-            self.awaits_turn_of_loop = True
-            self.loop.call_soon(self._loop_has_turned)
+        transaction = self.transaction
+        if transaction.stage is Stage.OPEN:  # An object that is loaded already is read without one.
+            transaction.move(Stage.KEPT)
+        if not transaction.goes_back_soon:
+            transaction.goes_back_soon = True
+            self.loop.call_soon(self._loop_has_turned, transaction)
 
-    def _loop_has_turned(self) -> None:
-        self.awaits_turn_of_loop = False
-        self.give_back_kept()
+    def _loop_has_turned(self, transaction: Transaction) -> None:
+        transaction.goes_back_soon = False
+        if transaction is self.transaction:
+            self.give_back_kept()
 
     def take_kept(self, engine: Engine | Connection) -> None:
         """Let a read have the connection that is kept, if it is one of its own engine.
@@ -245,20 +207,20 @@ class Standing:
         Else it goes back first: who holds one must not wait for another.
         """
         if all(connection.engine is engine for connection in self.transaction.connections):
-            self.keeps_connection = False
+            self.transaction.move(Stage.OPEN)
         else:
             self.give_back_kept()
 
     def give_back_kept(self) -> None:
         """Give back a connection that is kept for the next read; nothing is sent."""
-        if self.keeps_connection and self.sync_session is not None:
-            self.keeps_connection = False
-            connections = self.transaction.connections
+        transaction, session = self.transaction, self.sync_session
+        if transaction.stage is Stage.KEPT and session is not None:
+            transaction.move(Stage.OPEN)
             try:
-                give_back_silently(self.sync_session)
+                give_back_silently(session)
             except Exception:  # of a listener to SQLAlchemy's events
                 logger.exception("%s: a connection could not be given back", self.describe())
-                terminate(connections)
+                terminate(transaction.connections)
             self.keep_changes()
 
     def keep_changes(self) -> None:
@@ -278,12 +240,6 @@ class Standing:
             or self.is_rollback_only
             or (self.hooks is not None and self.hooks.are_waiting)
         )
-
-    @property
-    def is_used_by_another_task(self) -> bool:
-        """Whether an operation is running in a task other than this one."""
-        operation = self.operation
-        return operation is not None and operation.task is not asyncio.current_task()
 
     @property
     def is_work_of_another_task(self) -> bool:
@@ -352,7 +308,7 @@ class Standing:
 
         Its objects are detached, and keep what they have loaded.
         """
-        if self.keeps_connection:
+        if self.transaction.stage is Stage.KEPT:
             self.give_back_kept()
         self.move(State.CLOSED)
         session = self.sync_session

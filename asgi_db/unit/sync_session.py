@@ -18,7 +18,7 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 from sqlalchemy.util.concurrency import in_greenlet
 
-from asgi_db.drivers.connecting import abandon_connect
+from asgi_db.drivers.connecting import abandon_connect, being_set_up
 from asgi_db.engine.returning import returns_silently
 from asgi_db.engine.unit import begin_now, begin_unit
 from asgi_db.errors import DatabaseTimeoutError, FailedTransactionError, ReadOnlyError
@@ -62,7 +62,7 @@ class EngineChoice(Session):
                 await_(unit.origin.before_unit())
             mode = unit.begin()
         chosen = unit.life.bind_for(bind, mode)
-        if unit.keeps_connection:
+        if unit.transaction.stage is Stage.KEPT:
             unit.take_kept(chosen)
         tally = unit.tally
         if not unit.transaction.connections or not unit.transaction.is_open:
@@ -91,7 +91,10 @@ class UnitSession(Session):
         if not self.in_transaction() and has_changes(self):
             Session.begin(self)
         super().rollback()
-        self.unit_of_work.is_rollback_only = False
+        unit = self.unit_of_work
+        unit.is_rollback_only = False
+        if unit.left_over is LeftOver.KEPT:
+            unit.left_over = None
 
     def enter(self, name: str) -> bool:
         """Begin an operation.
@@ -133,9 +136,10 @@ class UnitSession(Session):
                 raise unit.overdue()
         if name in DISCARDING and unit.has_uncommitted_work:
             unit.left_over = LeftOver.DISCARDED
-        # The engine itself may have tried to connect, which has nothing to do with this operation.
-        abandon_connect()
-        if unit.keeps_connection and name not in READS:
+        if being_set_up:
+            # The engine itself has tried to connect, which has nothing to do with this operation.
+            abandon_connect()
+        if unit.transaction.stage is Stage.KEPT and name not in READS:
             unit.give_back_kept()
         unit.operation = Operation(name, task, time.monotonic())
         if name == "commit":  # It was called inside `run_sync`.
@@ -163,7 +167,6 @@ class UnitSession(Session):
                 if error is None and unit.tally.statements > 1 and self._may_keep(running):
                     unit.keep_connection()
                 else:
-                    unit.keeps_connection = False
                     give_back(self, unit.transaction.connections)
         finally:
             operation, deadline = unit.operation, unit.deadline
@@ -405,7 +408,7 @@ def _transaction_ended(session: UnitSession, transaction: SessionTransaction) ->
         if transaction.nested and unit.loaded is not None:
             unit.loaded.savepoint_ended(transaction)
         return
-    if unit.transaction.stage is Stage.OPEN:
+    if unit.transaction.stage is not Stage.COMMITTED:
         unit.transaction.end()
     if unit.state is State.ACTIVE:
         operation = unit.operation

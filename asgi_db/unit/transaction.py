@@ -1,12 +1,14 @@
 """One transaction of a session, from before its first statement until after its end.
 
     OPEN ──▶ COMMITTING ──▶ SENT ──▶ COMMITTED
-      │           │           └────▶ FAILED
-      │           └── a flush fails, or COMMIT cannot be sent ──▶ FAILED
-      └──▶ ROLLED_BACK
+     ▲ │           │           └────▶ FAILED
+     │ │           └── a flush fails, or COMMIT cannot be sent ──▶ FAILED
+     ▼ └──▶ ROLLED_BACK
+    KEPT
 
-`SENT` begins when the driver sends COMMIT: from then on the outcome is unknown if the connection is
-closed. The outcome of a unit of work is the last stage of its transaction.
+`KEPT` holds nothing but its connection, for the next of several reads in a row. `SENT` begins when
+the driver sends COMMIT: from then on the outcome is unknown if the connection is closed. The
+outcome of a unit of work is the last stage of its transaction.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ class Stage(enum.Enum):
     NONE = enum.auto()
     """There has been no transaction yet."""
     OPEN = enum.auto()
+    KEPT = enum.auto()
     COMMITTING = enum.auto()
     SENT = enum.auto()
     COMMITTED = enum.auto()
@@ -40,7 +43,8 @@ class Stage(enum.Enum):
 
 STAGES: dict[Stage, tuple[Stage, ...]] = {
     Stage.NONE: (),
-    Stage.OPEN: (Stage.COMMITTING, Stage.ROLLED_BACK, Stage.FAILED),
+    Stage.OPEN: (Stage.KEPT, Stage.COMMITTING, Stage.ROLLED_BACK, Stage.FAILED),
+    Stage.KEPT: (Stage.OPEN, Stage.ROLLED_BACK, Stage.FAILED),
     # Without a connection nothing is sent; with several, COMMIT is sent over each of them.
     Stage.COMMITTING: (Stage.SENT, Stage.COMMITTED, Stage.FAILED),
     Stage.SENT: (Stage.SENT, Stage.COMMITTED, Stage.FAILED),
@@ -63,6 +67,7 @@ class Transaction:
     Attributes:
         stage: how far it has come.
         connections: the connections on which it is open.
+        goes_back_soon: whether the connection goes back when the event loop turns, if it is kept.
         streams: its results with an open server-side cursor.
         effect: the greatest effect of its statements; `HOLDS` also if its connection was handed
             out.
@@ -75,6 +80,7 @@ class Transaction:
 
     stage = Stage.OPEN
     connections: tuple[Connection, ...] = ()
+    goes_back_soon = False
     streams: tuple[Result[object], ...] = ()
     effect = Effect.READS
     was_handed_out = False
@@ -141,7 +147,7 @@ class Transaction:
 
     def end(self) -> None:
         """Note that the session has ended it; after a COMMIT the stage has changed already."""
-        if self.stage is Stage.OPEN:
+        if self.stage in (Stage.OPEN, Stage.KEPT):
             self.stage = Stage.ROLLED_BACK
 
     def fail(self) -> None:

@@ -44,30 +44,6 @@ class UnitOfWork(Standing):
 
     # -- how it ends ---------------------------------------------------------------------------
 
-    async def wait_for_end(self) -> None:
-        """Wait until a COMMIT or ROLLBACK that another task has begun is over."""
-        while self.state is State.ENDING and self.operation is not None:
-            task = self.operation.task
-            await (asyncio.sleep(0) if task is None else asyncio.wait((task,)))
-
-    async def wait_for_turn(self) -> None:
-        """Wait while another task uses the session, if it will be done by itself.
-
-        It gives the connection back before it waits for the body, or both tasks are tasks that the
-        framework has started, which take turns.
-        """
-        if self.is_giving_back:
-            await self.wait_for_end()
-        origin, task = self.origin, asyncio.current_task()
-        while (operation := self.operation) is not None and task is not None:
-            other = operation.task
-            if other is task or not origin.takes_turns(task):
-                return
-            # A COMMIT by hand runs in a task of its own.
-            if self.state is not State.ENDING and (other is None or not origin.takes_turns(other)):
-                return
-            await origin.next_turn()
-
     async def end(self, *, success: bool, answer: str = "") -> None:
         """End the unit: COMMIT if it succeeded and its mode commits, otherwise ROLLBACK.
 
@@ -84,7 +60,7 @@ class UnitOfWork(Standing):
             UncommittedWorkError: there was work to commit, but the handler had closed the session.
             Exception: the error of a hook that is not robust.
         """
-        if self.keeps_connection:
+        if self.transaction.stage is Stage.KEPT:
             self.give_back_kept()
         if not self.in_use:
             return
@@ -126,14 +102,14 @@ class UnitOfWork(Standing):
         problem: Exception | None = None
         if self.state is State.ENDING:
             # Another task is committing or releasing the session.
-            problem = None if self.is_giving_back else self._concurrent_use("commit")
+            problem = None if self.is_giving_back else self.concurrent_use("commit")
             await finish(asyncio.ensure_future(self.wait_for_end()))
         straggler = self.operation
         if straggler is not None:
             if straggler.task is asyncio.current_task():
                 straggler = None
             else:
-                problem = self._concurrent_use("commit")
+                problem = self.concurrent_use("commit")
         if success and problem is None and self.next_mode is not None:
             try:
                 await self.change_mode()
@@ -266,11 +242,6 @@ class UnitOfWork(Standing):
             read_again(session)
             await self._end_by(WAITING, self._ending().give_back())
 
-    @property
-    def is_giving_back(self) -> bool:
-        """Whether another task gives the connection back before it waits; see above."""
-        return self.operation is not None and self.operation.name == WAITING
-
     async def _end_by(self, name: str, ending: Coroutine[Any, Any, None]) -> None:
         """End the transaction in a task of its own, and wait until that is complete."""
         self.move(State.ENDING)
@@ -283,12 +254,11 @@ class UnitOfWork(Standing):
             await finish(asyncio.ensure_future(self._run_as_operation(ending, caller)))
         finally:
             ending.close()  # The task may have been cancelled before it began.
-            if self.transaction.stage is Stage.OPEN:
-                # The connection was terminated, so no event has reported the end.
+            if STAGES[self.transaction.stage]:
+                # It is open: the connection was terminated, so that no event has reported the end.
                 self.transaction.end()
-            elif STAGES[self.transaction.stage]:
-                # It is open: a COMMIT that began its transaction itself.
-                self.transaction.fail()
+                if self.transaction.is_open:  # a COMMIT that began its transaction itself
+                    self.transaction.fail()
             self.end_operation(operation)
             self.become_idle()
 
