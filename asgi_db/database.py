@@ -26,7 +26,7 @@ from asgi_db.pool.ping import ping, wait_for_database
 from asgi_db.profiles import PoolName, PoolProfile, pool_profile
 from asgi_db.replicas.topology import topology
 from asgi_db.settings import Secret, create_database_url, parse_database_url
-from asgi_db.statistics import DatabaseStats, PoolStats, Statistics, name_of, total
+from asgi_db.statistics import DatabaseStats, PoolStats, Statistics
 from asgi_db.tasks import running_loop
 from asgi_db.unit.block import Block
 from asgi_db.unit.maker import SessionMaker
@@ -96,32 +96,18 @@ class Database(Generic[SessionT_co]):
         """
         _check_engine(engine, url=url, engine_options=engine_options, pooler=pooler)
         _check_numbers(wait_for=wait_for, leak_threshold=leak_threshold)
-        options = dict(engine_options or {})
-        if engine is not None:
-            self.url = engine.url
-        elif url is not None:
-            self.url = parse_database_url(url)
-        else:
-            named = read_environment(os.environ)
-            self.url = named.url or _embedded()
-            replicas = replicas or named.replicas
-            options = {**named.engine_options, **options}
-        defaults = {"autoflush": False, "expire_on_commit": False}
+        self.url, options, replicas = _place(url, engine, engine_options, replicas)
         self._dialect = type(engine.dialect) if engine is not None else self.url.get_dialect()
-        choice = choose_session(
-            {**defaults, **(session_options or {})}, self._dialect, has_replicas=bool(replicas)
-        )
+        self.has_replicas = bool(replicas)
+        choice = choose_session(session_options, self._dialect, has_replicas=self.has_replicas)
         self.session_class = cast(type[SessionT_co], choice.class_)
         self.session_options = choice.options
         self.statistics = Statistics()  # `asgi_db.opentelemetry` observes them
         self._wait_for = wait_for
         profile = pool if isinstance(pool, PoolProfile) else pool_profile(pool)
         settings = EngineSettings(
-            self.url, profile, options, pooler, leak_threshold, has_replicas=bool(replicas)
+            self.url, profile, options, pooler, leak_threshold, has_replicas=self.has_replicas
         )
-        if engine is None:
-            settings.check()
-        self.has_replicas = bool(replicas)
         self._topology = topology(settings, self.statistics, replicas, given=engine)
         self._engines = self._topology.primary
         self.clients = self._topology.clients
@@ -234,7 +220,7 @@ class Database(Generic[SessionT_co]):
 
     def pool_stats(self) -> PoolStats:
         """Return the connections of the pool at this moment; part of `stats()`, and cheaper."""
-        return total(life.connections.stats() for life in self._engines.all())
+        return self._engines.pool_stats()
 
     def checked_out(self) -> int:
         """Return how many connections are in use at this moment; cheaper still."""
@@ -245,16 +231,7 @@ class Database(Generic[SessionT_co]):
 
         It opens nothing and needs no event loop: a thread may call it, too.
         """
-        lives = [*self._topology.all(), *self._engines.others.all()]
-        holders = [holder for life in lives for holder in life.connections.holders()]
-        return DatabaseStats(
-            name=name_of(self.url),
-            pool=self.pool_stats(),
-            holders=tuple(sorted(holders, key=lambda holder: -holder.age)),
-            routes=self.statistics.routes,
-            replicas=self._topology.stats(),
-            reads_on_primary=self._topology.reads_on_primary(),
-        )
+        return self._topology.database_stats()
 
     def holders(self) -> list[str]:
         """Return the routes that have a connection checked out, and for how long."""
@@ -282,11 +259,6 @@ class Database(Generic[SessionT_co]):
             ConfigurationError: that is no mode, or one with `retries=`.
         """
         mode = as_mode(mode, "The mode of database.session()")
-        if mode.retries:
-            raise ConfigurationError(
-                f"A block cannot be run again: leave out retries={mode.retries}, and put the block"
-                " into a loop of your own."
-            )
         kind = "transaction" if mode.commits else "session"
         async with Block(self, mode, f"`async with database.{kind}()`").session() as session:
             yield session
@@ -366,6 +338,27 @@ class Database(Generic[SessionT_co]):
         from asgi_db.testing import Sandbox
 
         return Sandbox(self._engines)
+
+
+def _place(
+    url: str | URL | Secret | None,
+    engine: AsyncEngine | None,
+    engine_options: Mapping[str, Any] | None,
+    replicas: Sequence[str | URL | Secret | AsyncEngine],
+) -> tuple[URL, dict[str, Any], Sequence[str | URL | Secret | AsyncEngine]]:
+    """Return where the database is, the options of its engine, and its replicas.
+
+    Raises:
+        ConfigurationError: a URL, or a variable of the environment, cannot work.
+    """
+    options = dict(engine_options or {})
+    if engine is not None:
+        return engine.url, options, replicas
+    if url is not None:
+        return parse_database_url(url), options, replicas
+    named = read_environment(os.environ)
+    options = {**named.engine_options, **options}
+    return named.url or _embedded(), options, replicas or named.replicas
 
 
 def _check_engine(

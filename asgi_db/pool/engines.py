@@ -22,7 +22,7 @@ from asgi_db.errors import ConfigurationError, SandboxError
 from asgi_db.pool.fair import FairPool
 from asgi_db.pool.life import DISPOSE_TIMEOUT, EngineLife, OtherEngines
 from asgi_db.profiles import PoolProfile
-from asgi_db.statistics import Statistics
+from asgi_db.statistics import PoolStats, Statistics, total
 from asgi_db.tasks import run_to_completion, running_loop
 
 
@@ -207,6 +207,10 @@ class Engines:
     def all(self) -> list[EngineLife]:
         """Return the engines that have been made, each with its life."""
         return list(self._lives.values()) if self._given is None else [self._given]
+
+    def pool_stats(self) -> PoolStats:
+        """Return the connections of all of them at this moment."""
+        return total(life.connections.stats() for life in self.all())
 
     def make_side_engine(self) -> EngineLife:
         """Make an engine that is made as the others are, and is not among them.

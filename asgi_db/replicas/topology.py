@@ -22,7 +22,7 @@ from asgi_db.replicas.own_writes import Clients
 from asgi_db.replicas.replica import Replica
 from asgi_db.replicas.servers import Servers
 from asgi_db.settings import Secret, read_url
-from asgi_db.statistics import ReplicaStats, Statistics, name_of, total
+from asgi_db.statistics import DatabaseStats, ReplicaStats, Statistics, name_of
 
 
 class Topology:
@@ -90,23 +90,28 @@ class Topology:
         finally:
             await self.primary.dispose()
 
-    def stats(self) -> tuple[ReplicaStats, ...]:
-        """Return how each replica stands, in all event loops together."""
+    def database_stats(self) -> DatabaseStats:
+        """Return what each route has done, and what has a connection now, on all servers."""
+        lives = [*self.all(), *self.primary.others.all()]
+        holders = [holder for life in lives for holder in life.connections.holders()]
         servers = list(self._servers.copy().values())
-        return tuple(
-            self._stats_of(engines, [one.replicas[number] for one in servers])
-            for number, engines in enumerate(self._replicas)
+        return DatabaseStats(
+            name=name_of(self.primary.settings.url),
+            pool=self.primary.pool_stats(),
+            holders=tuple(sorted(holders, key=lambda holder: -holder.age)),
+            routes=self.primary.statistics.routes,
+            replicas=tuple(
+                self._stats_of(engines, [one.replicas[number] for one in servers])
+                for number, engines in enumerate(self._replicas)
+            ),
+            reads_on_primary=sum(one.on_primary for one in servers),
         )
-
-    def reads_on_primary(self) -> int:
-        """Return how many units could have read from a replica, and ran on the primary."""
-        return sum(one.on_primary for one in self._servers.copy().values())
 
     def _stats_of(self, engines: Engines, replicas: list[Replica]) -> ReplicaStats:
         lags = [lag for one in replicas if (lag := one.lag.seconds) is not None]
         return ReplicaStats(
             name=name_of(engines.settings.url),
-            pool=total(life.connections.stats() for life in engines.all()),
+            pool=engines.pool_stats(),
             units=sum(one.units for one in replicas),
             behind=sum(one.behind for one in replicas),
             is_down=any(one.is_down for one in replicas),
@@ -130,8 +135,10 @@ def topology(
         given: the user's own engine for the primary.
 
     Raises:
-        ConfigurationError: a replica cannot be used.
+        ConfigurationError: an option of the engine, or a replica, cannot be used.
     """
+    if given is None:
+        settings.check()
     if not replicas:
         return Topology(Engines(settings, statistics, given=given), (), None)
     if isinstance(replicas, (str, URL, AsyncEngine)) or hasattr(replicas, "get_secret_value"):
