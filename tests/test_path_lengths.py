@@ -12,8 +12,8 @@ from tests.servers import run
 from tests.tracing import Path, paths
 
 BOUNDS = {
-    "a read_only read": (75, 61, 37),
-    "a transactional write": (95, 77, 56),
+    "a read_only read": (75, 58, 34),
+    "a transactional write": (95, 75, 50),
     # While a dashboard watches; without one nothing of it is called. What is slow is kept, too, and
     # on a busy machine everything is.
     "a watched read": (112, 83, 56),

@@ -36,6 +36,7 @@ class AnyDriver(Driver):
     unlock_definitions: str | None = None
     ping = "SELECT 1"
     grammar = COMMON
+    tells_autocommit = False
     has_one_writer = False
     sandbox: type[SandboxRules] | None = None
     replication: Replication | None = None
@@ -206,10 +207,13 @@ class AutocommitRequests:
 
     SQLAlchemy does not pass that on to `do_begin`, and a connection of ours does not show it:
     whether it is in autocommit is decided at each begin.
+
+    Attributes:
+        connections: the driver's own ones.
     """
 
     def __init__(self) -> None:
-        self._connections = WeakSet[Any]()
+        self.connections = WeakSet[Any]()
 
     def watch(self, dialect: Dialect, after: Callable[[Any], None] | None = None) -> None:
         """Notice what is asked of a dialect.
@@ -223,13 +227,10 @@ class AutocommitRequests:
             set_isolation_level(connection, level)
             driver_connection = dialect.get_driver_connection(connection)
             if level == "AUTOCOMMIT":
-                self._connections.add(driver_connection)
+                self.connections.add(driver_connection)
                 return
-            self._connections.discard(driver_connection)
+            self.connections.discard(driver_connection)
             if after is not None:
                 after(connection)
 
         dialect.set_isolation_level = noticing  # type: ignore[method-assign, assignment]
-
-    def __contains__(self, connection: Any) -> bool:
-        return bool(self._connections) and connection in self._connections

@@ -364,7 +364,7 @@ class Asyncmy(MySQL):
     def begin(self, pooled: PoolProxiedConnection, beginning: Beginning) -> None:
         if beginning.autocommit is not None:
             connection: Any = pooled.dbapi_connection
-            was_asked_for = pooled.driver_connection in self._autocommit_requests
+            was_asked_for = pooled.driver_connection in self._autocommit_requests.connections
             try:
                 # This costs a round trip only if autocommit changes.
                 connection.autocommit(was_asked_for or beginning.autocommit)

@@ -195,6 +195,7 @@ class SupportedPostgreSQL(PostgreSQL):
     """PostgreSQL with a driver with which asgi-db itself connects."""
 
     is_supported = True
+    tells_autocommit = True
     replication: Replication | None = PostgreSQLReplication()
 
     def __init__(self) -> None:

@@ -78,6 +78,7 @@ class Driver(Protocol):
         unlock_definitions: the statement that ends this; none if the transaction's end does so.
         ping: a statement whose answer shows that the server works; its value is true where
             transactions can write, as far as one statement can tell.
+        tells_autocommit: whether a connection in autocommit is told so by `enter_autocommit`.
         has_one_writer: whether one transaction at a time writes, and the next one waits for it.
         sandbox: the rules of a sandbox for tests; None if there is none.
         replication: how far replicas have come; None if there are none of this database.
@@ -92,6 +93,7 @@ class Driver(Protocol):
     lock_definitions: str | None
     unlock_definitions: str | None
     ping: str
+    tells_autocommit: bool
     has_one_writer: bool
     sandbox: type[SandboxRules] | None
     replication: Replication | None

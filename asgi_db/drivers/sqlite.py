@@ -9,7 +9,7 @@ import re
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Coroutine, Mapping
 from importlib import import_module
 from threading import Thread
 from typing import Any, ClassVar, cast
@@ -24,6 +24,7 @@ from asgi_db.drivers.base import AnyDriver, AutocommitRequests
 from asgi_db.drivers.protocol import BEGIN_OPTION, GIVE_UP_AFTER, Beginning, StandIn
 from asgi_db.drivers.sandbox import SandboxConnection, SandboxControl, SandboxRules, SandboxStandIn
 from asgi_db.drivers.sqlite_connection import AdoptedConnection, ClosingConnection
+from asgi_db.drivers.sqlite_cursor import raise_if_closed, use_one_trip
 from asgi_db.drivers.statements import WRITING_WITH, Grammar
 from asgi_db.drivers.url_options import Translate, number, refuse, switch, translate
 from asgi_db.errors import ConfigurationError
@@ -245,27 +246,39 @@ class Aiosqlite(SQLite):
         connection._thread = Thread(
             target=_work, args=(ref(connection), connection._tx), daemon=True
         )
-        _end_softly(connection)
+        stop = connection.stop
+
+        def stop_once() -> Any:
+            # `close` ends with `stop`, and would wait for a thread that an earlier `stop` ended.
+            stopped = stop() if connection._running else None
+            if stopped is not None:
+                in_background(stopped)
+            return stopped
+
+        connection.stop = stop_once
         connecting: Awaitable[Any] = connection
         return connecting
 
     def adopt(self, connection: Any) -> None:
-        """Have a connection end as ours do, if it was made without our `factory`.
+        """Have a connection close its cursors, if it was made without our `factory`.
 
-        There is no public API; the tests in `test_creators.py` break when this changes.
+        There is no public API; the test of an `async_creator` in `test_creators.py` breaks
+        when this changes.
         """
         made = getattr(connection, "_connection", None)
         if made is not None and not isinstance(
             made, (ClosingConnection, AdoptedConnection, StandIn)
         ):
             connection._connection = AdoptedConnection(made)
-            _end_softly(connection)
 
     def _terminate(self, connection: Any) -> None:
         connection.stop()
 
     def extend(self, dialect: Dialect) -> None:
-        """Roll back only an open transaction: each call of the driver goes through its thread."""
+        """Go through the driver's thread no more often than it takes.
+
+        A rollback goes there only if a transaction is open, and a statement once.
+        """
         rollback = dialect.do_rollback
 
         def do_rollback(pooled: PoolProxiedConnection) -> None:
@@ -279,13 +292,14 @@ class Aiosqlite(SQLite):
                 rollback(pooled)
 
         dialect.do_rollback = do_rollback  # type: ignore[method-assign, assignment]
+        use_one_trip(dialect)
 
     def returns_silently(self, *, is_prepared: bool) -> bool:
         return is_prepared  # else SQLAlchemy resets autocommit
 
     def begin(self, pooled: PoolProxiedConnection, beginning: Beginning) -> None:
-        if beginning.statements and pooled.driver_connection not in self._autocommit_requests:
-            connection = cast(Any, pooled.dbapi_connection).driver_connection
+        connection = cast(Any, pooled.dbapi_connection).driver_connection
+        if connection not in self._autocommit_requests.connections:
             if isinstance(connection, StandIn):
                 super().begin(pooled, beginning)
                 return
@@ -293,8 +307,9 @@ class Aiosqlite(SQLite):
             for statement in beginning.statements:
                 try:
                     await_(connection.execute(statement))
-                except ValueError as error:  # It is closed; the adapter raises this, too.
-                    raise sqlite3.OperationalError(*error.args) from error
+                except ValueError as error:
+                    raise_if_closed(error)
+                    raise
 
     def interrupt(self, connection: Any) -> Coroutine[Any, Any, None] | None:
         """Interrupt the statements of a connection until it is closed.
@@ -302,31 +317,6 @@ class Aiosqlite(SQLite):
         An idle connection would not close properly after an interrupt.
         """
         return _interrupt(connection)
-
-
-def _end_softly(connection: Any) -> None:
-    """Let a connection be stopped more than once, and its cursors be closed after it.
-
-    There is no public API; the tests of results that outlive their connection break when this
-    changes.
-    """
-    stop = connection.stop
-
-    def stop_once() -> Any:
-        # `close` ends with `stop`, and would wait for a thread that an earlier `stop` ended.
-        stopped = stop() if connection._running else None
-        if stopped is not None:
-            in_background(stopped)
-        connection._execute = closed
-        return stopped
-
-    async def closed(function: Callable[..., Any], *_: Any) -> None:
-        # SQLAlchemy closes the cursor of a result after a `read_only` session has given back the
-        # connection, which its pool may have closed.
-        if function.__name__ != "close":
-            raise ValueError("Connection closed")  # as the driver does, for SQLAlchemy to know
-
-    connection.stop = stop_once
 
 
 def _work(connection: ref[Any], queue: Any) -> None:

@@ -103,7 +103,9 @@ def begin_unit(connection: Connection, unit: Unit, mode: Mode) -> None:
     pooled.info[UNIT_INFO] = unit
     units[connection] = ref(unit)
     if mode.autocommit and pooled.dbapi_connection is not None:
-        driver_of(connection.dialect).enter_autocommit(pooled.dbapi_connection)
+        driver = driver_of(connection.dialect)
+        if driver.tells_autocommit:
+            driver.enter_autocommit(pooled.dbapi_connection)
 
 
 def begin_now(connection: Connection, unit: Unit) -> None:

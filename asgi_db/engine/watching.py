@@ -123,7 +123,8 @@ def _begin(
     if beginning is not None:
         if beginning.writes and writer is not None:
             writer.claim(pooled)
-        driver.begin(pooled, beginning)
+        if beginning.statements or beginning.autocommit is not None:
+            driver.begin(pooled, beginning)
     begin(pooled)
 
 
@@ -155,7 +156,8 @@ def _checkin(
     entry.info.pop(IS_READ_ONLY, None)
     is_changed = entry.info.pop(IS_CHANGED, False)
     if connection is not None:
-        driver.leave_autocommit(connection)
+        if driver.tells_autocommit:
+            driver.leave_autocommit(connection)
         if is_changed and not isinstance(entry.driver_connection, StandIn):
             # Only the statement's author knows what it was before; a new connection does, too.
             entry.invalidate(SettingsChanged())
