@@ -8,9 +8,10 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy.engine import Dialect
+from sqlalchemy.engine.default import DefaultExecutionContext
 
 from asgi_db.drivers.protocol import StandIn
 from asgi_db.sqlalchemy_versions import await_
@@ -113,9 +114,12 @@ def raise_if_closed(error: ValueError) -> None:
 def use_one_trip(dialect: Dialect) -> None:
     """Let an engine execute its statements with this cursor, except for those that it streams."""
 
-    class Context(dialect.execution_ctx_cls):  # type: ignore[name-defined, misc]
+    base = cast("type[DefaultExecutionContext]", dialect.execution_ctx_cls)
+
+    class Context(base):  # type: ignore[valid-type, misc]
         def create_default_cursor(self) -> Any:
-            connection = self._dbapi_connection.dbapi_connection.driver_connection
+            adapted: Any = self._dbapi_connection.dbapi_connection
+            connection = adapted.driver_connection
             if isinstance(connection, StandIn):
                 return super().create_default_cursor()
             cursor = OneTripCursor()

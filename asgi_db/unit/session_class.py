@@ -36,7 +36,7 @@ from asgi_db.unit.sync_session import (
     inside_the_unit,
 )
 
-_DEFAULTS = {"autoflush": False, "expire_on_commit": False}
+_DEFAULTS: Mapping[str, Any] = {"autoflush": False, "expire_on_commit": False}
 """The options that differ from SQLAlchemy's own defaults."""
 
 _OURS = {"bind": "engine= of Database", "unit_of_work": "nothing"}
