@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+from typing import Any
 
 import aiosqlite
 import pytest
@@ -63,3 +65,70 @@ async def test_a_result_outlives_a_connection_of_the_users_own_making(sqlite_url
     async with Database(sqlite_url, engine_options=options) as database:
         async with database.session(read_only) as session:
             assert (await session.execute(text("SELECT 1"))).scalar_one() == 1
+
+
+async def test_a_connection_that_its_owner_closes_after_its_pool_did_is_closed(
+    sqlite_url: str,
+) -> None:
+    """So is one of ours; and cursors may be closed after their connection."""
+
+    async def connect(*_: object, **__: object) -> aiosqlite.Connection:
+        return await aiosqlite.connect(sqlite_url.partition("///")[2])
+
+    for options in ({}, {"async_creator": connect}):
+        async with Database(sqlite_url, engine_options=options) as database:
+            async with database.engine.connect() as connection:
+                made = (await connection.get_raw_connection()).driver_connection
+                assert isinstance(made, aiosqlite.Connection)
+                cursor = await made.execute("SELECT 1")
+                await connection.invalidate()
+                async with asyncio.timeout(20):
+                    await made.close()
+                await cursor.close()
+                with pytest.raises(ValueError, match="no active connection"):
+                    await made.execute("SELECT 1")
+
+
+class Wrapper:
+    """Some library's own connection, around one of aiosqlite."""
+
+    def __init__(self, connection: aiosqlite.Connection) -> None:
+        self.connection = connection
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.connection, name)
+
+    def cursor(self) -> Any:
+        return self.connection.cursor()
+
+
+class Traced(aiosqlite.Connection):
+    """Counts its cursors."""
+
+    cursors = 0
+
+    def cursor(self) -> Any:
+        self.cursors += 1
+        return super().cursor()
+
+
+@pytest.mark.parametrize("is_wrapped", [False, True], ids=["derived", "wrapped"])
+async def test_a_connection_with_cursors_of_its_own_keeps_them(
+    sqlite_url: str, is_wrapped: bool
+) -> None:
+    path = sqlite_url.partition("///")[2]
+
+    async def connect(*_: object, **__: object) -> Any:
+        connection = Traced(lambda: sqlite3.connect(path, isolation_level=None), 64)
+        await connection
+        return Wrapper(connection) if is_wrapped else connection
+
+    engine = create_async_engine(sqlite_url, async_creator=connect, pool_size=1)
+    async with Database(engine=engine) as database, database.session() as session:
+        pooled = await (await session.connection()).get_raw_connection()
+        made: Any = pooled.driver_connection
+        traced: Traced = made.connection if is_wrapped else made
+        before = traced.cursors
+        assert await session.scalar(text("SELECT 42")) == 42
+        assert traced.cursors == before + 1
+    await engine.dispose()

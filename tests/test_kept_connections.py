@@ -70,6 +70,28 @@ async def test_from_the_second_one_on_reads_in_a_row_have_one_connection(
     assert checked_out(database) == 0
 
 
+def commit_the_transaction(session: Session) -> None:
+    transaction = session.get_transaction()
+    assert transaction is not None
+    transaction.commit()
+
+
+@pytest.mark.asyncpg
+async def test_a_commit_of_the_transaction_itself_is_no_operation_of_the_session(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with database.session(read_only) as session:
+        for _ in range(2):
+            await read(session)
+            transaction = session.get_transaction()
+            assert transaction is not None
+            await transaction.commit()
+            await read(session)
+            await session.run_sync(commit_the_transaction)
+            assert checked_out(database) == 0
+    assert caplog.messages == []
+
+
 async def test_what_finds_nothing_or_sends_nothing_is_a_read_in_a_row(
     database: Database, database_url: str
 ) -> None:

@@ -35,7 +35,7 @@ from tests.cancelling import create_tables, tables_on
 from tests.contract.client import call
 from tests.pools import checked_out
 from tests.servers import DatabaseServer, assert_idle, sql
-from tests.tables import Author, authors
+from tests.tables import Author, Base, authors
 
 ONE = select(literal(1))
 
@@ -410,3 +410,19 @@ async def test_a_session_goes_on_after_a_misuse(request: pytest.FixtureRequest, 
             author = await an_author(session)
             assert await author.awaitable_attrs.books == []
         await assert_whole(database, url)
+
+
+async def test_what_was_not_sent_does_not_count_as_a_write(
+    sqlite_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with Database(sqlite_url) as database:
+        await database.create_tables(Base.metadata)
+        async with database.session() as session:
+            await session.scalar(ONE)
+            session.add(Author(name="ada"))
+            with pytest.raises((MissingGreenlet, StatementError)):
+                session.sync_session.flush()
+            async with database.transaction() as another:  # SQLite has one writer at a time
+                another.add(Author(name="grace"))
+        assert await authors(sqlite_url) == ["grace"]
+    assert caplog.messages == []

@@ -1,12 +1,14 @@
 """How often a request on SQLite goes through the thread of its connection: each way costs."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import aiosqlite
 import pytest
-from sqlalchemy import Executable, func, insert, select, text, update
+from sqlalchemy import Executable, event, func, insert, select, text, update
+from sqlalchemy.engine.default import DefaultExecutionContext
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_db import Database, DatabaseDownError, Mode, plain, read_only, transactional
 from tests.tables import Author, Base, authors
@@ -103,6 +105,45 @@ async def test_rows_are_fetched_in_each_way(sqlite_url: str) -> None:
         changed = await connection.exec_driver_sql("DELETE FROM author WHERE id = ?", [(3,), (4,)])
         assert changed.rowcount == 2
         assert await connection.scalar(select(func.count(Author.id))) == 2
+
+
+async def test_a_listener_may_use_the_cursor_as_one_of_the_dbapi(sqlite_url: str) -> None:
+    asked = list[Any]()
+
+    async with Database(sqlite_url) as database, database.engine.connect() as connection:
+
+        @event.listens_for(database.engine.sync_engine, "before_cursor_execute", retval=True)
+        def before(_: Any, cursor: Any, statement: str, *__: Any) -> tuple[str, None]:
+            with cursor:
+                cursor.setinputsizes(1)
+                cursor.execute("SELECT 1 UNION SELECT 2", None)
+                asked.append(list(cursor))
+                cursor.execute("SELECT 3")
+                asked.append(cursor.fetchmany(-1))
+                asked.append(cursor.fetchmany())
+            asked.append(cursor.fetchone())
+            return statement, None
+
+        assert await connection.scalar(text("SELECT 42")) == 42
+    assert asked == [[(1,), (2,)], [], [(3,)], None]
+
+
+async def test_a_dialect_with_cursors_of_its_own_keeps_them(sqlite_url: str) -> None:
+    engine = create_async_engine(sqlite_url)
+    made = list[object]()
+
+    base = cast("type[DefaultExecutionContext]", engine.dialect.execution_ctx_cls)
+
+    class Context(base):  # type: ignore[valid-type, misc]
+        def create_default_cursor(self) -> Any:
+            made.append(cursor := super().create_default_cursor())
+            return cursor
+
+    engine.dialect.execution_ctx_cls = Context
+    async with Database(engine=engine) as database, database.session() as session:
+        assert await session.scalar(text("SELECT 42")) == 42
+    await engine.dispose()
+    assert len(made) > 0
 
 
 async def test_a_value_error_of_a_statement_is_not_taken_for_a_closed_connection(

@@ -9,7 +9,7 @@ import re
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Awaitable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from importlib import import_module
 from threading import Thread
 from typing import Any, ClassVar, cast
@@ -246,30 +246,22 @@ class Aiosqlite(SQLite):
         connection._thread = Thread(
             target=_work, args=(ref(connection), connection._tx), daemon=True
         )
-        stop = connection.stop
-
-        def stop_once() -> Any:
-            # `close` ends with `stop`, and would wait for a thread that an earlier `stop` ended.
-            stopped = stop() if connection._running else None
-            if stopped is not None:
-                in_background(stopped)
-            return stopped
-
-        connection.stop = stop_once
+        _end_softly(connection)
         connecting: Awaitable[Any] = connection
         return connecting
 
     def adopt(self, connection: Any) -> None:
-        """Have a connection close its cursors, if it was made without our `factory`.
+        """Have a connection end as ours do, if it was made without our `factory`.
 
-        There is no public API; the test of an `async_creator` in `test_creators.py` breaks
-        when this changes.
+        There is no public API; the tests in `test_creators.py` break when this changes.
         """
         made = getattr(connection, "_connection", None)
         if made is not None and not isinstance(
             made, (ClosingConnection, AdoptedConnection, StandIn)
         ):
             connection._connection = AdoptedConnection(made)
+            if hasattr(connection, "stop"):
+                _end_softly(connection)
 
     def _terminate(self, connection: Any) -> None:
         connection.stop()
@@ -317,6 +309,29 @@ class Aiosqlite(SQLite):
         An idle connection would not close properly after an interrupt.
         """
         return _interrupt(connection)
+
+
+def _end_softly(connection: Any) -> None:
+    """Let a connection be stopped more than once, and its cursors be closed after it.
+
+    There is no public API; the tests of cursors that outlive their connection break when this
+    changes.
+    """
+    stop = connection.stop
+
+    def stop_once() -> Any:
+        # `close` ends with `stop`, and would wait for a thread that an earlier `stop` ended.
+        stopped = stop() if connection._running else None
+        if stopped is not None:
+            in_background(stopped)
+        connection._execute = closed
+        return stopped
+
+    async def closed(function: Callable[..., Any], *_: Any, **__: Any) -> None:
+        if function.__name__ != "close":
+            raise ValueError("Connection closed")  # as the driver does, for SQLAlchemy to know
+
+    connection.stop = stop_once
 
 
 def _work(connection: ref[Any], queue: Any) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from itertools import islice
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from sqlalchemy.engine import Dialect
 from sqlalchemy.engine.default import DefaultExecutionContext
+from sqlalchemy.util.concurrency import in_greenlet
 
-from asgi_db.drivers.protocol import StandIn
 from asgi_db.sqlalchemy_versions import await_
 
 
@@ -57,16 +58,18 @@ class OneTripCursor:
     _rows: Iterator[Any] = iter(())
 
     def execute(
-        self, statement: str, parameters: Any = (), run: Callable[..., Any] = execute_and_fetch
+        self, statement: str, parameters: Any = None, run: Callable[..., Any] = execute_and_fetch
     ) -> None:
         """Execute a statement, and fetch its rows.
 
         Args:
             statement: the statement.
-            parameters: its parameters.
+            parameters: its parameters, if it has any.
             run: executes it in the thread.
         """
         connection = self.connection
+        if parameters is None:
+            parameters = ()
         try:
             # There is no public API for the thread; the tests of the trips in
             # `test_thread_of_sqlite.py` break when this changes.
@@ -81,13 +84,19 @@ class OneTripCursor:
         """Execute a statement once with each of the parameters."""
         self.execute(statement, parameters, execute_many)
 
+    def setinputsizes(self, *_: Any) -> None:
+        """Do nothing, as sqlite3's own cursor does."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._rows
+
     def fetchone(self) -> Any:
         """Return the next row; None after the last one."""
         return next(self._rows, None)
 
     def fetchmany(self, size: int | None = None) -> list[Any]:
         """Return the next rows."""
-        return list(islice(self._rows, self.arraysize if size is None else size))
+        return list(islice(self._rows, max(0, self.arraysize if size is None else size)))
 
     def fetchall(self) -> list[Any]:
         """Return all rows that are left."""
@@ -96,6 +105,12 @@ class OneTripCursor:
     def close(self) -> None:
         """Forget the rows; sqlite3's own cursor is closed already."""
         self._rows = iter(())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     async def _async_soft_close(self) -> None:
         """Do nothing: SQLAlchemy closes a cursor in this way whose rows are still to be read."""
@@ -112,15 +127,21 @@ def raise_if_closed(error: ValueError) -> None:
 
 
 def use_one_trip(dialect: Dialect) -> None:
-    """Let an engine execute its statements with this cursor, except for those that it streams."""
+    """Let an engine execute its statements with this cursor, except for those that it streams.
 
+    A connection or a dialect of the user's own that makes its cursors in another way keeps doing
+    so; and outside a greenlet SQLAlchemy's cursor fails before the statement counts as sent.
+    """
     base = cast("type[DefaultExecutionContext]", dialect.execution_ctx_cls)
+    if base.create_default_cursor is not DefaultExecutionContext.create_default_cursor:
+        return
+    plain_connection = import_module("aiosqlite").Connection
 
     class Context(base):  # type: ignore[valid-type, misc]
         def create_default_cursor(self) -> Any:
-            adapted: Any = self._dbapi_connection.dbapi_connection
-            connection = adapted.driver_connection
-            if isinstance(connection, StandIn):
+            adapted = self._dbapi_connection.dbapi_connection
+            connection = getattr(adapted, "driver_connection", None)
+            if type(connection) is not plain_connection or not in_greenlet():
                 return super().create_default_cursor()
             cursor = OneTripCursor()
             cursor.connection = connection

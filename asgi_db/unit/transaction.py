@@ -44,7 +44,8 @@ class Stage(enum.Enum):
 STAGES: dict[Stage, tuple[Stage, ...]] = {
     Stage.NONE: (),
     Stage.OPEN: (Stage.KEPT, Stage.COMMITTING, Stage.ROLLED_BACK, Stage.FAILED),
-    Stage.KEPT: (Stage.OPEN, Stage.ROLLED_BACK, Stage.FAILED),
+    # A COMMIT of the `SessionTransaction` itself is no operation of the session.
+    Stage.KEPT: (Stage.OPEN, Stage.COMMITTING, Stage.ROLLED_BACK, Stage.FAILED),
     # Without a connection nothing is sent; with several, COMMIT is sent over each of them.
     Stage.COMMITTING: (Stage.SENT, Stage.COMMITTED, Stage.FAILED),
     Stage.SENT: (Stage.SENT, Stage.COMMITTED, Stage.FAILED),
