@@ -190,7 +190,10 @@ class Driver(Protocol):
         ...
 
     def begin(self, pooled: PoolProxiedConnection, beginning: Beginning) -> None:
-        """Begin a transaction as an engine's `BEGIN_OPTION` says; SQLAlchemy does the rest."""
+        """Begin a transaction as an engine's `BEGIN_OPTION` says; SQLAlchemy does the rest.
+
+        It is not called where that says neither a statement nor autocommit.
+        """
 
     def begin_now(self, pooled: PoolProxiedConnection) -> None:
         """Have a transaction begin now that would otherwise begin with its first statement.
