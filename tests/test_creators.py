@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aiosqlite
@@ -21,17 +22,22 @@ SLOW = """
 """
 
 
+def creator(url: str) -> Callable[..., Awaitable[aiosqlite.Connection]]:
+    """A function that connects to the file of this URL in its own way."""
+
+    async def connect(*_: object, **__: object) -> aiosqlite.Connection:
+        return await aiosqlite.connect(url.partition("///")[2], timeout=2)
+
+    return connect
+
+
 @pytest.mark.parametrize("writes", [True, False], ids=["write", "read"])
 @pytest.mark.parametrize("is_given", [False, True], ids=["own", "given"])
 async def test_a_connection_of_the_users_own_making_leaves_no_lock_when_it_is_interrupted(
     sqlite_url: str, is_given: bool, writes: bool
 ) -> None:
     """The error, which leads to the cursor of the statement, is kept."""
-    path = sqlite_url.partition("///")[2]
-
-    async def connect(*_: object, **__: object) -> aiosqlite.Connection:
-        return await aiosqlite.connect(path, timeout=2)
-
+    connect = creator(sqlite_url)
     engine = create_async_engine(sqlite_url, async_creator=connect)
     database = (
         Database(engine=engine)
@@ -58,10 +64,7 @@ async def test_a_connection_of_the_users_own_making_leaves_no_lock_when_it_is_in
 
 
 async def test_a_result_outlives_a_connection_of_the_users_own_making(sqlite_url: str) -> None:
-    async def connect(*_: object, **__: object) -> aiosqlite.Connection:
-        return await aiosqlite.connect(sqlite_url.partition("///")[2])
-
-    options = {"async_creator": connect, "poolclass": NullPool}
+    options = {"async_creator": creator(sqlite_url), "poolclass": NullPool}
     async with Database(sqlite_url, engine_options=options) as database:
         async with database.session(read_only) as session:
             assert (await session.execute(text("SELECT 1"))).scalar_one() == 1
@@ -71,11 +74,7 @@ async def test_a_connection_that_its_owner_closes_after_its_pool_did_is_closed(
     sqlite_url: str,
 ) -> None:
     """So is one of ours; and cursors may be closed after their connection."""
-
-    async def connect(*_: object, **__: object) -> aiosqlite.Connection:
-        return await aiosqlite.connect(sqlite_url.partition("///")[2])
-
-    for options in ({}, {"async_creator": connect}):
+    for options in ({}, {"async_creator": creator(sqlite_url)}):
         async with Database(sqlite_url, engine_options=options) as database:
             async with database.engine.connect() as connection:
                 made = (await connection.get_raw_connection()).driver_connection

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from asgi_db.errors import ConcurrentUseError, SessionExpiredError
+from asgi_db.tasks import current_task
 from asgi_db.unit.operation import WAITING, Operation
 from asgi_db.unit.origin import Origin
 from asgi_db.unit.state import State
@@ -42,10 +43,23 @@ class OneTask:
         """
         if asyncio.get_running_loop() is not self.loop:
             raise ConcurrentUseError.session_in_another_loop(name, self.describe())
-        if self.state is State.CLOSED:
-            raise SessionExpiredError(name, self.describe())
+        self._check_open(name)
         if self.is_used_by_another_task:
             raise self.concurrent_use(name)
+
+    def own(self, name: str) -> None:
+        """Make this task the owner, unless another one is in the middle of the unit.
+
+        Raises:
+            SessionExpiredError: the request is over.
+        """
+        self._check_open(name)
+        if not self.in_use:
+            self.owner = current_task()
+
+    def _check_open(self, name: str) -> None:
+        if self.state is State.CLOSED:
+            raise SessionExpiredError(name, self.describe())
 
     def concurrent_use(self, name: str) -> ConcurrentUseError:
         """Make the error for an operation that finds another task using the session."""
@@ -53,10 +67,27 @@ class OneTask:
         return ConcurrentUseError(name, running, self.describe())
 
     @property
+    def in_use(self) -> bool:
+        """Whether there is anything to end."""
+        raise NotImplementedError
+
+    @property
     def is_used_by_another_task(self) -> bool:
         """Whether an operation is running in a task other than this one."""
         operation = self.operation
         return operation is not None and operation.task is not asyncio.current_task()
+
+    @property
+    def is_work_of_another_task(self) -> bool:
+        """Whether a task other than this one is in the middle of the unit.
+
+        A task that has ended, such as a statement in `asyncio.gather`, has handed the unit over to
+        the task that waited for it.
+        """
+        owner = self.owner
+        if owner is None or owner.done():
+            owner = self.origin.task
+        return self.in_use and owner not in (None, asyncio.current_task())
 
     @property
     def is_giving_back(self) -> bool:

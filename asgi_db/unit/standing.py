@@ -5,7 +5,6 @@ Nothing here is awaited; `UnitOfWork` does the I/O.
 
 from __future__ import annotations
 
-import asyncio
 import time
 
 from sqlalchemy import Connection, Engine
@@ -240,18 +239,6 @@ class Standing(OneTask):
             or self.is_rollback_only
             or (self.hooks is not None and self.hooks.are_waiting)
         )
-
-    @property
-    def is_work_of_another_task(self) -> bool:
-        """Whether a task other than this one is in the middle of the unit.
-
-        A task that has ended, such as a statement in `asyncio.gather`, has handed the unit over to
-        the task that waited for it.
-        """
-        owner = self.owner
-        if owner is None or owner.done():
-            owner = self.origin.task
-        return self.in_use and owner not in (None, asyncio.current_task())
 
     @property
     def has_uncommitted_work(self) -> bool:

@@ -23,11 +23,10 @@ from asgi_db.engine.variants import isolation_options
 from asgi_db.errors import (
     ModeConflictError,
     OutcomeUnknownError,
-    SessionExpiredError,
     UncommittedWorkError,
 )
 from asgi_db.logs import about_a_raised_error, logger
-from asgi_db.tasks import acting_for, cancelled_once, current_task, finish
+from asgi_db.tasks import acting_for, cancelled_once, finish
 from asgi_db.unit.ending import Ending, has_changes
 from asgi_db.unit.hooks import Hook, HookOutcome, Hooks
 from asgi_db.unit.loaded import read_again
@@ -280,15 +279,8 @@ class UnitOfWork(Standing):
         Raises:
             SessionExpiredError: the request is over.
         """
-        self._own("set_rollback_only")
+        self.own("set_rollback_only")
         self.is_rollback_only = True
-
-    def _own(self, name: str) -> None:
-        """Make this task the owner, unless another one is in the middle of the unit."""
-        if self.state is State.CLOSED:
-            raise SessionExpiredError(name, self.describe())
-        if not self.in_use:
-            self.owner = current_task()
 
     # -- hooks ---------------------------------------------------------------------------------
 
@@ -298,7 +290,7 @@ class UnitOfWork(Standing):
         Raises:
             SessionExpiredError: the request is over.
         """
-        self._own(f"on_{hook.outcome}")
+        self.own(f"on_{hook.outcome}")
         if self.hooks is None:
             self.hooks = Hooks()
         self.hooks.add(hook)
